@@ -1,0 +1,299 @@
+//! The configuration: one struct per table of `ringtail.toml`. Each field states its meaning, default and limits;
+//! [`Config::validate`] checks what a type cannot say, before any port is bound.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+
+/// Everything `ringtail serve` can be told.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Who may send, and how much.
+    pub ingest: IngestConfig,
+    /// The write-ahead log on disk.
+    pub wal: WalConfig,
+    /// Replay into Kafka.
+    pub forward: ForwardConfig,
+    /// Metrics, health, status.
+    pub admin: AdminConfig,
+    /// What is logged, and how.
+    pub log: LogConfig,
+}
+
+/// `[ingest]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IngestConfig {
+    /// Header that carries the connection's id.
+    pub connection_id_header: String,
+    /// Header that carries the connection's group; empty: every connection is in the default group.
+    pub connection_group_header: String,
+    /// Group of a connection that names none.
+    pub connection_group_default: String,
+    /// Open WebSocket connections; one more is refused. At least 1.
+    pub connections_max: usize,
+    /// Largest request, in bytes of protobuf or JSON. At least 1 KiB, at most 16 MiB.
+    pub batch_bytes_max: ByteSize,
+    /// Most events in one request. At least 1.
+    pub batch_events_max: u32,
+    /// Bytes of batches admitted and not yet durable, over all connections; more is refused with "try again".
+    /// At least `batch_bytes_max`.
+    pub in_flight_bytes_max: ByteSize,
+    /// Batches one WebSocket connection may have waiting for their commit before it is no longer read. At least 1.
+    pub connection_in_flight_batches_max: usize,
+    /// Bytes of the same. One batch is always allowed.
+    pub connection_in_flight_bytes_max: ByteSize,
+    /// How often a WebSocket client is pinged. At least 100 ms.
+    #[serde(with = "humantime_serde")]
+    pub ping_interval: Duration,
+    /// A WebSocket client that sent no pong for so long is disconnected. Longer than `ping_interval`.
+    #[serde(with = "humantime_serde")]
+    pub pong_timeout: Duration,
+    /// A client that does not take an answer for so long is disconnected. At least 10 ms.
+    #[serde(with = "humantime_serde")]
+    pub write_timeout: Duration,
+    /// A client that has begun a request and not finished it for so long is disconnected. At least 10 ms.
+    #[serde(with = "humantime_serde")]
+    pub read_timeout: Duration,
+    /// WebSocket and REST.
+    pub http: HttpConfig,
+    /// gRPC.
+    pub grpc: GrpcConfig,
+}
+
+/// `[ingest.http]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Address of WebSocket and REST.
+    pub listen: SocketAddr,
+    /// Refuse WebSocket upgrades whose `Origin` is neither this host nor in `cors_allowed_origins`.
+    pub check_origin: bool,
+    /// Answer CORS requests of browsers.
+    pub cors_enabled: bool,
+    /// Origins that may send; `["*"]`: any.
+    pub cors_allowed_origins: Vec<String>,
+    /// Methods that may be used.
+    pub cors_allowed_methods: Vec<String>,
+    /// Request headers that may be sent.
+    pub cors_allowed_headers: Vec<String>,
+    /// Whether cookies may be sent; not together with origin `*`.
+    pub cors_allow_credentials: bool,
+    /// How long a browser may remember a preflight answer.
+    #[serde(with = "humantime_serde")]
+    pub cors_max_age: Duration,
+}
+
+/// `[ingest.grpc]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GrpcConfig {
+    /// Address of gRPC.
+    pub listen: SocketAddr,
+}
+
+/// `[wal]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WalConfig {
+    /// Directory of everything durable. Created if missing.
+    pub directory: PathBuf,
+    /// Size of one segment: the unit in which disk is taken and given back, and what memory follows. 8 MiB to 256 MiB.
+    pub segment_bytes: ByteSize,
+    /// Most disk that the log may use. At least four segments.
+    pub bytes_max: ByteSize,
+    /// Space to leave free on the file system for the rest of the host.
+    pub free_bytes_min: ByteSize,
+    /// What happens to new batches when the log is full.
+    pub when_full: WhenFull,
+}
+
+/// What happens when the log is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenFull {
+    /// New batches are refused with "try again"; nothing that was acked is touched.
+    Reject,
+}
+
+/// `[forward]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ForwardConfig {
+    /// Kafka bootstrap servers. Empty: collect only.
+    pub brokers: Vec<String>,
+    /// Topic; the first `%s` is replaced by the event's type.
+    pub topic: String,
+    /// What the Kafka record's key is.
+    pub record_key: RecordKey,
+    /// Bytes handed to the Kafka client and not yet acked by the broker. At least 1 MiB.
+    pub in_flight_bytes_max: ByteSize,
+    /// First delay before something that Kafka refused is tried again. At least 1 ms.
+    #[serde(with = "humantime_serde")]
+    pub retry_delay_min: Duration,
+    /// Longest such delay. At least `retry_delay_min`.
+    #[serde(with = "humantime_serde")]
+    pub retry_delay_max: Duration,
+    /// How long a topic may be unknown or forbidden before its events are parked.
+    #[serde(with = "humantime_serde")]
+    pub topic_grace: Duration,
+    /// How long a clean stop waits for events that Kafka has not yet acked. They stay in the log.
+    #[serde(with = "humantime_serde")]
+    pub stop_timeout: Duration,
+    /// Any other librdkafka property, as `"linger.ms" = 5`.
+    pub kafka: BTreeMap<String, KafkaProperty>,
+}
+
+/// Value of a librdkafka property.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum KafkaProperty {
+    /// `true` or `false`
+    Bool(bool),
+    /// A whole number.
+    Integer(i64),
+    /// Anything else.
+    Text(String),
+}
+
+impl std::fmt::Display for KafkaProperty {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            KafkaProperty::Bool(value) => value.fmt(f),
+            KafkaProperty::Integer(value) => value.fmt(f),
+            KafkaProperty::Text(value) => value.fmt(f),
+        }
+    }
+}
+
+/// What the Kafka record's key is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RecordKey {
+    /// The client's id: order per device.
+    ConnectionId,
+    /// The client's group.
+    Group,
+    /// The event's type.
+    EventType,
+    /// The batch's name.
+    ReqGuid,
+    /// No key: events spread over partitions.
+    None,
+}
+
+/// `[admin]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdminConfig {
+    /// Address of metrics, health and status. Keep it on loopback or a trusted network.
+    pub listen: SocketAddr,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogConfig {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,ringtail::wal=debug`.
+    pub level: String,
+    /// One line of text or one JSON object per event.
+    pub format: LogFormat,
+}
+
+/// Form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people and journald.
+    Text,
+    /// For log shippers.
+    Json,
+}
+
+impl Default for IngestConfig {
+    fn default() -> Self {
+        IngestConfig {
+            connection_id_header: "X-User-ID".into(),
+            connection_group_header: String::new(),
+            connection_group_default: "--default--".into(),
+            connections_max: 10_000,
+            batch_bytes_max: ByteSize::mib(4),
+            batch_events_max: 50_000,
+            in_flight_bytes_max: ByteSize::mib(32),
+            connection_in_flight_batches_max: 64,
+            connection_in_flight_bytes_max: ByteSize::mib(1),
+            ping_interval: Duration::from_secs(30),
+            pong_timeout: Duration::from_secs(60),
+            write_timeout: Duration::from_secs(5),
+            read_timeout: Duration::from_secs(30),
+            http: HttpConfig::default(),
+            grpc: GrpcConfig::default(),
+        }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        HttpConfig {
+            listen: ([0, 0, 0, 0], 8080).into(),
+            check_origin: false,
+            cors_enabled: false,
+            cors_allowed_origins: Vec::new(),
+            cors_allowed_methods: vec!["GET".into(), "POST".into(), "OPTIONS".into()],
+            cors_allowed_headers: vec!["Content-Type".into()],
+            cors_allow_credentials: false,
+            cors_max_age: Duration::ZERO,
+        }
+    }
+}
+
+impl Default for GrpcConfig {
+    fn default() -> Self {
+        GrpcConfig { listen: ([0, 0, 0, 0], 8081).into() }
+    }
+}
+
+impl Default for WalConfig {
+    fn default() -> Self {
+        WalConfig {
+            directory: "/var/lib/ringtail".into(),
+            segment_bytes: ByteSize::mib(32),
+            bytes_max: ByteSize::gib(8),
+            free_bytes_min: ByteSize::mib(512),
+            when_full: WhenFull::Reject,
+        }
+    }
+}
+
+impl Default for ForwardConfig {
+    fn default() -> Self {
+        ForwardConfig {
+            brokers: vec!["127.0.0.1:9092".into()],
+            topic: "clickstream-%s-log".into(),
+            record_key: RecordKey::ConnectionId,
+            in_flight_bytes_max: ByteSize::mib(16),
+            retry_delay_min: Duration::from_millis(100),
+            retry_delay_max: Duration::from_secs(5),
+            topic_grace: Duration::from_secs(30),
+            stop_timeout: Duration::from_secs(10),
+            kafka: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        AdminConfig { listen: ([127, 0, 0, 1], 9464).into() }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        LogConfig { level: "info".into(), format: LogFormat::Text }
+    }
+}

@@ -1,0 +1,105 @@
+//! One error per operation of the log, one variant per decision its caller can take.
+
+use std::path::PathBuf;
+
+use super::Sequence;
+
+/// A failed call of the store below the log.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file system refused.
+    #[error("{operation} failed")]
+    Io {
+        /// What was tried: verb and object.
+        operation: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// sled refused.
+    #[error("{operation} failed: {message}")]
+    Sled {
+        /// What was tried: verb and object.
+        operation: &'static str,
+        /// sled's own words.
+        message: String,
+    },
+    /// sled panicked.
+    #[error("{operation} panicked: {message}")]
+    Panicked {
+        /// What was tried: verb and object.
+        operation: &'static str,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+/// Why the log could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it open.
+    #[error("the log in {directory} is in use by another process")]
+    InUse {
+        /// `wal.directory`
+        directory: PathBuf,
+    },
+    /// The directory cannot be made, read or locked.
+    #[error("cannot use {directory} as the log's directory")]
+    Directory {
+        /// `wal.directory`
+        directory: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The store failed.
+    #[error("cannot open the log")]
+    Store(#[from] StoreError),
+}
+
+/// Why a batch was not queued. Nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AppendError {
+    /// No space: `wal.bytes_max` or `wal.free_bytes_min` is reached, or the file system is full.
+    #[error("the log is full")]
+    Full,
+    /// Too many bytes wait for their commit.
+    #[error("{queued_bytes} bytes wait for their commit, the limit is {limit}")]
+    Overloaded {
+        /// Bytes waiting.
+        queued_bytes: u64,
+        /// `ingest.in_flight_bytes_max`
+        limit: u64,
+    },
+    /// The log is closing.
+    #[error("the log is closing")]
+    Stopping,
+    /// A commit failed; nothing is acked any more.
+    #[error("the log failed")]
+    Poisoned,
+}
+
+/// Why a queued batch was not committed. It may still turn up after a restart.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// No space turned up for it.
+    #[error("the log is full")]
+    Full,
+    /// The commit failed.
+    #[error("the log failed")]
+    Poisoned,
+}
+
+/// Why the log cannot be read on.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The store failed in a way that a retry may mend.
+    #[error("cannot read the log at sequence {at}")]
+    Store {
+        /// The record that was wanted.
+        at: Sequence,
+        /// Why not.
+        #[source]
+        source: StoreError,
+    },
+}
