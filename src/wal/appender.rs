@@ -53,14 +53,15 @@ impl Future for Commit {
 /// Queues a batch for the next commit.
 pub(super) fn append(shared: &Shared, batch: Batch) -> Result<Commit, AppendError> {
     let bytes = record_bytes(&batch);
-    if shared.failed.is_cancelled() {
-        return Err(AppendError::Poisoned);
-    }
     if shared.log().full_since.is_some() {
         return Err(AppendError::Full);
     }
     let (done, commit) = oneshot::channel();
     let mut queue = shared.queue();
+    // Under the queue's lock, or the commit thread could have looked for the last time already.
+    if shared.failed.is_cancelled() {
+        return Err(AppendError::Poisoned);
+    }
     if queue.closing {
         return Err(AppendError::Stopping);
     }

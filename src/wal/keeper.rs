@@ -101,10 +101,8 @@ impl Keeper {
                 }
                 Err(error) if error.is_full() => return self.space_is_short(),
                 Err(error) => {
-                    if self.shared.log().spares.is_empty() {
-                        // Commits would wait for a segment that never comes.
-                        self.shared.fail();
-                    }
+                    // Commits would soon wait for a segment that never comes.
+                    self.shared.fail();
                     return Err(error);
                 }
             }

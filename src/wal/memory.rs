@@ -182,7 +182,8 @@ impl SegmentFile for MemorySegment {
 
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
         let disk = self.store.disk();
-        let slots = &disk.segments[&self.id];
+        // A reader may still hold a segment that was delivered and removed, as it may a removed file.
+        let Some(slots) = disk.segments.get(&self.id) else { return Ok(Bytes::new()) };
         Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
     }
 

@@ -303,15 +303,10 @@ pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32, slots: u32) -> Resu
 
 /// The totals after the last chunk of a segment, for recovery; none if it holds no chunk.
 ///
-/// Slots are filled in order, so the last one is found by halving; from there damage is passed backwards.
+/// Looks at every slot from the last one down, because a disk that lost a write may have kept the one after it: new
+/// sequences must come after both.
 pub(super) fn last_totals(file: &dyn SegmentFile, slots: u32) -> Result<Option<Totals>, StoreError> {
-    let (mut filled, mut empty) = (0, slots);
-    while filled < empty {
-        let middle = u32::midpoint(filled, empty);
-        let is_empty = matches!(read_part(file, middle)?, Ok(None));
-        if is_empty { empty = middle } else { filled = middle + 1 }
-    }
-    for slot in (0..filled).rev() {
+    for slot in (0..slots).rev() {
         let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? else { continue };
         let mut totals = header.before;
         for _ in 0..header.records {
