@@ -234,8 +234,6 @@ fn limits() {
         ("[forward]\nin_flight_bytes_max = \"1023KiB\"", "in_flight_bytes_max = \"1MiB\""),
         ("[forward]\nretry_delay_min = \"0s\"", "retry_delay_min = \"1ms\""),
         ("[forward]\nretry_delay_max = \"99ms\"", "retry_delay_max = \"100ms\""),
-        ("[forward.kafka]\nenable.idempotence = false", "client.id = \"edge\""),
-        ("[forward.kafka]\nacks = 1", "security.protocol = \"PLAINTEXT\""),
         ("[log]\nlevel = \"inof\"", "level = \"info,ringtail::wal=debug\""),
     ];
     for (refused, taken) in cases {
@@ -244,11 +242,4 @@ fn limits() {
         let taken = format!("{table}\n{taken}\n");
         assert!(load(&taken, &[]).is_ok(), "{taken}");
     }
-}
-
-#[test]
-#[cfg(not(feature = "kafka-tls"))]
-fn tls_names_the_feature() {
-    let refused = refusal("[forward.kafka]\nsecurity.protocol = \"sasl_ssl\"\n", &[]);
-    assert!(refused.ends_with("build with the Cargo feature kafka-tls"), "{refused}");
 }

@@ -1,4 +1,6 @@
 //! The limits of the configuration that no type can state. They stand in the docs of the fields too.
+//!
+//! What may be in `[forward.kafka]` is for the forward stage to say, which knows librdkafka.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,7 +10,7 @@ use hyper::Method;
 use hyper::header::{HeaderName, HeaderValue};
 use tracing_subscriber::EnvFilter;
 
-use super::{Config, ForwardConfig, HttpConfig, IngestConfig, KafkaProperty, LogConfig, WalConfig, size};
+use super::{Config, ForwardConfig, HttpConfig, IngestConfig, LogConfig, WalConfig, size};
 use crate::batch::CLIENT_NAME_BYTES_MAX;
 
 /// Longest name of a Kafka topic, in bytes.
@@ -196,10 +198,6 @@ impl ForwardConfig {
         check.that(self.retry_delay_max >= self.retry_delay_min, "forward.retry_delay_max", || {
             format!("must be at least forward.retry_delay_min, {}", humantime::format_duration(self.retry_delay_min))
         });
-        for (name, value) in &self.kafka {
-            let message = reserved(name).or_else(|| needs_tls(name, value));
-            check.that(message.is_none(), &format!("forward.kafka.{name}"), || message.unwrap_or_default());
-        }
     }
 }
 
@@ -216,38 +214,6 @@ fn is_topic(pattern: &str) -> bool {
     let name = pattern.replacen("%s", "x", 1);
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     (1..=TOPIC_BYTES_MAX).contains(&name.len()) && name.bytes().all(legal) && name != "." && name != ".."
-}
-
-/// Why a librdkafka property may not be set: delivery rests on it, or another key stands for it.
-fn reserved(name: &str) -> Option<String> {
-    let reason = match name {
-        "bootstrap.servers" | "metadata.broker.list" => "is set by forward.brokers",
-        "acks" | "request.required.acks" | "enable.idempotence" | "enable.gapless.guarantee" => {
-            "may not be set: no event may be acked before every replica has it"
-        }
-        "message.timeout.ms" | "delivery.timeout.ms" | "retries" | "message.send.max.retries" => {
-            "may not be set: events are retried until they are delivered or parked"
-        }
-        "max.in.flight" | "max.in.flight.requests.per.connection" => "may not be set: order rests on it",
-        "delivery.report.only.error" | "transactional.id" | "transaction.timeout.ms" => {
-            "may not be set: what counts as delivered rests on it"
-        }
-        "test.mock.num.brokers" | "test.mock.broker.rtt" => "may not be set: a mock broker keeps nothing",
-        _ => return None,
-    };
-    Some(reason.into())
-}
-
-/// Why a librdkafka property cannot work in this build.
-fn needs_tls(name: &str, value: &KafkaProperty) -> Option<String> {
-    let value = value.to_string().to_ascii_uppercase();
-    let asks = match name {
-        "security.protocol" => value.ends_with("SSL"),
-        "sasl.mechanism" | "sasl.mechanisms" => value.starts_with("SCRAM") || value == "OAUTHBEARER",
-        name => name.starts_with("ssl."),
-    };
-    let message = "needs Kafka over TLS: build with the Cargo feature kafka-tls";
-    (asks && !cfg!(feature = "kafka-tls")).then(|| message.into())
 }
 
 impl LogConfig {
