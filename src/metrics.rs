@@ -102,6 +102,8 @@ pub struct ForwardMetrics {
     /// Dead letters held now.
     pub parked_events: Gauge,
     parked_events_total: Vec<(ParkReason, Counter)>,
+    /// Events that were committed and cannot be read any more.
+    pub dropped_events_damaged: Counter,
     /// Estimate until the backlog is empty.
     pub drain_seconds: Gauge,
 }
@@ -196,8 +198,6 @@ impl WalMetrics {
 
 impl ForwardMetrics {
     fn new() -> ForwardMetrics {
-        // Registered although no policy can drop yet, so that an alert on it never finds it absent.
-        counter!("ringtail_forward_dropped_events_total", "reason" => "log_full").absolute(0);
         ForwardMetrics {
             connected: gauge!("ringtail_forward_connected"),
             delivered_events: counter!("ringtail_forward_delivered_events_total"),
@@ -214,6 +214,7 @@ impl ForwardMetrics {
             parked_events_total: ParkReason::ALL
                 .map(|reason| (reason, counter!("ringtail_forward_parked_events_total", "reason" => reason.as_str())))
                 .to_vec(),
+            dropped_events_damaged: counter!("ringtail_forward_dropped_events_total", "reason" => "damaged"),
             drain_seconds: gauge!("ringtail_forward_drain_seconds"),
         }
     }
@@ -276,7 +277,7 @@ fn describe() {
     describe_counter!("ringtail_forward_parked_events_total", "Events parked, by reason.");
     describe_counter!(
         "ringtail_forward_dropped_events_total",
-        "Events lost by a policy the operator chose, by reason."
+        "Events lost after their commit, by reason: a policy that the operator chose, or damage of the disk."
     );
     describe_gauge!(
         "ringtail_forward_drain_seconds",

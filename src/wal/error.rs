@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::Sequence;
+use crate::batch::Sequence;
 
 /// A failed call of the store below the log.
 #[derive(Debug, thiserror::Error)]
@@ -102,4 +102,18 @@ pub enum ReadError {
         #[source]
         source: StoreError,
     },
+}
+
+impl StoreError {
+    /// Wraps an I/O error; for `map_err`.
+    pub(super) fn io(operation: &'static str) -> impl FnOnce(std::io::Error) -> StoreError {
+        move |source| StoreError::Io { operation, source }
+    }
+
+    /// The file system or a quota has no room: freeing some mends it.
+    pub fn is_full(&self) -> bool {
+        let StoreError::Io { source, .. } = self else { return false };
+        matches!(source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+            || matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+    }
 }

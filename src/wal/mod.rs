@@ -1,69 +1,73 @@
-//! STUB with the final API; replaced by the real log.
+//! The write-ahead log: a batch in it survives `kill -9` and power loss.
+//!
+//! # How
+//! The log is a row of **segments**, each a sled database of its own (see `store.rs` for why, and how sled is kept
+//! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, writes them as **chunks**
+//! (`record.rs`), syncs once, and then completes every waiter. `reader.rs` reads in order. [`Wal::deliver`] moves the
+//! **cursor**; `keeper.rs` saves it and removes whole segments that it has left, and prepares spare ones ahead of need.
+//! `recovery.rs` finds the state again at start.
+//!
+//! # Invariants
+//! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
+//! - Sequences are handed out in the order of [`Wal::append`], without gaps, and never reused.
+//! - A segment is removed only when the durable cursor has left it.
+//! - After an error while committing nothing is acked any more: [`Wal::failed`] fires and the process must end. What was
+//!   refused then may still turn up after the restart.
+//!
+//! # Limits
+//! Waiting batches are bounded in bytes (`ingest.in_flight_bytes_max`), disk by `wal.bytes_max` and `wal.free_bytes_min`: a
+//! new segment is only prepared within both, and when the last prepared one is used up, batches are refused as full until
+//! a segment was delivered and trimmed. Restart time and memory do not grow with the backlog.
 
+mod appender;
+mod cursor;
 mod error;
+mod keeper;
+mod log;
+#[cfg(test)]
+mod memory;
+mod reader;
+mod record;
+mod recovery;
+mod store;
+#[cfg(test)]
+mod tests;
 
-use std::collections::BTreeMap;
-use std::future::Future;
+use std::fs::File;
 use std::path::Path;
-use std::pin::Pin;
-use std::sync::{Arc, Condvar, Mutex};
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
+use tokio_util::sync::CancellationToken;
+
+pub use appender::Commit;
 pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
+pub use log::Position;
+pub use reader::{Reader, Record};
+pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
-use crate::batch::{Batch, Sequence};
+use crate::batch::Batch;
 use crate::config::WalConfig;
 use crate::metrics::Metrics;
+use log::Shared;
+use store::{SegmentShape, SledStore, Store};
 
 /// The log. Clones share it.
 #[derive(Clone)]
-pub struct Wal(Arc<Inner>);
-
-struct Inner {
-    state: Mutex<State>,
-    appended: Condvar,
-    metrics: Arc<Metrics>,
-    parked: Arc<dyn StateDb>,
+pub struct Wal {
+    shared: Arc<Shared>,
+    threads: Arc<Mutex<Threads>>,
 }
 
-#[derive(Default)]
-struct State {
-    records: Vec<Batch>,
-    cursor: Position,
-    woken: bool,
-}
-
-/// A place between two records of the log, with the totals of everything before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Position {
-    /// Sequence of the record after this place, counted from 0 in the stub.
-    sequence: u64,
-}
-
-/// One batch, read back from the log.
-#[derive(Debug, Clone)]
-pub struct Record {
-    /// Its place in the order of the log.
-    pub sequence: Sequence,
-    /// The batch, as it was admitted.
-    pub batch: Batch,
-    /// The place after it: what [`Wal::deliver`] takes once every event of it is delivered or parked.
-    pub end: Position,
-}
-
-/// Resolves once the batch is durable.
-pub struct Commit(Option<Result<Sequence, CommitError>>);
-
-impl Future for Commit {
-    type Output = Result<Sequence, CommitError>;
-    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
-        Poll::Ready(self.0.take().expect("polled once"))
-    }
+struct Threads {
+    appender: Option<JoinHandle<()>>,
+    keeper: Option<JoinHandle<()>>,
+    /// Held for as long as the log is open; none for a store in memory.
+    _lock: Option<File>,
 }
 
 /// What an operator sees of the log. Bytes are request bytes unless the name says disk.
-#[derive(Debug, Clone, Default, serde::Serialize)]
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct WalStatus {
     /// The next batch gets this sequence.
     pub next_sequence: u64,
@@ -77,154 +81,189 @@ pub struct WalStatus {
     pub pending_bytes: u64,
     /// When the oldest pending batch was received, milliseconds since the Unix epoch; none without a backlog.
     pub oldest_pending_received_at_ms: Option<u64>,
-    /// Disk used by the log.
+    /// Disk used by the log, reserved space included.
     pub disk_bytes: u64,
-    /// `wal.bytes_max`.
+    /// `wal.bytes_max`
     pub disk_limit_bytes: u64,
     /// Free on the file system.
     pub free_bytes: u64,
     /// Batches are refused for lack of space.
     pub full: bool,
     /// The log failed, the process must end.
-    pub poisoned: bool,
+    pub failed: bool,
     /// Segments on disk, spares included.
     pub segments: u64,
     /// Damaged segments set aside.
     pub quarantined_segments: u64,
-    /// For how long the commit under way has run.
+    /// For how long the commit under way has run, in milliseconds.
     pub commit_busy_ms: u64,
 }
 
 impl Wal {
-    /// Opens the log in `config.directory`, or makes a new one.
+    /// Opens the log in `config.directory`, or makes a new one, and starts its threads. `queue_bytes_max` bounds the bytes
+    /// of batches that wait for their commit.
+    ///
+    /// # Errors
+    /// [`OpenError`]. Nothing in the log was changed, but for segments that do not open, which are set aside.
     pub fn open(config: &WalConfig, queue_bytes_max: u64, metrics: Arc<Metrics>) -> Result<Wal, OpenError> {
-        let _ = (config, queue_bytes_max);
-        Ok(Wal(Arc::new(Inner {
-            state: Mutex::default(),
-            appended: Condvar::new(),
-            metrics,
-            parked: Arc::new(MemoryDb::default()),
-        })))
+        let lock = lock_directory(&config.directory)?;
+        let shape = SegmentShape::new(config.segment_bytes.as_u64());
+        let store = Arc::new(SledStore::new(&config.directory, shape)?);
+        Wal::open_in(config, queue_bytes_max, shape, store, metrics, Some(lock))
     }
 
-    /// Queues a batch for the next commit. The order of calls is the order of the log.
+    fn open_in(
+        config: &WalConfig,
+        queue_bytes_max: u64,
+        shape: SegmentShape,
+        store: Arc<dyn Store>,
+        metrics: Arc<Metrics>,
+        lock: Option<File>,
+    ) -> Result<Wal, OpenError> {
+        let (meta, parked) = recovery::open_state(&*store)?;
+        let log = recovery::recover(&*store, &*meta, shape)?;
+        let shared = Arc::new(Shared::new(config, queue_bytes_max, shape, store, meta, parked, metrics, log));
+        let appender = appender::Appender::new(shared.clone());
+        let keeper = keeper::Keeper::new(shared.clone());
+        let threads = Threads {
+            appender: Some(spawn("wal-commit", move || appender.run())),
+            keeper: Some(spawn("wal-keeper", move || keeper.run())),
+            _lock: lock,
+        };
+        Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) })
+    }
+
+    /// Queues a batch for the next commit. The order of calls is the order of the log. Does not block on the disk.
+    ///
+    /// # Errors
+    /// [`AppendError`]: nothing was changed.
     pub fn append(&self, batch: Batch) -> Result<Commit, AppendError> {
-        let mut state = self.0.state.lock().unwrap();
-        self.0.metrics.wal.committed_batches.increment(1);
-        state.records.push(batch);
-        self.0.appended.notify_all();
-        Ok(Commit(Some(Ok(Sequence(state.records.len() as u64)))))
+        appender::append(&self.shared, batch)
     }
 
     /// A reader that starts at the cursor.
     pub fn reader(&self) -> Reader {
-        let at = self.0.state.lock().unwrap().cursor;
-        Reader { wal: self.clone(), at }
+        Reader::new(self.shared.clone())
     }
 
     /// Everything before `position` is delivered or parked: moves the cursor, which frees segments. Never moves back.
+    /// Durable within about a second; a stale cursor costs duplicates, never loss.
     pub fn deliver(&self, position: Position) {
-        self.0.state.lock().unwrap().cursor = position;
+        let mut log = self.shared.log();
+        let before = log.cursor.segment;
+        log.deliver(position);
+        if log.cursor.segment != before {
+            self.shared.log_changed.notify_all();
+        }
     }
 
     /// The log as it is now.
     pub fn status(&self) -> WalStatus {
-        let state = self.0.state.lock().unwrap();
-        WalStatus { pending_batches: state.records.len() as u64 - state.cursor.sequence, ..WalStatus::default() }
+        let log = self.shared.log();
+        let pending = log.pending();
+        WalStatus {
+            next_sequence: log.tail.sequence,
+            cursor_sequence: log.cursor.totals.sequence,
+            pending_batches: pending.sequence,
+            pending_events: pending.events,
+            pending_bytes: pending.bytes,
+            oldest_pending_received_at_ms: log.oldest_received_at_ms(),
+            disk_bytes: log.disk_bytes(&self.shared.shape),
+            disk_limit_bytes: self.shared.config.bytes_max.as_u64(),
+            free_bytes: log.space.free_bytes,
+            full: log.full_since.is_some(),
+            failed: self.shared.failed.is_cancelled(),
+            segments: (log.segments.len() + log.spares.len()) as u64,
+            quarantined_segments: log.space.quarantined_segments,
+            commit_busy_ms: self.shared.commit_busy_ms(),
+        }
+    }
+
+    /// Fires when a commit failed: the process must end, recovery decides at the next start.
+    pub fn failed(&self) -> &CancellationToken {
+        &self.shared.failed
     }
 
     /// The store of parked events.
     pub fn parked(&self) -> Arc<dyn StateDb> {
-        self.0.parked.clone()
+        self.shared.parked.clone()
     }
 
     /// Wakes a reader that waits.
     pub fn wake_reader(&self) {
-        self.0.state.lock().unwrap().woken = true;
-        self.0.appended.notify_all();
+        self.shared.log().reader_woken = true;
+        self.shared.log_changed.notify_all();
     }
 
-    /// Commits what is queued, saves the cursor, ends the threads. Blocks. Later appends are refused as stopping.
-    pub fn close(&self) {}
-}
-
-/// Reads the log in order. Blocking: for a thread of its own.
-pub struct Reader {
-    wal: Wal,
-    at: Position,
-}
-
-impl Reader {
-    /// The next committed record, or none at the end of the log.
-    pub fn next(&mut self) -> Result<Option<Record>, ReadError> {
-        let state = self.wal.0.state.lock().unwrap();
-        let Some(batch) = state.records.get(self.at.sequence as usize) else { return Ok(None) };
-        self.at.sequence += 1;
-        Ok(Some(Record { sequence: Sequence(self.at.sequence), batch: batch.clone(), end: self.at }))
-    }
-
-    /// Waits until there is a next record, [`Wal::wake_reader`] is called, or `timeout` has passed.
-    pub fn wait(&self, timeout: Duration) {
-        let mut state = self.wal.0.state.lock().unwrap();
-        if state.records.len() as u64 == self.at.sequence && !state.woken {
-            state = self.wal.0.appended.wait_timeout(state, timeout).unwrap().0;
-        }
-        state.woken = false;
-    }
-
-    /// Goes back to the cursor, to read again what was not delivered.
-    pub fn rewind(&mut self) {
-        self.at = self.wal.0.state.lock().unwrap().cursor;
+    /// Commits what is queued, saves the cursor, ends the threads. Blocks. Appends are refused as stopping from the
+    /// first moment on. The directory is free again once the last clone is gone.
+    pub fn close(&self) {
+        appender::close(&self.shared);
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        join(threads.appender.take());
+        self.shared.log().closing = true;
+        self.shared.log_changed.notify_all();
+        join(threads.keeper.take());
+        self.shared.pool.close_unused();
     }
 }
 
-/// Largest value of a [`StateDb`]; larger ones must be split by the caller.
-pub const STATE_VALUE_BYTES_MAX: usize = 256 * 1024;
-
-/// A small durable map. Nothing is durable before [`StateDb::sync`] has returned.
-pub trait StateDb: Send + Sync {
-    /// The value of `key`.
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
-    /// Sets `key`. `value` holds at most [`STATE_VALUE_BYTES_MAX`] bytes.
-    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError>;
-    /// Removes `key`.
-    fn remove(&self, key: &[u8]) -> Result<(), StoreError>;
-    /// Up to `limit` entries with keys not below `from`, in the order of their keys.
-    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError>;
-    /// The greatest key.
-    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError>;
-    /// Makes everything put and removed so far durable.
-    fn sync(&self) -> Result<(), StoreError>;
+/// Reads the log's state from a directory that no process has open, without changing it.
+///
+/// # Errors
+/// [`OpenError::InUse`] while a process has it open.
+pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
+    let lock = lock_directory(&config.directory)?;
+    let shape = SegmentShape::new(config.segment_bytes.as_u64());
+    let store = Arc::new(SledStore::new(&config.directory, shape)?);
+    let (meta, parked) = recovery::open_state(&*store)?;
+    let log = recovery::recover(&*store, &*meta, shape)?;
+    let shared = Arc::new(Shared::new(config, 0, shape, store, meta, parked, Metrics::new(), log));
+    let threads = Threads { appender: None, keeper: None, _lock: Some(lock) };
+    Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) }.status())
 }
 
 /// Opens the parked store of a log that no process has open.
-pub fn open_parked(_directory: &Path) -> Result<Arc<dyn StateDb>, OpenError> {
-    Ok(Arc::new(MemoryDb::default()))
+///
+/// # Errors
+/// [`OpenError::InUse`] while a process has it open.
+pub fn open_parked(directory: &Path) -> Result<(Arc<dyn StateDb>, File), OpenError> {
+    let lock = lock_directory(directory)?;
+    let store = SledStore::new(directory, SegmentShape::new(8 << 20))?;
+    Ok((store.state("parked")?, lock))
 }
 
-#[derive(Default)]
-struct MemoryDb(Mutex<BTreeMap<Vec<u8>, Vec<u8>>>);
+/// Ends the process when a panic strikes one of sled's own threads: their callers would wait for ever.
+pub fn exit_on_store_panic() {
+    let inner = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        inner(info);
+        if std::thread::current().name().is_some_and(|name| name.starts_with("sled-io")) {
+            tracing::error!("the log's I/O thread panicked, ending the process");
+            std::process::exit(1);
+        }
+    }));
+}
 
-impl StateDb for MemoryDb {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.0.lock().unwrap().get(key).cloned())
+fn lock_directory(directory: &Path) -> Result<File, OpenError> {
+    let error = |source| OpenError::Directory { directory: directory.to_path_buf(), source };
+    std::fs::create_dir_all(directory).map_err(error)?;
+    let lock = File::options().create(true).truncate(false).write(true).open(directory.join("lock")).map_err(error)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(std::fs::TryLockError::WouldBlock) => Err(OpenError::InUse { directory: directory.to_path_buf() }),
+        Err(std::fs::TryLockError::Error(source)) => Err(error(source)),
     }
-    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
-        self.0.lock().unwrap().insert(key.to_vec(), value.to_vec());
-        Ok(())
-    }
-    fn remove(&self, key: &[u8]) -> Result<(), StoreError> {
-        self.0.lock().unwrap().remove(key);
-        Ok(())
-    }
-    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
-        let map = self.0.lock().unwrap();
-        Ok(map.range(from.to_vec()..).take(limit).map(|(k, v)| (k.clone(), v.clone())).collect())
-    }
-    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.0.lock().unwrap().keys().next_back().cloned())
-    }
-    fn sync(&self) -> Result<(), StoreError> {
-        Ok(())
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    std::thread::Builder::new().name(name.into()).spawn(run).expect("the system has room for a thread")
+}
+
+fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread
+        && thread.join().is_err()
+    {
+        tracing::error!("a thread of the log panicked");
     }
 }

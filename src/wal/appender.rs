@@ -1,0 +1,312 @@
+//! The commit thread: takes every batch that waits, writes it, syncs once, and completes them all.
+//!
+//! There is no timer and no artificial delay: while one group is being synced, the next one gathers. Any error or panic
+//! refuses the whole group and fails the log for good, because after a failed sync nobody knows what is on disk.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::error::{AppendError, CommitError, StoreError};
+use super::log::{Segment, Shared};
+use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
+use super::store::SegmentFile;
+use crate::batch::{Batch, Sequence};
+
+/// Most bytes of one group commit, unless a single batch is larger.
+const GROUP_BYTES_MAX: usize = 4 << 20;
+
+/// Batches that wait for their commit.
+#[derive(Default)]
+pub(super) struct Queue {
+    waiting: VecDeque<Waiting>,
+    /// Request bytes waiting or being committed.
+    bytes: u64,
+    closing: bool,
+}
+
+struct Waiting {
+    batch: Batch,
+    bytes: usize,
+    done: oneshot::Sender<Result<Sequence, CommitError>>,
+}
+
+/// Resolves once the batch is durable, or will not be.
+#[derive(Debug)]
+pub struct Commit(oneshot::Receiver<Result<Sequence, CommitError>>);
+
+impl Future for Commit {
+    type Output = Result<Sequence, CommitError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        // The sender is only dropped unused when the commit thread panicked.
+        Pin::new(&mut self.0).poll(context).map(|result| result.unwrap_or(Err(CommitError::Poisoned)))
+    }
+}
+
+/// Queues a batch for the next commit.
+pub(super) fn append(shared: &Shared, batch: Batch) -> Result<Commit, AppendError> {
+    let bytes = record_bytes(&batch);
+    if shared.failed.is_cancelled() {
+        return Err(AppendError::Poisoned);
+    }
+    if shared.log().full_since.is_some() {
+        return Err(AppendError::Full);
+    }
+    let (done, commit) = oneshot::channel();
+    let mut queue = shared.queue();
+    if queue.closing {
+        return Err(AppendError::Stopping);
+    }
+    if queue.bytes + bytes as u64 > shared.queue_bytes_max {
+        return Err(AppendError::Overloaded { queued_bytes: queue.bytes, limit: shared.queue_bytes_max });
+    }
+    queue.bytes += bytes as u64;
+    queue.waiting.push_back(Waiting { batch, bytes, done });
+    if queue.waiting.len() == 1 {
+        shared.queue_changed.notify_one();
+    }
+    Ok(Commit(commit))
+}
+
+/// No more batches: the commit thread ends once the queue is empty.
+pub(super) fn close(shared: &Shared) {
+    shared.queue().closing = true;
+    shared.queue_changed.notify_all();
+}
+
+/// The segment that is being filled.
+struct Active {
+    id: u64,
+    file: Arc<dyn SegmentFile>,
+    slots_used: u32,
+    bytes_used: u64,
+}
+
+/// State of the commit thread.
+pub(super) struct Appender {
+    shared: Arc<Shared>,
+    active: Option<Active>,
+    tail: Totals,
+    body: Vec<u8>,
+    value: Vec<u8>,
+}
+
+impl Appender {
+    pub fn new(shared: Arc<Shared>) -> Appender {
+        let tail = shared.log().tail;
+        Appender { shared, active: None, tail, body: Vec::new(), value: Vec::new() }
+    }
+
+    /// Commits until the log is closed and the queue empty, or the log fails.
+    pub fn run(mut self) {
+        let shared = self.shared.clone();
+        // A panic here would leave waiters without an answer and the process without a log.
+        let _fail_on_panic = FailOnPanic(&shared);
+        while self.wait() {
+            let began = Instant::now();
+            shared.commit_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
+            self.commit_group(began);
+            shared.commit_began.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits for a batch. False: there will be none.
+    fn wait(&self) -> bool {
+        let mut queue = self.shared.queue();
+        loop {
+            if self.shared.failed.is_cancelled() {
+                refuse(queue.waiting.drain(..), &CommitError::Poisoned);
+                return false;
+            }
+            if !queue.waiting.is_empty() {
+                return true;
+            }
+            if queue.closing {
+                return false;
+            }
+            queue = self.shared.queue_changed.wait(queue).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    fn commit_group(&mut self, began: Instant) {
+        let mut chunks = self.take_group();
+        if chunks.is_empty() {
+            // What waits does not fit into the active segment.
+            if let Err(error) = self.rotate() {
+                self.refuse_waiting(&error);
+                return;
+            }
+            chunks = self.take_group();
+        }
+        match self.write(&chunks) {
+            Ok(tail) => self.publish(chunks, tail, began),
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "commit failed, the log takes no more batches"
+                );
+                self.shared.fail();
+                let waiting = chunks.into_iter().flatten();
+                refuse(waiting, &CommitError::Poisoned);
+            }
+        }
+    }
+
+    /// Takes what waits, as chunks, as far as it fits into the active segment.
+    fn take_group(&mut self) -> Vec<Vec<Waiting>> {
+        let shape = &self.shared.shape;
+        let Some(active) = &self.active else { return Vec::new() };
+        let mut slots_left = shape.slots - active.slots_used;
+        let mut bytes_left = shape.bytes_max.saturating_sub(active.bytes_used);
+        let body_bytes_max = shape.value_bytes_max - HEADER_BYTES;
+        let (mut chunks, mut group_bytes, mut body_bytes) = (Vec::<Vec<Waiting>>::new(), 0, usize::MAX);
+        let mut queue = self.shared.queue();
+        while let Some(waiting) = queue.waiting.front() {
+            let bytes = waiting.bytes;
+            let joins = body_bytes.saturating_add(bytes) <= body_bytes_max;
+            let slots = if joins { 0 } else { parts(bytes, body_bytes_max) };
+            let disk_bytes = (bytes + slots as usize * HEADER_BYTES) as u64;
+            let too_much = group_bytes > 0 && group_bytes + bytes > GROUP_BYTES_MAX;
+            if too_much || slots > slots_left || disk_bytes > bytes_left {
+                break;
+            }
+            (slots_left, bytes_left, group_bytes) = (slots_left - slots, bytes_left - disk_bytes, group_bytes + bytes);
+            let waiting = queue.waiting.pop_front().expect("it was at the front");
+            if joins {
+                body_bytes += bytes;
+                chunks.last_mut().expect("a chunk was begun").push(waiting);
+            } else {
+                body_bytes = if slots == 1 { bytes } else { usize::MAX };
+                chunks.push(vec![waiting]);
+            }
+        }
+        chunks
+    }
+
+    /// Writes the chunks and makes them durable. Returns the totals after them.
+    fn write(&mut self, chunks: &[Vec<Waiting>]) -> Result<Totals, StoreError> {
+        let active = self.active.as_mut().expect("take_group found room in it");
+        let body_bytes_max = self.shared.shape.value_bytes_max - HEADER_BYTES;
+        let mut tail = self.tail;
+        for chunk in chunks {
+            let before = tail;
+            self.body.clear();
+            for waiting in chunk {
+                encode_record(&waiting.batch, &mut self.body);
+                tail = tail.after(&waiting.batch);
+            }
+            let parts = parts(self.body.len(), body_bytes_max) as u16;
+            let records = chunk.len() as u32;
+            for (part, body) in (0..parts).zip(self.body.chunks(body_bytes_max)) {
+                encode_chunk(&ChunkHeader { before, records, part, parts }, body, &mut self.value);
+                active.file.write(active.slots_used, &self.value)?;
+                active.slots_used += 1;
+                active.bytes_used += self.value.len() as u64;
+            }
+        }
+        active.file.sync()?;
+        self.body.shrink_to(1 << 20);
+        Ok(tail)
+    }
+
+    /// Everything in `chunks` is durable: lets the reader see it, and tells who waits.
+    fn publish(&mut self, chunks: Vec<Vec<Waiting>>, tail: Totals, began: Instant) {
+        let before = std::mem::replace(&mut self.tail, tail);
+        let active = self.active.as_ref().expect("it was just written");
+        let received_at_ms = chunks[0][0].batch.received_at_ms;
+        {
+            let mut log = self.shared.log();
+            if log.pending().sequence == 0 {
+                log.received.clear();
+                log.note_received(before.sequence, received_at_ms);
+            }
+            log.tail = tail;
+            log.active = Some((active.id, active.slots_used));
+        }
+        self.shared.log_changed.notify_all();
+        let mut bytes = 0;
+        let mut sequence = before.sequence;
+        for waiting in chunks.into_iter().flatten() {
+            bytes += waiting.bytes as u64;
+            // The client may be gone; its batch is durable all the same.
+            let _ = waiting.done.send(Ok(Sequence(sequence)));
+            sequence += 1;
+        }
+        self.shared.queue().bytes -= bytes;
+        let metrics = &self.shared.metrics.wal;
+        metrics.committed_batches.increment(tail.sequence - before.sequence);
+        metrics.committed_events.increment(tail.events - before.events);
+        metrics.committed_bytes.increment(tail.bytes - before.bytes);
+        metrics.commit_group_batches.record((tail.sequence - before.sequence) as f64);
+        metrics.commit_duration.record(began.elapsed());
+    }
+
+    /// Seals the active segment and takes a prepared one, waiting for it if need be.
+    fn rotate(&mut self) -> Result<(), CommitError> {
+        let mut log = self.shared.log();
+        if let Some(sealed) = self.active.take() {
+            log.active = None;
+            log.segments.entry(sealed.id).or_default().end = Some(self.tail);
+            log.leave_delivered_segments();
+        }
+        loop {
+            if self.shared.failed.is_cancelled() {
+                return Err(CommitError::Poisoned);
+            }
+            if let Some((id, file)) = log.spares.pop_front() {
+                self.shared.pool.insert(id, file.clone());
+                let disk_bytes = self.shared.shape.reserved_bytes;
+                log.segments.insert(id, Segment { disk_bytes, ..Segment::default() });
+                log.active = Some((id, 0));
+                self.active = Some(Active { id, file, slots_used: 0, bytes_used: 0 });
+                self.shared.log_changed.notify_all();
+                return Ok(());
+            }
+            if log.space_short {
+                if log.full_since.is_none() {
+                    let (used, free) = (log.disk_bytes(&self.shared.shape), log.space.free_bytes);
+                    tracing::warn!(disk_bytes = used, free_bytes = free, "log full, refusing batches");
+                    log.full_since = Some(Instant::now());
+                }
+                return Err(CommitError::Full);
+            }
+            log = self.shared.log_changed.wait(log).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    fn refuse_waiting(&self, error: &CommitError) {
+        let mut queue = self.shared.queue();
+        let waiting: Vec<_> = queue.waiting.drain(..).collect();
+        queue.bytes -= waiting.iter().map(|waiting| waiting.bytes as u64).sum::<u64>();
+        drop(queue);
+        refuse(waiting, error);
+    }
+}
+
+fn refuse(waiting: impl IntoIterator<Item = Waiting>, error: &CommitError) {
+    for waiting in waiting {
+        let _ = waiting.done.send(Err(error.clone()));
+    }
+}
+
+/// Slots that a body of `bytes` takes.
+fn parts(bytes: usize, body_bytes_max: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(body_bytes_max)).expect("a batch is limited to 16 MiB")
+}
+
+struct FailOnPanic<'a>(&'a Shared);
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail();
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The durable cursor: the first undelivered record, and how far the log reached when it was saved.
+//!
+//! It may be stale (up to a second, or more if the disk fails): delivered records are then delivered again. The saved
+//! tail is a high-water mark: if the log ends before it, committed records are missing, and sequences go on after it.
+//!
+//! ```text
+//! version u8 │ segment u64 │ slot u32 │ cursor: sequence, events, bytes u64 │ tail: sequence, events, bytes u64 │ crc32c u32
+//! ```
+
+use bytes::{Buf, BufMut};
+
+use super::error::StoreError;
+use super::log::Position;
+use super::record::Totals;
+use super::store::StateDb;
+
+const KEY: &[u8] = b"cursor";
+const VERSION: u8 = 1;
+const BYTES: usize = 1 + 8 + 4 + 24 + 24 + 4;
+
+/// Saves the cursor and the tail. Durable on return.
+pub(super) fn save(meta: &dyn StateDb, cursor: Position, tail: Totals) -> Result<(), StoreError> {
+    let mut value = Vec::with_capacity(BYTES);
+    value.put_u8(VERSION);
+    value.put_u64_le(cursor.segment);
+    value.put_u32_le(cursor.slot);
+    for totals in [cursor.totals, tail] {
+        value.put_u64_le(totals.sequence);
+        value.put_u64_le(totals.events);
+        value.put_u64_le(totals.bytes);
+    }
+    value.put_u32_le(crc(&value));
+    meta.put(KEY, &value)?;
+    meta.sync()
+}
+
+/// The saved cursor and tail; none in a new log, or when what is there is not right.
+pub(super) fn load(meta: &dyn StateDb) -> Result<Option<(Position, Totals)>, StoreError> {
+    let Some(value) = meta.get(KEY)? else { return Ok(None) };
+    let decoded = decode(&value);
+    if decoded.is_none() {
+        tracing::warn!("the saved cursor is damaged; everything still in the log is delivered again");
+    }
+    Ok(decoded)
+}
+
+fn decode(value: &[u8]) -> Option<(Position, Totals)> {
+    if value.len() != BYTES || value[0] != VERSION {
+        return None;
+    }
+    let (covered, mut checksum) = value.split_at(BYTES - 4);
+    if checksum.get_u32_le() != crc(covered) {
+        return None;
+    }
+    let mut rest = &covered[1..];
+    let (segment, slot) = (rest.get_u64_le(), rest.get_u32_le());
+    let mut totals = || Totals { sequence: rest.get_u64_le(), events: rest.get_u64_le(), bytes: rest.get_u64_le() };
+    let (cursor, tail) = (totals(), totals());
+    Some((Position { segment, slot, totals: cursor }, tail))
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::memory::MemoryStore;
+    use crate::wal::store::Store;
+
+    #[test]
+    fn a_damaged_cursor_is_not_believed() {
+        let meta = MemoryStore::default().state("meta").unwrap();
+        let meta = &*meta;
+        let cursor = Position { segment: 3, slot: 4, totals: Totals { sequence: 5, events: 6, bytes: 7 } };
+        let tail = Totals { sequence: 8, events: 9, bytes: 10 };
+        assert_eq!(load(meta).unwrap(), None);
+        save(meta, cursor, tail).unwrap();
+        assert_eq!(load(meta).unwrap(), Some((cursor, tail)));
+        let good = meta.get(KEY).unwrap().unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            meta.put(KEY, &bad).unwrap();
+            assert_eq!(load(meta).unwrap(), None, "byte {at}");
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! The keeper thread: prepares spare segments, saves the cursor, removes what was delivered, watches the disk.
+//!
+//! All of it is off the commit path. A segment is removed as a whole, and only once the cursor that has left it is
+//! durable: a stale cursor costs duplicates, never loss.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cursor;
+use super::error::StoreError;
+use super::log::Shared;
+
+/// Prepared segments to hold, so that the commit thread need not wait for one.
+const SPARES: usize = 2;
+/// How often the cursor is saved while it moves, and the disk is measured.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// State of the keeper thread.
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+    /// The tail as saved with the cursor.
+    saved_tail: u64,
+    last_pass: Option<Instant>,
+    last_error: Option<String>,
+}
+
+impl Keeper {
+    pub fn new(shared: Arc<Shared>) -> Keeper {
+        Keeper { shared, saved_tail: 0, last_pass: None, last_error: None }
+    }
+
+    /// Keeps the log until it is closed.
+    pub fn run(mut self) {
+        while !self.wait() {
+            let result = self.pass();
+            self.report(result);
+        }
+        // The cursor is saved last: nothing moves it any more.
+        let result = self.save_cursor().and_then(|()| self.trim());
+        self.report(result);
+    }
+
+    /// Waits until there is something to do. True: the log is closed.
+    fn wait(&self) -> bool {
+        let mut log = self.shared.log();
+        loop {
+            if log.closing || self.shared.failed.is_cancelled() {
+                return true;
+            }
+            let due = self.last_pass.map_or(Duration::ZERO, |last| INTERVAL.saturating_sub(last.elapsed()));
+            let urgent = (log.spares.len() < SPARES && !log.space_short)
+                || (log.cursor.segment > log.saved_cursor.segment
+                    && log.segments.range(..log.cursor.segment).next().is_some());
+            // After an error the next try waits for its time.
+            if due.is_zero() || (urgent && self.last_error.is_none()) {
+                return false;
+            }
+            let waited = self.shared.log_changed.wait_timeout(log, due);
+            log = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
+        }
+    }
+
+    fn pass(&mut self) -> Result<(), StoreError> {
+        self.last_pass = Some(Instant::now());
+        // The active segment's successor comes first: commits may wait for it.
+        let prepared = self.prepare_spares();
+        self.seal()?;
+        self.save_cursor()?;
+        self.trim()?;
+        self.shared.pool.close_unused();
+        let space = self.shared.store.space()?;
+        self.shared.log().space = space;
+        prepared
+    }
+
+    fn prepare_spares(&self) -> Result<(), StoreError> {
+        loop {
+            let (id, enough) = {
+                let log = self.shared.log();
+                if log.spares.len() >= SPARES {
+                    return Ok(());
+                }
+                let needed = self.shared.shape.reserved_bytes;
+                let within_budget =
+                    log.disk_bytes(&self.shared.shape) + needed <= self.shared.config.bytes_max.as_u64();
+                let free = log.space.free_bytes.saturating_sub(needed) >= self.shared.config.free_bytes_min.as_u64();
+                (log.next_segment, within_budget && free)
+            };
+            if !enough {
+                return self.space_is_short();
+            }
+            match self.shared.store.prepare(id) {
+                Ok(file) => {
+                    let mut log = self.shared.log();
+                    log.next_segment = id + 1;
+                    log.spares.push_back((id, file));
+                    log.space_short = false;
+                    if let Some(since) = log.full_since.take() {
+                        tracing::info!(full_for = ?since.elapsed(), "log free again, accepting batches");
+                    }
+                }
+                Err(error) if error.is_full() => return self.space_is_short(),
+                Err(error) => {
+                    if self.shared.log().spares.is_empty() {
+                        // Commits would wait for a segment that never comes.
+                        self.shared.fail();
+                    }
+                    return Err(error);
+                }
+            }
+            self.shared.log_changed.notify_all();
+            let space = self.shared.store.space()?;
+            self.shared.log().space = space;
+        }
+    }
+
+    fn space_is_short(&self) -> Result<(), StoreError> {
+        self.shared.log().space_short = true;
+        self.shared.log_changed.notify_all();
+        Ok(())
+    }
+
+    /// Gives back the disk reserved for segments that take no more records.
+    fn seal(&self) -> Result<(), StoreError> {
+        let unsealed: Vec<u64> = {
+            let log = self.shared.log();
+            let active = log.active.map(|(id, _)| id);
+            let unsealed = log.segments.iter().filter(|(id, segment)| !segment.sealed && Some(**id) != active);
+            unsealed.map(|(id, _)| *id).collect()
+        };
+        for id in unsealed {
+            self.shared.pool.get(id)?.seal()?;
+            let disk_bytes = self.shared.store.segment_bytes(id)?;
+            if let Some(segment) = self.shared.log().segments.get_mut(&id) {
+                (segment.disk_bytes, segment.sealed) = (disk_bytes, true);
+            }
+        }
+        Ok(())
+    }
+
+    fn save_cursor(&mut self) -> Result<(), StoreError> {
+        let (cursor, tail, saved) = {
+            let log = self.shared.log();
+            (log.cursor, log.tail, log.saved_cursor)
+        };
+        if cursor == saved && tail.sequence == self.saved_tail {
+            return Ok(());
+        }
+        cursor::save(&*self.shared.meta, cursor, tail)?;
+        self.saved_tail = tail.sequence;
+        self.shared.log().saved_cursor = cursor;
+        Ok(())
+    }
+
+    /// Removes the segments before the saved cursor.
+    fn trim(&self) -> Result<(), StoreError> {
+        loop {
+            let first = {
+                let log = self.shared.log();
+                log.segments.range(..log.saved_cursor.segment).next().map(|(id, segment)| (*id, *segment))
+            };
+            let Some((id, segment)) = first else { return Ok(()) };
+            self.shared.pool.close_unused();
+            if segment.damaged {
+                self.shared.store.quarantine(id)?;
+                tracing::error!(segment = id, "damaged segment set aside");
+            } else {
+                self.shared.store.remove(id)?;
+                tracing::debug!(segment = id, disk_bytes = segment.disk_bytes, "segment trimmed");
+            }
+            let mut log = self.shared.log();
+            log.segments.remove(&id);
+            // There may be room for another spare now.
+            log.space_short = false;
+            drop(log);
+            let space = self.shared.store.space()?;
+            self.shared.log().space = space;
+        }
+    }
+
+    /// Logs a failure once, and its end. A failing keeper costs disk and, in the end, refused batches.
+    fn report(&mut self, result: Result<(), StoreError>) {
+        let error = result.err().map(|error| {
+            let cause = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+            format!("{error}{cause}")
+        });
+        match (&error, &self.last_error) {
+            (Some(error), last) if last.as_ref() != Some(error) => {
+                tracing::error!(%error, "log housekeeping failed, trying again");
+            }
+            (None, Some(_)) => tracing::info!("log housekeeping works again"),
+            _ => {}
+        }
+        self.last_error = error;
+    }
+}

@@ -1,0 +1,247 @@
+//! What the log's threads share: where it begins and ends, which segments there are, and which of them are open.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio_util::sync::CancellationToken;
+
+use super::appender::Queue;
+use super::error::StoreError;
+use super::record::Totals;
+use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
+use crate::config::WalConfig;
+use crate::metrics::Metrics;
+
+/// A place in the log: what [`super::Wal::deliver`] takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// The segment, or a later one if it is gone.
+    pub(super) segment: u64,
+    /// Slot of the chunk that holds the record at this place.
+    pub(super) slot: u32,
+    /// Totals before this place.
+    pub(super) totals: Totals,
+}
+
+/// One segment that holds records.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Segment {
+    /// Totals after its last record, once known: a segment from before the last start is only known when read through.
+    pub end: Option<Totals>,
+    /// Disk it takes.
+    pub disk_bytes: u64,
+    /// A reader met damage in it: it is kept aside instead of removed.
+    pub damaged: bool,
+    /// It takes no more records, and the disk reserved for it was given back.
+    pub sealed: bool,
+}
+
+/// The state of the log, under one lock that is never held across I/O.
+pub(super) struct Log {
+    /// Segments with records, by id.
+    pub segments: BTreeMap<u64, Segment>,
+    /// The one that is being filled, and how many of its slots are.
+    pub active: Option<(u64, u32)>,
+    /// Prepared segments, in the order of their ids.
+    pub spares: VecDeque<(u64, Arc<dyn SegmentFile>)>,
+    /// Id of the next segment to prepare.
+    pub next_segment: u64,
+    /// Totals of everything committed.
+    pub tail: Totals,
+    /// The first record not yet delivered.
+    pub cursor: Position,
+    /// The cursor as it is on disk: segments before it may go.
+    pub saved_cursor: Position,
+    /// When chunks not yet delivered were received: (first sequence, ms since the epoch), ascending.
+    pub received: VecDeque<(u64, u64)>,
+    /// No space to prepare another segment.
+    pub space_short: bool,
+    /// Since when batches are refused for lack of space.
+    pub full_since: Option<Instant>,
+    /// Space as last measured.
+    pub space: Space,
+    /// A waiting reader shall return.
+    pub reader_woken: bool,
+    /// The keeper shall save the cursor and end.
+    pub closing: bool,
+}
+
+impl Log {
+    /// Events, bytes and records committed and not yet delivered.
+    pub fn pending(&self) -> Totals {
+        Totals {
+            sequence: self.tail.sequence.saturating_sub(self.cursor.totals.sequence),
+            events: self.tail.events.saturating_sub(self.cursor.totals.events),
+            bytes: self.tail.bytes.saturating_sub(self.cursor.totals.bytes),
+        }
+    }
+
+    /// Moves the cursor forward to `position`.
+    pub fn deliver(&mut self, position: Position) {
+        if position.totals.sequence < self.cursor.totals.sequence {
+            return;
+        }
+        self.cursor = position;
+        self.leave_delivered_segments();
+        while self.received.get(1).is_some_and(|(sequence, _)| *sequence <= self.cursor.totals.sequence) {
+            self.received.pop_front();
+        }
+    }
+
+    /// A cursor at the end of a segment that takes no more records belongs to the next one.
+    pub fn leave_delivered_segments(&mut self) {
+        while let Some((id, segment)) = self.segments.range(self.cursor.segment..).next() {
+            let is_active = self.active.is_some_and(|(active, _)| active == *id);
+            let left = segment.end.is_some_and(|end| end.sequence <= self.cursor.totals.sequence);
+            if is_active || !left {
+                return;
+            }
+            (self.cursor.segment, self.cursor.slot) = (*id + 1, 0);
+        }
+    }
+
+    /// Notes when the records from `sequence` on were received.
+    pub fn note_received(&mut self, sequence: u64, received_at_ms: u64) {
+        if self.received.back().is_none_or(|(last, _)| *last < sequence) {
+            self.received.push_back((sequence, received_at_ms));
+        }
+    }
+
+    /// When the oldest pending record was received, to within a chunk.
+    pub fn oldest_received_at_ms(&self) -> Option<u64> {
+        if self.pending().sequence == 0 { None } else { self.received.front().map(|(_, at)| *at) }
+    }
+
+    /// Disk taken by the log: what is reserved counts as taken.
+    pub fn disk_bytes(&self, shape: &SegmentShape) -> u64 {
+        let segments: u64 = self.segments.values().map(|segment| segment.disk_bytes).sum();
+        segments + self.spares.len() as u64 * shape.reserved_bytes + self.space.other_bytes
+    }
+}
+
+/// Everything that the appender, the keeper and the reader share.
+pub(super) struct Shared {
+    pub config: WalConfig,
+    pub queue_bytes_max: u64,
+    pub shape: SegmentShape,
+    pub store: Arc<dyn Store>,
+    pub meta: Arc<dyn StateDb>,
+    pub parked: Arc<dyn StateDb>,
+    pub metrics: Arc<Metrics>,
+    pub pool: Pool,
+    pub queue: Mutex<Queue>,
+    pub queue_changed: Condvar,
+    log: Mutex<Log>,
+    /// Any change of [`Log`] that another thread may wait for.
+    pub log_changed: Condvar,
+    /// Cancelled when the log failed: nothing is acked any more, the process must end.
+    pub failed: CancellationToken,
+    /// When the commit under way began, ms since [`Shared::started`], plus 1; 0 while none is.
+    pub commit_began: AtomicU64,
+    pub started: Instant,
+}
+
+impl Shared {
+    #[allow(clippy::too_many_arguments, reason = "made once, by recovery")]
+    pub fn new(
+        config: &WalConfig,
+        queue_bytes_max: u64,
+        shape: SegmentShape,
+        store: Arc<dyn Store>,
+        meta: Arc<dyn StateDb>,
+        parked: Arc<dyn StateDb>,
+        metrics: Arc<Metrics>,
+        log: Log,
+    ) -> Shared {
+        Shared {
+            config: config.clone(),
+            queue_bytes_max,
+            shape,
+            pool: Pool::new(store.clone()),
+            store,
+            meta,
+            parked,
+            metrics,
+            queue: Mutex::default(),
+            queue_changed: Condvar::new(),
+            log: Mutex::new(log),
+            log_changed: Condvar::new(),
+            failed: CancellationToken::new(),
+            commit_began: AtomicU64::new(0),
+            started: Instant::now(),
+        }
+    }
+
+    /// The log's state.
+    pub fn log(&self) -> MutexGuard<'_, Log> {
+        // A panic elsewhere fails the log as a whole (see `fail`), so the state itself stays usable for reading.
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The batches that wait for their commit.
+    pub fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends acking for good. Wakes everybody.
+    pub fn fail(&self) {
+        self.failed.cancel();
+        // The locks are taken so that nobody is between its check and its wait.
+        drop(self.queue());
+        drop(self.log());
+        self.queue_changed.notify_all();
+        self.log_changed.notify_all();
+    }
+
+    /// For how long the commit under way has run.
+    pub fn commit_busy_ms(&self) -> u64 {
+        match self.commit_began.load(Ordering::Relaxed) {
+            0 => 0,
+            began => self.elapsed_ms().saturating_sub(began - 1),
+        }
+    }
+
+    /// Milliseconds since the log was opened.
+    pub fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// The open segments: at most one handle each, because sled locks its file.
+pub(super) struct Pool {
+    store: Arc<dyn Store>,
+    open: Mutex<HashMap<u64, Arc<dyn SegmentFile>>>,
+}
+
+impl Pool {
+    fn new(store: Arc<dyn Store>) -> Pool {
+        Pool { store, open: Mutex::default() }
+    }
+
+    /// The segment's handle, opened if it is not.
+    pub fn get(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let mut open = self.open();
+        if let Some(file) = open.get(&id) {
+            return Ok(file.clone());
+        }
+        let file = self.store.open(id)?;
+        open.insert(id, file.clone());
+        Ok(file)
+    }
+
+    /// Adds a handle made elsewhere.
+    pub fn insert(&self, id: u64, file: Arc<dyn SegmentFile>) {
+        self.open().insert(id, file);
+    }
+
+    /// Closes every segment that nobody holds. The lock is held meanwhile, so that nobody opens one half closed.
+    pub fn close_unused(&self) {
+        self.open().retain(|_, file| Arc::strong_count(file) > 1);
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<dyn SegmentFile>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

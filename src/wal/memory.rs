@@ -1,0 +1,242 @@
+//! A store in memory that loses what was not synced, fails and fills up on command: for tests of the log's logic.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use super::error::StoreError;
+use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
+
+/// What survives a crash, and what might.
+#[derive(Default)]
+struct Disk {
+    segments: BTreeMap<u64, Slots>,
+    quarantined: Vec<u64>,
+    states: BTreeMap<String, State>,
+    faults: Faults,
+}
+
+#[derive(Default)]
+struct Slots {
+    synced: BTreeMap<u32, Bytes>,
+    unsynced: BTreeMap<u32, Bytes>,
+}
+
+#[derive(Default, Clone)]
+struct State {
+    synced: BTreeMap<Vec<u8>, Vec<u8>>,
+    now: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// What goes wrong from now on.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Faults {
+    /// Segments that the disk has room for.
+    pub segments_max: Option<usize>,
+    /// Syncs of segments fail.
+    pub sync_fails: bool,
+    /// Every sync from this count on never happened: the power went. Counts down.
+    pub power_after_syncs: Option<u64>,
+}
+
+/// The store. Clones share one disk.
+#[derive(Clone, Default)]
+pub(super) struct MemoryStore(Arc<Mutex<Disk>>);
+
+impl MemoryStore {
+    fn disk(&self) -> MutexGuard<'_, Disk> {
+        self.0.lock().unwrap()
+    }
+
+    /// Sets what goes wrong from now on.
+    pub fn set_faults(&self, faults: Faults) {
+        self.disk().faults = faults;
+    }
+
+    /// The disk after a power cut now: of what was not synced, each write is kept or lost at random.
+    pub fn after_power_cut(&self, rng: &mut StdRng) -> MemoryStore {
+        let disk = self.disk();
+        let mut after = Disk { quarantined: disk.quarantined.clone(), ..Disk::default() };
+        for (id, slots) in &disk.segments {
+            let mut synced = slots.synced.clone();
+            for (slot, value) in &slots.unsynced {
+                if rng.random() {
+                    synced.insert(*slot, value.clone());
+                }
+            }
+            after.segments.insert(*id, Slots { synced, unsynced: BTreeMap::new() });
+        }
+        for (name, state) in &disk.states {
+            let kept = if rng.random() { &state.now } else { &state.synced };
+            after.states.insert(name.clone(), State { synced: kept.clone(), now: kept.clone() });
+        }
+        MemoryStore(Arc::new(Mutex::new(after)))
+    }
+
+    /// Changes the value of a slot behind the log's back.
+    pub fn damage(&self, id: u64, slot: u32, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut disk = self.disk();
+        let synced = &mut disk.segments.get_mut(&id).unwrap().synced;
+        let mut value = synced.get(&slot).map(|value| value.to_vec()).unwrap_or_default();
+        change(&mut value);
+        synced.insert(slot, value.into());
+    }
+
+    /// Ids of the segments set aside.
+    pub fn quarantined(&self) -> Vec<u64> {
+        self.disk().quarantined.clone()
+    }
+
+    /// Loses the content of a small map.
+    pub fn forget_state(&self, name: &str) {
+        self.disk().states.remove(name);
+    }
+
+    /// Runs a sync, unless it fails or the power is off.
+    fn sync(&self, operation: &'static str, sync: impl FnOnce(&mut Disk)) -> Result<(), StoreError> {
+        let mut disk = self.disk();
+        if disk.faults.sync_fails {
+            return Err(StoreError::io(operation)(std::io::Error::from_raw_os_error(libc::EIO)));
+        }
+        match &mut disk.faults.power_after_syncs {
+            Some(0) => return Err(StoreError::io(operation)(std::io::Error::other("the power is off"))),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        sync(&mut disk);
+        Ok(())
+    }
+}
+
+impl Store for MemoryStore {
+    fn segments(&self) -> Result<Vec<u64>, StoreError> {
+        Ok(self.disk().segments.keys().copied().collect())
+    }
+
+    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let disk = self.disk();
+        if disk.faults.segments_max.is_some_and(|max| disk.segments.len() >= max) {
+            return Err(StoreError::io("prepare segment")(std::io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
+        drop(disk);
+        self.sync("prepare segment", |disk| {
+            disk.segments.insert(id, Slots::default());
+        })?;
+        self.open(id)
+    }
+
+    fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        Ok(Arc::new(MemorySegment { store: self.clone(), id }))
+    }
+
+    fn remove(&self, id: u64) -> Result<(), StoreError> {
+        self.sync("remove segment", |disk| {
+            disk.segments.remove(&id);
+        })
+    }
+
+    fn quarantine(&self, id: u64) -> Result<(), StoreError> {
+        self.sync("quarantine segment", |disk| {
+            disk.segments.remove(&id);
+            disk.quarantined.push(id);
+        })
+    }
+
+    fn segment_bytes(&self, _id: u64) -> Result<u64, StoreError> {
+        Ok(1)
+    }
+
+    fn space(&self) -> Result<Space, StoreError> {
+        let quarantined_segments = self.disk().quarantined.len() as u64;
+        Ok(Space { other_bytes: 0, quarantined_segments, free_bytes: u64::MAX })
+    }
+
+    fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
+        self.disk().states.entry(name.into()).or_default();
+        Ok(Arc::new(MemoryState { store: self.clone(), name: name.into() }))
+    }
+}
+
+struct MemorySegment {
+    store: MemoryStore,
+    id: u64,
+}
+
+impl SegmentFile for MemorySegment {
+    fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
+        let mut disk = self.store.disk();
+        let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
+        slots.unsynced.insert(slot, Bytes::copy_from_slice(value));
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.store.sync("sync segment", |disk| {
+            let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
+            slots.synced.append(&mut slots.unsynced);
+        })
+    }
+
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
+        let disk = self.store.disk();
+        let slots = &disk.segments[&self.id];
+        Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
+    }
+
+    fn seal(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+struct MemoryState {
+    store: MemoryStore,
+    name: String,
+}
+
+impl MemoryState {
+    fn with<T>(&self, call: impl FnOnce(&mut State) -> T) -> T {
+        call(self.store.disk().states.entry(self.name.clone()).or_default())
+    }
+}
+
+impl StateDb for MemoryState {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.with(|state| state.now.get(key).cloned()))
+    }
+
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.with(|state| state.now.insert(key.to_vec(), value.to_vec()));
+        Ok(())
+    }
+
+    fn remove(&self, key: &[u8]) -> Result<(), StoreError> {
+        self.with(|state| state.now.remove(key));
+        Ok(())
+    }
+
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+        Ok(self.with(|state| {
+            let range = state.now.range(from.to_vec()..).take(limit);
+            range.map(|(key, value)| (key.clone(), value.clone())).collect()
+        }))
+    }
+
+    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.with(|state| state.now.keys().next_back().cloned()))
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.store.sync("sync state", |disk| {
+            let state = disk.states.get_mut(&self.name).expect("it was opened");
+            state.synced = state.now.clone();
+        })
+    }
+}
+
+/// A small shape, so that tests meet every boundary.
+pub(super) fn small_shape() -> SegmentShape {
+    SegmentShape { bytes_max: 4096, slots: 12, value_bytes_max: 512, sled_segment_bytes: 1 << 20, reserved_bytes: 4096 }
+}

@@ -1,0 +1,326 @@
+//! Reads the log in order, from the cursor.
+//!
+//! The reader trusts no byte: every chunk must match its checksum and begin where the one before it ended. Where one does
+//! not, the totals in the next good chunk say exactly which sequences and how many events are missing; that is logged,
+//! counted as dropped for damage, and reading goes on. A segment that will not open is set aside, one with damage when it
+//! is trimmed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::error::{ReadError, StoreError};
+use super::log::{Position, Shared};
+use super::record::{ChunkError, ChunkHeader, Totals, decode_chunk, decode_record};
+use super::store::SegmentFile;
+use crate::batch::{Batch, Sequence};
+
+/// One batch, read back from the log.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// Its place in the order of the log.
+    pub sequence: Sequence,
+    /// The batch, as it was admitted.
+    pub batch: Batch,
+    /// The place after it: what [`super::Wal::deliver`] takes once every event of it is delivered or parked.
+    pub end: Position,
+}
+
+/// Reads the log in order. Blocks on the disk: for a thread of its own.
+pub struct Reader {
+    shared: Arc<Shared>,
+    at: Position,
+    open: Option<(u64, Arc<dyn SegmentFile>)>,
+    chunk: Option<Chunk>,
+}
+
+/// What is left of the chunk that is being read.
+struct Chunk {
+    body: Bytes,
+    records_left: u32,
+    /// The slot after the chunk.
+    next_slot: u32,
+}
+
+/// What a slot holds.
+enum Slot {
+    Empty,
+    Chunk { header: ChunkHeader, body: Bytes, next_slot: u32 },
+    Damaged(String),
+}
+
+impl Reader {
+    pub(super) fn new(shared: Arc<Shared>) -> Reader {
+        let at = shared.log().cursor;
+        Reader { shared, at, open: None, chunk: None }
+    }
+
+    /// The next committed record, or none at the end of the log.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the disk fails in a way that may pass. The reader stays where it is: call again later.
+    pub fn next(&mut self) -> Result<Option<Record>, ReadError> {
+        loop {
+            if let Some(record) = self.next_in_chunk() {
+                return Ok(Some(record));
+            }
+            let found =
+                self.load_chunk().map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source });
+            if !found? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits until there is a next record, [`super::Wal::wake_reader`] is called, or `timeout` has passed.
+    pub fn wait(&self, timeout: Duration) {
+        let log = self.shared.log();
+        let idle = |log: &mut super::log::Log| log.tail.sequence <= self.at.totals.sequence && !log.reader_woken;
+        let waited = self.shared.log_changed.wait_timeout_while(log, timeout, idle);
+        waited.unwrap_or_else(std::sync::PoisonError::into_inner).0.reader_woken = false;
+    }
+
+    /// Goes back to the cursor, to read again what was not delivered.
+    pub fn rewind(&mut self) {
+        self.chunk = None;
+        self.at = self.shared.log().cursor;
+    }
+
+    fn next_in_chunk(&mut self) -> Option<Record> {
+        let chunk = self.chunk.as_mut()?;
+        match decode_record(&mut chunk.body) {
+            Ok(batch) => {
+                let sequence = Sequence(self.at.totals.sequence);
+                self.at.totals = self.at.totals.after(&batch);
+                chunk.records_left -= 1;
+                if chunk.records_left == 0 {
+                    self.at.slot = chunk.next_slot;
+                    self.chunk = None;
+                }
+                Some(Record { sequence, batch, end: self.at })
+            }
+            Err(error) => {
+                // The checksum was right, so this was written wrong. What is left of the chunk shows as missing.
+                self.at.slot = chunk.next_slot;
+                self.chunk = None;
+                self.report_damage(self.at.segment, self.at.slot - 1, &error.to_string());
+                None
+            }
+        }
+    }
+
+    /// Finds the chunk that holds the record at `self.at`. False: there is none yet.
+    fn load_chunk(&mut self) -> Result<bool, StoreError> {
+        loop {
+            let (tail, next, active) = {
+                let log = self.shared.log();
+                (
+                    log.tail,
+                    log.segments.range(self.at.segment..).next().map(|(id, segment)| (*id, *segment)),
+                    log.active,
+                )
+            };
+            if self.at.totals.sequence >= tail.sequence {
+                return Ok(false);
+            }
+            let Some((id, segment)) = next else {
+                // Everything that was committed and is not here is gone.
+                self.lose_until(tail);
+                return Ok(false);
+            };
+            if id != self.at.segment {
+                (self.at.segment, self.at.slot) = (id, 0);
+            }
+            let Some(file) = self.open(id)? else { continue };
+            let active_slots = active.filter(|(active, _)| *active == id).map(|(_, slots)| slots);
+            let slots = active_slots.unwrap_or(self.shared.shape.slots);
+            if self.find_chunk(&*file, slots)? {
+                return Ok(true);
+            }
+            match active_slots {
+                Some(_) => self.lose_until(tail),
+                None => self.leave(id, segment.end),
+            }
+        }
+    }
+
+    /// The handle of segment `id`; none if it had to be set aside.
+    fn open(&mut self, id: u64) -> Result<Option<Arc<dyn SegmentFile>>, StoreError> {
+        if let Some((open, file)) = &self.open
+            && *open == id
+        {
+            return Ok(Some(file.clone()));
+        }
+        self.open = None;
+        self.shared.pool.close_unused();
+        match self.shared.pool.get(id) {
+            Ok(file) => {
+                self.open = Some((id, file.clone()));
+                Ok(Some(file))
+            }
+            Err(error @ StoreError::Io { .. }) => Err(error),
+            Err(error) => {
+                self.shared.store.quarantine(id)?;
+                tracing::error!(segment = id, %error, "segment does not open, set aside");
+                let mut log = self.shared.log();
+                log.segments.remove(&id);
+                log.leave_delivered_segments();
+                Ok(None)
+            }
+        }
+    }
+
+    /// Goes through the slots from `self.at` on until one holds records not read yet.
+    fn find_chunk(&mut self, file: &dyn SegmentFile, slots: u32) -> Result<bool, StoreError> {
+        while self.at.slot < slots {
+            match read_slot(file, self.at.slot, slots)? {
+                Slot::Empty => self.at.slot += 1,
+                Slot::Damaged(reason) => {
+                    self.report_damage(self.at.segment, self.at.slot, &reason);
+                    self.at.slot += 1;
+                }
+                Slot::Chunk { header, body, next_slot } => {
+                    let end = header.before.sequence + u64::from(header.records);
+                    if end <= self.at.totals.sequence {
+                        self.at.slot = next_slot;
+                        continue;
+                    }
+                    if header.before.sequence > self.at.totals.sequence {
+                        self.lose_until(header.before);
+                    }
+                    return Ok(self.enter(header, body, next_slot));
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Begins a chunk, past the records in it that were read before.
+    fn enter(&mut self, header: ChunkHeader, body: Bytes, next_slot: u32) -> bool {
+        let mut chunk = Chunk { body, records_left: header.records, next_slot };
+        for _ in header.before.sequence..self.at.totals.sequence {
+            if decode_record(&mut chunk.body).is_err() {
+                break;
+            }
+            chunk.records_left -= 1;
+        }
+        let received_at_ms = decode_record(&mut chunk.body.clone()).map(|batch| batch.received_at_ms);
+        if let Ok(received_at_ms) = received_at_ms {
+            self.shared.log().note_received(self.at.totals.sequence, received_at_ms);
+        }
+        self.chunk = Some(chunk);
+        true
+    }
+
+    /// Goes on to the segment after `id`, which was read to its end.
+    fn leave(&mut self, id: u64, end: Option<Totals>) {
+        if let Some(end) = end
+            && end.sequence > self.at.totals.sequence
+        {
+            self.lose_until(end);
+        }
+        self.open = None;
+        let mut log = self.shared.log();
+        if let Some(segment) = log.segments.get_mut(&id) {
+            segment.end.get_or_insert(self.at.totals);
+        }
+        log.leave_delivered_segments();
+        drop(log);
+        (self.at.segment, self.at.slot) = (id + 1, 0);
+        self.shared.log_changed.notify_all();
+    }
+
+    /// The records from `self.at` up to `until` are not in the log any more.
+    fn lose_until(&mut self, until: Totals) {
+        let events = until.events.saturating_sub(self.at.totals.events);
+        tracing::error!(
+            first_sequence = self.at.totals.sequence,
+            last_sequence = until.sequence - 1,
+            events,
+            segment = self.at.segment,
+            "committed records are missing from the log"
+        );
+        self.shared.metrics.forward.dropped_events_damaged.increment(events);
+        self.at.totals = until;
+    }
+
+    fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
+        tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
+        if let Some(segment) = self.shared.log().segments.get_mut(&segment) {
+            segment.damaged = true;
+        }
+    }
+}
+
+/// Reads the chunk that begins at `slot`, all parts of it.
+fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, StoreError> {
+    let (header, first) = match read_part(file, slot)? {
+        Ok(Some(part)) => part,
+        Ok(None) => return Ok(Slot::Empty),
+        Err(reason) => return Ok(Slot::Damaged(reason)),
+    };
+    let next_slot = slot + u32::from(header.parts);
+    if header.part != 0 || next_slot > slots {
+        return Ok(Slot::Damaged(ChunkError::Part.to_string()));
+    }
+    if header.parts == 1 {
+        return Ok(Slot::Chunk { header, body: first, next_slot });
+    }
+    let mut body = first.to_vec();
+    for part in 1..header.parts {
+        match read_part(file, slot + u32::from(part))? {
+            Ok(Some((other, piece))) if other == (ChunkHeader { part, ..header }) => body.extend_from_slice(&piece),
+            Ok(_) => return Ok(Slot::Damaged(ChunkError::Part.to_string())),
+            Err(reason) => return Ok(Slot::Damaged(reason)),
+        }
+    }
+    Ok(Slot::Chunk { header, body: body.into(), next_slot })
+}
+
+/// The checked value of one slot; none if it is empty; the reason if it is damaged.
+type Part = Result<Option<(ChunkHeader, Bytes)>, String>;
+
+fn read_part(file: &dyn SegmentFile, slot: u32) -> Result<Part, StoreError> {
+    match file.read(slot) {
+        Ok(value) if value.is_empty() => Ok(Ok(None)),
+        Ok(value) => Ok(decode_chunk(value).map(Some).map_err(|error| error.to_string())),
+        Err(error @ StoreError::Io { .. }) => Err(error),
+        Err(error) => Ok(Err(error.to_string())),
+    }
+}
+
+/// The first chunk of a segment at slot `from` or after it, for recovery: its totals and when its first record was received.
+pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32, slots: u32) -> Result<Option<(Totals, u64)>, StoreError> {
+    for slot in from..slots {
+        if let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? {
+            let received_at_ms = decode_record(&mut body).map_or(0, |batch| batch.received_at_ms);
+            return Ok(Some((header.before, received_at_ms)));
+        }
+    }
+    Ok(None)
+}
+
+/// The totals after the last chunk of a segment, for recovery; none if it holds no chunk.
+///
+/// Slots are filled in order, so the last one is found by halving; from there damage is passed backwards.
+pub(super) fn last_totals(file: &dyn SegmentFile, slots: u32) -> Result<Option<Totals>, StoreError> {
+    let (mut filled, mut empty) = (0, slots);
+    while filled < empty {
+        let middle = u32::midpoint(filled, empty);
+        let is_empty = matches!(read_part(file, middle)?, Ok(None));
+        if is_empty { empty = middle } else { filled = middle + 1 }
+    }
+    for slot in (0..filled).rev() {
+        let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? else { continue };
+        let mut totals = header.before;
+        for _ in 0..header.records {
+            match decode_record(&mut body) {
+                Ok(batch) => totals = totals.after(&batch),
+                Err(_) => totals.sequence += 1,
+            }
+        }
+        return Ok(Some(totals));
+    }
+    Ok(None)
+}

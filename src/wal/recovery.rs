@@ -1,0 +1,130 @@
+//! Opens the log: finds where it begins and ends, whatever state the last process left it in.
+//!
+//! Only the newest segment with records is opened, and the oldest if the cursor is lost, so that the cost does not grow
+//! with the backlog. The newest segment is never written again: a fresh one follows it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use super::cursor;
+use super::error::StoreError;
+use super::log::{Log, Position, Segment};
+use super::reader::{first_chunk, last_totals};
+use super::record::Totals;
+use super::store::{SegmentShape, StateDb, Store};
+
+/// Recovers the state of the log.
+pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, shape: SegmentShape) -> Result<Log, StoreError> {
+    let ids = store.segments()?;
+    let next_segment = ids.last().map_or(1, |last| last + 1);
+    let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
+    let saved = cursor::load(meta)?;
+    let found_tail = find_tail(store, &mut segments, shape)?;
+    let oldest = if saved.is_some() { None } else { find_head(store, &segments, shape)? };
+
+    let (cursor, saved_tail) = saved.unwrap_or_else(|| {
+        let (segment, totals) = oldest.unwrap_or((next_segment, found_tail));
+        (Position { segment, slot: 0, totals }, found_tail)
+    });
+    // Sequences are never reused, even if records at the end of the log are gone.
+    let tail = [found_tail, saved_tail, cursor.totals].into_iter().max_by_key(|totals| totals.sequence);
+    let tail = tail.expect("three are not none");
+    if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
+        let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
+        tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
+    }
+    for (id, segment) in &mut segments {
+        segment.disk_bytes = store.segment_bytes(*id)?;
+    }
+    let mut log = Log {
+        segments,
+        active: None,
+        spares: VecDeque::new(),
+        next_segment: next_segment.max(cursor.segment),
+        tail,
+        cursor,
+        saved_cursor: cursor,
+        received: VecDeque::new(),
+        space_short: false,
+        full_since: None,
+        space: store.space()?,
+        reader_woken: false,
+        closing: false,
+    };
+    log.leave_delivered_segments();
+    note_oldest(store, &mut log, shape)?;
+    Ok(log)
+}
+
+/// The end of the newest segment that holds records. Newer ones are spares and go; one that does not open is set aside.
+fn find_tail(
+    store: &dyn Store,
+    segments: &mut BTreeMap<u64, Segment>,
+    shape: SegmentShape,
+) -> Result<Totals, StoreError> {
+    while let Some((id, _)) = segments.last_key_value().map(|(id, segment)| (*id, *segment)) {
+        let file = match store.open(id) {
+            Ok(file) => file,
+            Err(error @ StoreError::Io { .. }) => return Err(error),
+            Err(error) => {
+                tracing::error!(segment = id, %error, "segment does not open, set aside");
+                store.quarantine(id)?;
+                segments.remove(&id);
+                continue;
+            }
+        };
+        match last_totals(&*file, shape.slots)? {
+            Some(totals) => {
+                segments.get_mut(&id).expect("it is the last").end = Some(totals);
+                return Ok(totals);
+            }
+            None => {
+                drop(file);
+                store.remove(id)?;
+                segments.remove(&id);
+            }
+        }
+    }
+    Ok(Totals::ZERO)
+}
+
+/// The beginning of the oldest segment that opens: where to start without a cursor.
+fn find_head(
+    store: &dyn Store,
+    segments: &BTreeMap<u64, Segment>,
+    shape: SegmentShape,
+) -> Result<Option<(u64, Totals)>, StoreError> {
+    for id in segments.keys() {
+        match store.open(*id) {
+            Ok(file) => {
+                if let Some((totals, _)) = first_chunk(&*file, 0, shape.slots)? {
+                    return Ok(Some((*id, totals)));
+                }
+            }
+            Err(error @ StoreError::Io { .. }) => return Err(error),
+            // The reader will meet it again and set it aside.
+            Err(_) => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Finds out how old the backlog is.
+fn note_oldest(store: &dyn Store, log: &mut Log, shape: SegmentShape) -> Result<(), StoreError> {
+    if log.pending().sequence == 0 {
+        return Ok(());
+    }
+    let Some(id) = log.segments.range(log.cursor.segment..).next().map(|(id, _)| *id) else { return Ok(()) };
+    let from = if id == log.cursor.segment { log.cursor.slot } else { 0 };
+    if let Ok(file) = store.open(id)
+        && let Some((_, received_at_ms)) = first_chunk(&*file, from, shape.slots)?
+    {
+        log.note_received(log.cursor.totals.sequence, received_at_ms);
+    }
+    Ok(())
+}
+
+/// What [`Log`] is made of, for those who only look.
+pub(super) fn open_state(store: &dyn Store) -> Result<(Arc<dyn StateDb>, Arc<dyn StateDb>), StoreError> {
+    Ok((store.state("meta")?, store.state("parked")?))
+}

@@ -1,0 +1,472 @@
+//! The store below the log, and its implementation on sled: the only file that knows sled.
+//!
+//! # Layout
+//! ```text
+//! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY
+//! meta/               a small Db: the cursor
+//! parked/             a small Db: dead letters
+//! quarantine/         damaged segments, set aside
+//! ```
+//!
+//! # Why sled is used this way (0.34.7, pinned: the rules rest on its internals)
+//! - `flush()` hands bytes to the page cache only (`sync_file_range`), so [`SegmentFile::sync`] also calls `fdatasync` on a
+//!   descriptor of our own.
+//! - A segment's keys ("slots", 0, 1, 2, …) are inserted empty when it is prepared: sequential inserts leave 8 keys a leaf,
+//!   below the 16 that split one, and filling 8 slots adds fewer than the 10 fragments that rewrite one. So each value is
+//!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
+//! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
+//! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
+//! - Every call runs under `catch_unwind`: sled panics on some damage.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+
+use super::error::StoreError;
+
+const READY: &str = "READY";
+/// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.
+pub const STATE_VALUE_BYTES_MAX: usize = 256 * 1024;
+
+/// Sizes of a segment, all derived from `wal.segment_bytes`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentShape {
+    /// Most bytes of values.
+    pub bytes_max: u64,
+    /// Number of slots.
+    pub slots: u32,
+    /// Largest value of one slot: a sixteenth of sled's segment, so that little of one is left over, and far below the
+    /// quarter at which sled makes blob files.
+    pub value_bytes_max: usize,
+    /// sled's own `segment_size`.
+    pub sled_segment_bytes: usize,
+    /// Disk reserved for the segment: its values, and what sled writes around them.
+    pub reserved_bytes: u64,
+}
+
+impl SegmentShape {
+    /// The shape of segments of `segment_bytes`.
+    pub fn new(segment_bytes: u64) -> SegmentShape {
+        let sled_segment_bytes = (segment_bytes / 8).next_power_of_two().clamp(1 << 20, 8 << 20);
+        SegmentShape {
+            bytes_max: segment_bytes,
+            slots: u32::try_from(segment_bytes / (16 << 10)).unwrap_or(u32::MAX).clamp(512, 4096),
+            value_bytes_max: sled_segment_bytes as usize / 16,
+            sled_segment_bytes: sled_segment_bytes as usize,
+            reserved_bytes: segment_bytes + segment_bytes / 16 + sled_segment_bytes,
+        }
+    }
+}
+
+/// Where segments and small state live. Calls block.
+pub trait Store: Send + Sync {
+    /// Ids of the segments that were completely prepared, ascending. Removes what was left of others.
+    fn segments(&self) -> Result<Vec<u64>, StoreError>;
+    /// Makes a segment with empty slots. It is durable when this returns.
+    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// Opens a segment, repairing what can be repaired without loss.
+    fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// Removes a segment that is not open.
+    fn remove(&self, id: u64) -> Result<(), StoreError>;
+    /// Sets a segment that is not open aside.
+    fn quarantine(&self, id: u64) -> Result<(), StoreError>;
+    /// Disk taken by one segment, in bytes.
+    fn segment_bytes(&self, id: u64) -> Result<u64, StoreError>;
+    /// Disk taken by everything but segments, bytes; segments in quarantine; and bytes free on the file system.
+    fn space(&self) -> Result<Space, StoreError>;
+    /// Opens or makes a small map.
+    fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError>;
+}
+
+/// See [`Store::space`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Space {
+    /// Disk taken by everything but segments, bytes.
+    pub other_bytes: u64,
+    /// Segments in quarantine.
+    pub quarantined_segments: u64,
+    /// Free on the file system, for an unprivileged process.
+    pub free_bytes: u64,
+}
+
+/// One open segment. Slots are filled in order, once.
+pub trait SegmentFile: Send + Sync {
+    /// Fills a slot. Durable only after [`SegmentFile::sync`].
+    fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError>;
+    /// Makes every write so far durable: it survives power loss once this has returned.
+    fn sync(&self) -> Result<(), StoreError>;
+    /// The value of a slot; empty if it was not filled.
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
+    /// Gives back the disk that was reserved and not used. No write may follow.
+    fn seal(&self) -> Result<(), StoreError>;
+}
+
+/// A small durable map. Nothing is durable before [`StateDb::sync`] has returned.
+pub trait StateDb: Send + Sync {
+    /// The value of `key`.
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
+    /// Sets `key`. `value` holds at most [`STATE_VALUE_BYTES_MAX`] bytes.
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError>;
+    /// Removes `key`.
+    fn remove(&self, key: &[u8]) -> Result<(), StoreError>;
+    /// Up to `limit` entries with keys not below `from`, in the order of their keys.
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError>;
+    /// The greatest key.
+    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError>;
+    /// Makes everything put and removed so far durable.
+    fn sync(&self) -> Result<(), StoreError>;
+}
+
+/// The store on sled, in one directory.
+pub struct SledStore {
+    directory: PathBuf,
+    shape: SegmentShape,
+}
+
+impl SledStore {
+    /// Makes the directories that are missing, durably.
+    pub fn new(directory: &Path, shape: SegmentShape) -> Result<SledStore, StoreError> {
+        for name in ["wal", "quarantine"] {
+            let path = directory.join(name);
+            fs::create_dir_all(&path).map_err(StoreError::io("create directory"))?;
+        }
+        sync_directory(directory)?;
+        if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync_directory(parent)?;
+        }
+        Ok(SledStore { directory: directory.to_path_buf(), shape })
+    }
+
+    fn wal(&self) -> PathBuf {
+        self.directory.join("wal")
+    }
+
+    fn segment(&self, id: u64) -> PathBuf {
+        self.wal().join(format!("{id:012}"))
+    }
+
+    fn open_db(&self, path: &Path) -> Result<sled::Db, StoreError> {
+        let config = sled::Config::new()
+            .path(path)
+            .segment_size(self.shape.sled_segment_bytes)
+            .cache_capacity(2 * self.shape.sled_segment_bytes as u64)
+            .flush_every_ms(None);
+        guard("open segment", || config.open())
+    }
+}
+
+impl Store for SledStore {
+    fn segments(&self) -> Result<Vec<u64>, StoreError> {
+        let mut ids = Vec::new();
+        for entry in fs::read_dir(self.wal()).map_err(StoreError::io("list segments"))? {
+            let entry = entry.map_err(StoreError::io("list segments"))?;
+            let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            match id {
+                Some(id) if entry.path().join(READY).exists() => ids.push(id),
+                Some(_) => fs::remove_dir_all(entry.path()).map_err(StoreError::io("remove unfinished segment"))?,
+                None => tracing::warn!(path = %entry.path().display(), "not a segment, left alone"),
+            }
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let path = self.segment(id);
+        let prepared = self.try_prepare(&path);
+        if prepared.is_err() {
+            // Without READY it is nothing; what stays behind now is removed at the next start.
+            let _ = fs::remove_dir_all(&path);
+        }
+        prepared
+    }
+
+    fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let path = self.segment(id);
+        remove_files(&path, |name| name.ends_with(".generating"))?;
+        let db = self.open_db(&path).or_else(|error| {
+            tracing::warn!(segment = id, %error, "segment does not open, trying without its snapshot");
+            remove_files(&path, |name| name.starts_with("snap."))?;
+            self.open_db(&path)
+        });
+        let db = db.or_else(|error| {
+            tracing::warn!(segment = id, %error, "segment does not open, trying without its conf");
+            remove_files(&path, |name| name == "conf")?;
+            self.open_db(&path)
+        })?;
+        Ok(Arc::new(SledSegment { file: own_descriptor(&path)?, db: Some(db) }))
+    }
+
+    fn remove(&self, id: u64) -> Result<(), StoreError> {
+        let path = self.segment(id);
+        // READY goes first and durably: a half-removed directory must not look like a segment.
+        match fs::remove_file(path.join(READY)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::io("remove segment marker")(error));
+            }
+            _ => sync_directory(&path)?,
+        }
+        fs::remove_dir_all(&path).map_err(StoreError::io("remove segment"))
+    }
+
+    fn quarantine(&self, id: u64) -> Result<(), StoreError> {
+        let target = self.directory.join("quarantine").join(format!("{id:012}"));
+        fs::rename(self.segment(id), target).map_err(StoreError::io("quarantine segment"))?;
+        sync_directory(&self.directory.join("quarantine"))?;
+        sync_directory(&self.wal())
+    }
+
+    fn segment_bytes(&self, id: u64) -> Result<u64, StoreError> {
+        disk_bytes(&self.segment(id)).map_err(StoreError::io("measure segment"))
+    }
+
+    fn space(&self) -> Result<Space, StoreError> {
+        let mut space = Space { free_bytes: free_bytes(&self.directory)?, ..Space::default() };
+        for name in ["meta", "parked", "quarantine"] {
+            let used = disk_bytes(&self.directory.join(name));
+            space.other_bytes += used.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
+        }
+        let quarantine = fs::read_dir(self.directory.join("quarantine"));
+        space.quarantined_segments = quarantine.map_err(StoreError::io("list quarantine"))?.count() as u64;
+        Ok(space)
+    }
+
+    fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
+        Ok(Arc::new(SledState::open(self.directory.join(name))?))
+    }
+}
+
+impl SledStore {
+    fn try_prepare(&self, path: &Path) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        fs::create_dir_all(path).map_err(StoreError::io("create segment"))?;
+        let db = self.open_db(path)?;
+        let file = own_descriptor(path)?;
+        reserve(&file, self.shape.reserved_bytes)?;
+        guard("prepare slots", || {
+            for slot in 0..self.shape.slots {
+                db.insert(key(slot), sled::IVec::default())?;
+            }
+            db.flush()
+        })?;
+        file.sync_all().map_err(StoreError::io("sync segment"))?;
+        let ready = path.join(READY);
+        let ready = File::create(&ready).and_then(|ready| ready.sync_all());
+        ready.map_err(StoreError::io("mark segment ready"))?;
+        let conf = File::open(path.join("conf")).and_then(|conf| conf.sync_all());
+        conf.map_err(StoreError::io("sync segment"))?;
+        sync_directory(path)?;
+        sync_directory(&self.wal())?;
+        Ok(Arc::new(SledSegment { file, db: Some(db) }))
+    }
+}
+
+struct SledSegment {
+    file: File,
+    /// Always present; taken by `drop`, because sled may panic there too.
+    db: Option<sled::Db>,
+}
+
+impl SledSegment {
+    fn db(&self) -> &sled::Db {
+        self.db.as_ref().expect("taken by drop only")
+    }
+}
+
+impl SegmentFile for SledSegment {
+    fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
+        guard("write slot", || self.db().insert(key(slot), value)).map(|_| ())
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        guard("flush segment", || self.db().flush())?;
+        self.file.sync_data().map_err(StoreError::io("sync segment"))
+    }
+
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
+        let value = guard("read slot", || self.db().get(key(slot)))?;
+        Ok(value.map(Bytes::from_owner).unwrap_or_default())
+    }
+
+    fn seal(&self) -> Result<(), StoreError> {
+        // Truncating to the present size frees the blocks that were reserved beyond it.
+        let length = self.file.metadata().map_err(StoreError::io("measure segment"))?.len();
+        self.file.set_len(length).map_err(StoreError::io("release reserved disk"))
+    }
+}
+
+impl Drop for SledSegment {
+    fn drop(&mut self) {
+        let db = self.db.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
+            tracing::warn!("closing a segment panicked");
+        }
+    }
+}
+
+/// A small map on sled. After an error its Db is opened anew, because sled keeps the error for good.
+struct SledState {
+    path: PathBuf,
+    open: Mutex<Option<(sled::Db, File)>>,
+}
+
+impl SledState {
+    fn open(path: PathBuf) -> Result<SledState, StoreError> {
+        let existed = path.exists();
+        fs::create_dir_all(&path).map_err(StoreError::io("create state directory"))?;
+        let state = SledState { path, open: Mutex::new(None) };
+        state.with("open state", |_| Ok(()))?;
+        if !existed {
+            state.sync()?;
+            for synced in [state.path.as_path(), state.path.parent().expect("it is below wal.directory")] {
+                sync_directory(synced)?;
+            }
+        }
+        Ok(state)
+    }
+
+    fn with<T>(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce(&(sled::Db, File)) -> sled::Result<T>,
+    ) -> Result<T, StoreError> {
+        let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if open.is_none() {
+            remove_files(&self.path, |name| name.ends_with(".generating"))?;
+            let config =
+                sled::Config::new().path(&self.path).segment_size(4 << 20).cache_capacity(8 << 20).flush_every_ms(None);
+            let db = guard("open state", || config.open())?;
+            *open = Some((db, own_descriptor(&self.path)?));
+        }
+        let result = guard(operation, || call(open.as_ref().expect("opened above")));
+        if result.is_err() {
+            let broken = open.take();
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
+        }
+        result
+    }
+}
+
+impl StateDb for SledState {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.with("read state", |(db, _)| Ok(db.get(key)?.map(|value| value.to_vec())))
+    }
+
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        assert!(value.len() <= STATE_VALUE_BYTES_MAX, "a larger value would become an unsynced blob file");
+        self.with("write state", |(db, _)| db.insert(key, value)).map(|_| ())
+    }
+
+    fn remove(&self, key: &[u8]) -> Result<(), StoreError> {
+        self.with("remove state", |(db, _)| db.remove(key)).map(|_| ())
+    }
+
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+        self.with("scan state", |(db, _)| {
+            let entries = db.range(from.to_vec()..).take(limit);
+            entries.map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec()))).collect()
+        })
+    }
+
+    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.with("read state", |(db, _)| Ok(db.last()?.map(|(key, _)| key.to_vec())))
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.with("sync state", |(db, file)| {
+            db.flush()?;
+            file.sync_data().map_err(sled::Error::from)
+        })
+    }
+}
+
+/// Runs a call of sled, turning its errors and panics into ours.
+fn guard<T>(operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(sled::Error::Io(source))) => Err(StoreError::Io { operation, source }),
+        Ok(Err(error)) => Err(StoreError::Sled { operation, message: error.to_string() }),
+        Err(panic) => {
+            let message = panic.downcast_ref::<String>().cloned();
+            let message = message.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+            Err(StoreError::Panicked { operation, message: message.unwrap_or_default() })
+        }
+    }
+}
+
+fn key(slot: u32) -> [u8; 8] {
+    u64::from(slot).to_be_bytes()
+}
+
+fn own_descriptor(path: &Path) -> Result<File, StoreError> {
+    let file = File::options().read(true).write(true).open(path.join("db"));
+    file.map_err(StoreError::io("open segment file"))
+}
+
+fn sync_directory(path: &Path) -> Result<(), StoreError> {
+    File::open(path).and_then(|directory| directory.sync_all()).map_err(StoreError::io("sync directory"))
+}
+
+/// Reserves disk without changing the file's size. A file system that cannot reserve is left to run full later.
+fn reserve(file: &File, bytes: u64) -> Result<(), StoreError> {
+    let bytes = libc::off_t::try_from(bytes).expect("a segment is limited to 256 MiB");
+    // SAFETY: the descriptor is open for as long as `file` lives, and fallocate touches no memory of ours.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, bytes) };
+    let error = io::Error::last_os_error();
+    if result == 0 || matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) {
+        return Ok(());
+    }
+    Err(StoreError::io("reserve disk for segment")(error))
+}
+
+fn remove_files(directory: &Path, matches: impl Fn(&str) -> bool) -> Result<(), StoreError> {
+    for entry in fs::read_dir(directory).map_err(StoreError::io("list segment"))? {
+        let entry = entry.map_err(StoreError::io("list segment"))?;
+        if entry.file_name().to_str().is_some_and(&matches) {
+            fs::remove_file(entry.path()).map_err(StoreError::io("remove segment file"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Disk taken by everything in `directory`.
+fn disk_bytes(directory: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut bytes = 0;
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let metadata = match entry.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            metadata => metadata?,
+        };
+        bytes += if metadata.is_dir() {
+            disk_bytes(&entry.path()).or_else(absent_is_default)?
+        } else {
+            metadata.blocks() * 512
+        };
+    }
+    Ok(bytes)
+}
+
+/// What vanished while it was measured takes no space.
+fn absent_is_default<T: Default>(error: io::Error) -> io::Result<T> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(T::default()) } else { Err(error) }
+}
+
+fn free_bytes(path: &Path) -> Result<u64, StoreError> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).expect("a path holds no NUL");
+    // SAFETY: all zeroes are a valid statvfs, which the call fills in; the path is NUL-terminated.
+    let (result, stat) = unsafe {
+        let mut stat: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
+    };
+    if result != 0 {
+        return Err(StoreError::io("measure free space")(io::Error::last_os_error()));
+    }
+    Ok(stat.f_bavail * stat.f_frsize)
+}

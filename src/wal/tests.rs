@@ -1,0 +1,294 @@
+//! The log against a simple model, on the store in memory (crashes, damage, full disks) and on sled (what it writes).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prost::Message;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::memory::{Faults, MemoryStore, small_shape};
+use super::store::SegmentShape;
+use super::{AppendError, Commit, CommitError, Reader, Wal};
+use crate::batch::{Batch, Client, Request};
+use crate::config::WalConfig;
+use crate::metrics::Metrics;
+use crate::proto;
+
+/// A batch of one event that says its number, `bytes` long.
+pub(super) fn batch(number: u64, bytes: usize) -> Batch {
+    let mut payload = number.to_le_bytes().to_vec();
+    payload.resize(bytes.max(8), number as u8);
+    let event = proto::Event { event_bytes: payload.into(), r#type: "t".into() };
+    let request = proto::SendEventRequest { req_guid: number.to_string(), sent_time: None, events: vec![event] };
+    let request = Request::parse(request.encode_to_vec().into()).unwrap();
+    Batch { received_at_ms: number, client: Client { group: "g".into(), id: "c".into() }, request }
+}
+
+fn number(batch: &Batch) -> u64 {
+    batch.request.req_guid().parse().unwrap()
+}
+
+fn open_memory(store: &MemoryStore) -> Wal {
+    Wal::open_in(&WalConfig::default(), 1 << 20, small_shape(), Arc::new(store.clone()), Metrics::new(), None).unwrap()
+}
+
+fn open_sled(directory: &Path, segment_bytes: u64) -> Wal {
+    let config = WalConfig {
+        directory: directory.into(),
+        segment_bytes: bytesize::ByteSize(segment_bytes),
+        free_bytes_min: bytesize::ByteSize(0),
+        ..WalConfig::default()
+    };
+    Wal::open(&config, 64 << 20, Metrics::new()).unwrap()
+}
+
+/// Waits for a commit on a thread that no runtime owns.
+fn wait(commit: Commit) -> Result<u64, CommitError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(commit).map(|sequence| sequence.0)
+}
+
+fn drain(reader: &mut Reader) -> Vec<u64> {
+    let mut numbers = Vec::new();
+    while let Some(record) = reader.next().unwrap() {
+        numbers.push(number(&record.batch));
+    }
+    numbers
+}
+
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn what_was_committed_is_read_in_order_also_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    for number in 1..=300 {
+        // Every seventh is larger than a slot may hold.
+        let bytes = if number % 7 == 0 { 150_000 } else { 1000 };
+        assert_eq!(wait(wal.append(batch(number, bytes)).unwrap()), Ok(number));
+    }
+    assert_eq!(drain(&mut wal.reader()), (1..=300).collect::<Vec<_>>());
+    wal.close();
+    drop(wal);
+    let wal = open_sled(directory.path(), 8 << 20);
+    assert_eq!(wal.status().pending_batches, 300);
+    assert_eq!(wait(wal.append(batch(301, 10)).unwrap()), Ok(301));
+    assert_eq!(drain(&mut wal.reader()), (1..=301).collect::<Vec<_>>());
+    wal.close();
+}
+
+#[test]
+fn delivered_segments_go_and_the_cursor_survives() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    for number in 1..=400 {
+        wait(wal.append(batch(number, 100_000)).unwrap()).unwrap();
+    }
+    let before = wal.status();
+    assert!(before.segments >= 6, "{before:?}");
+    let mut reader = wal.reader();
+    for _ in 0..399 {
+        let record = reader.next().unwrap().unwrap();
+        wal.deliver(record.end);
+    }
+    drop(reader);
+    until("delivered segments are gone", || wal.status().segments <= 4);
+    assert_eq!(wal.status().pending_batches, 1);
+    wal.close();
+    drop(wal);
+    let wal = open_sled(directory.path(), 8 << 20);
+    assert_eq!(drain(&mut wal.reader()), [400]);
+    wal.close();
+}
+
+#[test]
+fn sled_writes_each_byte_about_once_and_makes_no_blob_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    let (mut appended, count, bytes) = (0, 1200, 65_536);
+    for number in 0..count {
+        let batch = batch(number, bytes);
+        appended += batch.request.as_bytes().len() as u64;
+        wait(wal.append(batch).unwrap()).unwrap();
+    }
+    // The file's own blocks: what sled wrote and did not write over. A leaf or a chunk written twice would show.
+    let shape = SegmentShape::new(8 << 20);
+    let mut written = 0;
+    let mut segments = 0;
+    for entry in std::fs::read_dir(directory.path().join("wal")).unwrap() {
+        let segment = entry.unwrap().path();
+        written += std::fs::metadata(segment.join("db")).unwrap().len();
+        assert_eq!(std::fs::read_dir(segment.join("blobs")).map_or(0, Iterator::count), 0, "a blob file");
+        segments += 1;
+    }
+    // Each segment ends in a piece of sled's own segment that was not filled.
+    let slack = segments * shape.sled_segment_bytes as u64;
+    assert!(written - slack <= appended * 13 / 10, "{written} bytes for {appended}");
+    wal.close();
+}
+
+#[test]
+fn a_log_is_open_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    let config = WalConfig { directory: directory.path().into(), ..WalConfig::default() };
+    assert!(matches!(Wal::open(&config, 1, Metrics::new()), Err(super::OpenError::InUse { .. })));
+    wal.close();
+}
+
+#[test]
+fn a_full_log_says_so_and_goes_on_when_there_is_room() {
+    let store = MemoryStore::default();
+    store.set_faults(Faults { segments_max: Some(3), ..Faults::default() });
+    let wal = open_memory(&store);
+    let mut committed = 0;
+    let refused = loop {
+        match wal.append(batch(committed + 1, 400)) {
+            Ok(commit) => match wait(commit) {
+                Ok(_) => committed += 1,
+                Err(error) => break error,
+            },
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert_eq!(refused, CommitError::Full);
+    assert!(wal.status().full);
+    assert_eq!(wal.append(batch(0, 400)).unwrap_err(), AppendError::Full);
+    let mut reader = wal.reader();
+    for number in 1..=committed {
+        let record = reader.next().unwrap().unwrap();
+        assert_eq!(super::tests::number(&record.batch), number);
+        wal.deliver(record.end);
+    }
+    until("there is room again", || !wal.status().full);
+    assert_eq!(wait(wal.append(batch(committed + 1, 400)).unwrap()), Ok(committed + 1));
+    assert_eq!(drain(&mut reader), [committed + 1]);
+    wal.close();
+}
+
+#[test]
+fn a_failed_sync_ends_acking_for_good() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    store.set_faults(Faults { sync_fails: true, ..Faults::default() });
+    assert_eq!(wait(wal.append(batch(2, 10)).unwrap()), Err(CommitError::Poisoned));
+    store.set_faults(Faults::default());
+    assert_eq!(wal.append(batch(3, 10)).unwrap_err(), AppendError::Poisoned);
+    assert!(wal.failed().is_cancelled());
+    wal.close();
+}
+
+#[test]
+fn too_many_waiting_bytes_are_refused() {
+    let store = MemoryStore::default();
+    let config = WalConfig::default();
+    let wal = Wal::open_in(&config, 100, small_shape(), Arc::new(store), Metrics::new(), None).unwrap();
+    assert!(matches!(wal.append(batch(1, 200)), Err(AppendError::Overloaded { limit: 100, .. })));
+    wal.close();
+    assert_eq!(wal.append(batch(1, 10)).unwrap_err(), AppendError::Stopping);
+}
+
+#[test]
+fn damage_is_passed_and_counted() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    for number in 1..=40 {
+        wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+    }
+    wal.close();
+    store.damage(1, 3, |value| value[60] ^= 1);
+    store.damage(2, 0, Vec::clear);
+    store.forget_state("meta");
+    let metrics = Metrics::new();
+    let config = WalConfig::default();
+    let wal = Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store.clone()), metrics.clone(), None).unwrap();
+    let mut reader = wal.reader();
+    let mut read = Vec::new();
+    while let Some(record) = reader.next().unwrap() {
+        read.push(number(&record.batch));
+        wal.deliver(record.end);
+    }
+    assert_eq!(read.len(), 38, "{read:?}");
+    assert!(read.is_sorted());
+    assert!(!read.contains(&4));
+    assert_eq!(wal.status().pending_events, 0);
+    assert!(metrics.handle().render().contains("ringtail_forward_dropped_events_total{reason=\"damaged\"} 2"));
+    wal.close();
+    assert_eq!(store.quarantined(), [1]);
+}
+
+/// Random histories of append, commit, read, deliver, trim, rotate, power cut at any sync and reopen, against a model: every
+/// acked batch is there once, in order, unless it was delivered before.
+#[test]
+fn no_power_cut_loses_an_acked_batch() {
+    let seed: u64 = std::env::var("RINGTAIL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
+    let histories: u64 = std::env::var("RINGTAIL_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
+    println!("RINGTAIL_SEED={seed} RINGTAIL_HISTORIES={histories}");
+    for history in 0..histories {
+        let mut rng = StdRng::seed_from_u64(seed ^ history);
+        power_cut_history(&mut rng, history);
+    }
+}
+
+fn power_cut_history(rng: &mut StdRng, history: u64) {
+    let mut store = MemoryStore::default();
+    let (mut next, mut acked, mut delivered) = (1, Vec::new(), 0);
+    for _ in 0..rng.random_range(1..5) {
+        let wal = open_memory(&store);
+        let mut reader = wal.reader();
+        let mut seen = delivered;
+        let syncs = rng.random_range(0..60);
+        store.set_faults(Faults { power_after_syncs: Some(syncs), ..Faults::default() });
+        let mut flying: Vec<(u64, Commit)> = Vec::new();
+        for _ in 0..rng.random_range(0..80) {
+            if rng.random_bool(0.7) {
+                let bytes = if rng.random_bool(0.1) { rng.random_range(500..1500) } else { rng.random_range(8..300) };
+                match wal.append(batch(next, bytes)) {
+                    Ok(commit) => flying.push((next, commit)),
+                    Err(_) => break,
+                }
+                next += 1;
+                if rng.random_bool(0.5) {
+                    continue;
+                }
+            }
+            for (number, commit) in flying.drain(..) {
+                if wait(commit).is_ok() {
+                    acked.push(number);
+                }
+            }
+            while rng.random_bool(0.8) {
+                let Some(record) = reader.next().unwrap() else { break };
+                let number = number(&record.batch);
+                assert!(number > seen || number <= delivered, "history {history}: {number} after {seen}");
+                seen = seen.max(number);
+                wal.deliver(record.end);
+                delivered = delivered.max(number);
+            }
+        }
+        for (number, commit) in flying {
+            if wait(commit).is_ok() {
+                acked.push(number);
+            }
+        }
+        let cut = store.after_power_cut(rng);
+        wal.close();
+        store = cut;
+        let wal = open_memory(&store);
+        let read = drain(&mut wal.reader());
+        assert!(read.is_sorted_by(|a, b| a < b), "history {history}: out of order or twice: {read:?}");
+        for number in acked.iter().filter(|number| **number > delivered) {
+            assert!(read.contains(number), "history {history}: {number} was acked and is gone: {read:?}");
+        }
+        wal.close();
+    }
+}
