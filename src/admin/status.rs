@@ -146,7 +146,7 @@ pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
 /// An unreachable Kafka is no reason: the log is there for that.
 fn not_ready(phase: Phase, wal: Option<&WalStatus>) -> Option<NotReady> {
     match (phase, wal) {
-        (_, Some(wal)) if wal.poisoned => Some(NotReady::Poisoned),
+        (_, Some(wal)) if wal.failed => Some(NotReady::Poisoned),
         (Phase::Stopping, _) => Some(NotReady::Stopping),
         (Phase::Starting, _) | (Phase::Serving, None) => Some(NotReady::Starting),
         (Phase::Serving, Some(wal)) => wal.full.then_some(NotReady::Full),
@@ -156,7 +156,7 @@ fn not_ready(phase: Phase, wal: Option<&WalStatus>) -> Option<NotReady> {
 /// Which loop makes no progress.
 pub(super) fn not_live(source: &dyn StatusSource) -> Option<&'static str> {
     let wal = source.wal();
-    if wal.as_ref().is_some_and(|wal| wal.poisoned) {
+    if wal.as_ref().is_some_and(|wal| wal.failed) {
         Some("the log failed")
     } else if wal.is_some_and(|wal| wal.commit_busy_ms > COMMIT_BUSY_MS_MAX) {
         Some("a commit makes no progress")

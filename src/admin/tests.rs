@@ -58,7 +58,7 @@ async fn get(fake: Fake, path: &str) -> (StatusCode, Response, String) {
 #[tokio::test]
 async fn readyz_names_the_reason() {
     let full = || WalStatus { full: true, ..WalStatus::default() };
-    let poisoned = || WalStatus { poisoned: true, full: true, ..WalStatus::default() };
+    let poisoned = || WalStatus { failed: true, full: true, ..WalStatus::default() };
     let cases = [
         (fake(), 200, "ready\n"),
         (Fake { forward_live: false, ..fake() }, 200, "ready\n"),

@@ -7,9 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use ringtail::admin::control;
 use ringtail::batch::now_ms;
+use ringtail::config::WalConfig;
+use ringtail::wal::{self, WalStatus};
 use serde::Deserialize;
 
-use super::config::DirectoryArgs;
+use super::config::LogArgs;
 
 /// Look at the backlog: what is durable and not yet delivered
 #[derive(clap::Args)]
@@ -28,7 +30,7 @@ enum BacklogCommand {
 #[derive(clap::Args)]
 struct StatusArgs {
     #[command(flatten)]
-    directory: DirectoryArgs,
+    log: LogArgs,
     /// One JSON object
     #[arg(long)]
     json: bool,
@@ -43,46 +45,36 @@ pub async fn run(args: BacklogArgs) -> anyhow::Result<ExitCode> {
 
 #[derive(Deserialize)]
 struct ServiceStatus {
-    wal: serde_json::Value,
-}
-
-/// What is printed; the service may know more.
-#[derive(Deserialize)]
-struct Backlog {
-    pending_batches: u64,
-    pending_events: u64,
-    pending_bytes: u64,
-    oldest_pending_received_at_ms: Option<u64>,
-    disk_bytes: u64,
-    disk_limit_bytes: u64,
-    free_bytes: u64,
-    full: bool,
-    segments: u64,
-    quarantined_segments: u64,
+    wal: Option<WalStatus>,
 }
 
 async fn status(args: StatusArgs) -> anyhow::Result<ExitCode> {
-    let directory = match args.directory.find() {
-        Ok(directory) => directory,
+    let config = match args.log.load() {
+        Ok(config) => config,
         Err(code) => return Ok(code),
     };
-    let Some(answer) = control::get(&directory, "/status").await? else {
-        bail!("no service runs on {}", directory.display());
-    };
-    let status: ServiceStatus = serde_json::from_slice(&answer.all().await?).context("read the service's status")?;
-    if status.wal.is_null() {
-        bail!("the service is still opening its log");
-    }
-    let text = if args.json {
-        serde_json::to_string_pretty(&status.wal)? + "\n"
-    } else {
-        describe(&serde_json::from_value(status.wal).context("read the service's status")?)
-    };
+    let backlog = read(&config).await?;
+    let text = if args.json { serde_json::to_string_pretty(&backlog)? + "\n" } else { describe(&backlog) };
     io::stdout().write_all(text.as_bytes()).context("write to standard output")?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn describe(backlog: &Backlog) -> String {
+/// Asks the service that runs on the log; without one opens the log itself.
+async fn read(config: &WalConfig) -> anyhow::Result<WalStatus> {
+    let directory = &config.directory;
+    if !directory.is_dir() {
+        bail!("there is no log in {}", directory.display());
+    }
+    if let Some(answer) = control::get(directory, "/status").await? {
+        let status = serde_json::from_slice(&answer.all().await?).context("read the service's status")?;
+        let ServiceStatus { wal } = status;
+        return wal.context("the service is still opening its log");
+    }
+    eprintln!("no service runs on {}, reading the log itself", directory.display());
+    wal::inspect(config).context("read the log")
+}
+
+fn describe(backlog: &WalStatus) -> String {
     let size = |bytes: u64| bytesize::ByteSize::b(bytes).to_string();
     let age = |received_at_ms: u64| {
         let seconds = now_ms().saturating_sub(received_at_ms) / 1000;

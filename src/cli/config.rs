@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE};
+use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE, WalConfig};
 
 /// Exit code of bad usage and of a bad configuration, as in `sysexits.h`.
 pub const EXIT_USAGE: u8 = 64;
@@ -70,21 +70,23 @@ impl ConfigFile {
 
 /// The log that a command works with.
 #[derive(clap::Args)]
-pub struct DirectoryArgs {
+pub struct LogArgs {
     #[command(flatten)]
     file: ConfigFile,
-    /// Directory of the log; without it wal.directory of the configuration
-    #[arg(long, value_name = "DIR", conflicts_with = "config")]
-    directory: Option<PathBuf>,
+    /// Directory of the log, instead of wal.directory in the configuration
+    #[arg(long, value_name = "DIR")]
+    directory: Option<String>,
 }
 
-impl DirectoryArgs {
-    /// The directory. Problems of the configuration are printed, and the exit code is returned.
-    pub fn find(&self) -> Result<PathBuf, ExitCode> {
-        match &self.directory {
-            Some(directory) => Ok(directory.clone()),
-            None => Ok(self.file.load(&[])?.config.wal.directory),
-        }
+impl LogArgs {
+    /// How the log is configured. Problems are printed, and the exit code is returned.
+    pub fn load(&self) -> Result<WalConfig, ExitCode> {
+        let directory = self.directory.iter().map(|directory| Override {
+            flag: "--directory",
+            key: "wal.directory",
+            value: directory.clone(),
+        });
+        Ok(self.file.load(&directory.collect::<Vec<_>>())?.config.wal)
     }
 }
 

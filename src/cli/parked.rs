@@ -10,7 +10,7 @@ use ringtail::admin::{ParkedFilter, control};
 use ringtail::forward::ParkReason;
 use serde::Deserialize;
 
-use super::config::DirectoryArgs;
+use super::config::LogArgs;
 
 /// Look at the dead letters: events that Kafka can never take, kept with the reason
 #[derive(clap::Args)]
@@ -50,7 +50,7 @@ struct ExportArgs {
 #[derive(clap::Args)]
 struct FilterArgs {
     #[command(flatten)]
-    directory: DirectoryArgs,
+    log: LogArgs,
     /// Only events for this topic
     #[arg(long)]
     topic: Option<String>,
@@ -121,8 +121,8 @@ async fn read(
     summary: bool,
     take: &mut dyn FnMut(&[u8]) -> anyhow::Result<()>,
 ) -> anyhow::Result<ExitCode> {
-    let directory = match args.directory.find() {
-        Ok(directory) => directory,
+    let directory = match args.log.load() {
+        Ok(config) => config.directory,
         Err(code) => return Ok(code),
     };
     let filter = ParkedFilter {
