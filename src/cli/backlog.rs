@@ -62,7 +62,7 @@ async fn status(args: StatusArgs) -> anyhow::Result<ExitCode> {
 /// Asks the service that runs on the log; without one opens the log itself.
 async fn read(config: &WalConfig) -> anyhow::Result<WalStatus> {
     let directory = &config.directory;
-    if !directory.is_dir() {
+    if !directory.join("wal").is_dir() {
         bail!("there is no log in {}", directory.display());
     }
     if let Some(answer) = control::get(directory, "/status").await? {
