@@ -1,1 +1,21 @@
-fn main() {}
+//! `ringtail`: arguments in, exit code out.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::from_args() {
+        Ok(cli) => cli,
+        Err(exit_code) => return exit_code,
+    };
+    run(cli).unwrap_or_else(|error| {
+        eprintln!("ringtail: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(cli.run())
+}

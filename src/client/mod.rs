@@ -63,10 +63,15 @@ impl ClientOptions {
         }
     }
 
-    /// The headers that say who this is.
+    /// Checks what a type cannot say.
     ///
     /// # Errors
-    /// [`ClientError::InvalidHeader`] if a name or a value cannot stand in a header.
+    /// [`ClientError::InvalidHeader`] if the id, the group or the name of their header cannot stand in a header.
+    pub fn check(&self) -> Result<(), ClientError> {
+        self.headers().map(|_| ())
+    }
+
+    /// The headers that say who this is.
     fn headers(&self) -> Result<Vec<(HeaderName, HeaderValue)>, ClientError> {
         let mut headers = Vec::new();
         if !self.id.is_empty() {
