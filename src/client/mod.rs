@@ -16,6 +16,7 @@ mod rest;
 mod sender;
 mod websocket;
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper::header::{HeaderName, HeaderValue};
@@ -101,7 +102,7 @@ pub struct Client {
 #[derive(Debug, Clone)]
 enum Transport {
     WebSocket(websocket::WebSocketClient),
-    Rest(rest::RestClient),
+    Rest(Arc<rest::RestClient>),
     Grpc(grpc::GrpcClient),
 }
 
@@ -117,7 +118,7 @@ impl Client {
                 EndpointProtocol::WebSocket => {
                     Transport::WebSocket(websocket::WebSocketClient::connect(options).await?)
                 }
-                EndpointProtocol::Rest => Transport::Rest(rest::RestClient::new(options)?),
+                EndpointProtocol::Rest => Transport::Rest(Arc::new(rest::RestClient::new(options)?)),
                 EndpointProtocol::Grpc => Transport::Grpc(grpc::GrpcClient::connect(options).await?),
             })
         };

@@ -16,7 +16,7 @@ use crate::proto;
 /// Connections kept open while idle. More are opened while more batches are in flight.
 const IDLE_CONNECTIONS_MAX: usize = 16;
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct RestClient {
     http: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
     uri: Uri,

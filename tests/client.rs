@@ -1,0 +1,385 @@
+//! The promises of the client side, against a scripted server: batches are pipelined, retried under their own name and in
+//! order, and never retried when refused for good; `ringtail send` and `ringtail bench` say by their exit code how it went.
+
+mod scripted_server;
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use ringtail::client::bench::{self, BenchError, BenchOptions, BenchReport, IdleOptions};
+use ringtail::client::{Client, ClientError, ClientOptions, RetryPolicy, Sender, new_req_guid};
+use ringtail::proto::{Code, Event, SendEventRequest};
+use scripted_server::{Protocol, ScriptedServer, Step};
+
+fn request(payload: &str) -> SendEventRequest {
+    let event = Event { event_bytes: payload.as_bytes().to_vec().into(), r#type: "t".into() };
+    SendEventRequest { req_guid: new_req_guid(), sent_time: None, events: vec![event] }
+}
+
+fn options(url: &str) -> ClientOptions {
+    ClientOptions::new(url.parse().unwrap(), "device-7")
+}
+
+fn sender(url: &str) -> Sender {
+    let policy = RetryPolicy { delay_min: Duration::from_millis(1), ..RetryPolicy::default() };
+    Sender::new(options(url), policy)
+}
+
+#[tokio::test]
+async fn every_protocol_delivers_and_says_who_it_is() {
+    for protocol in Protocol::ALL {
+        let server = ScriptedServer::start(protocol, []).await;
+        let options = ClientOptions { group: Some("fleet".into()), ..options(&server.url) };
+        let client = Client::connect(&options).await.unwrap();
+        let batch = request("hello");
+        let answer = client.send(batch.clone()).await.unwrap();
+        assert_eq!(answer.data["req_guid"], batch.req_guid, "{protocol:?}");
+        let seen = server.seen();
+        assert_eq!(seen[0].request, batch);
+        assert_eq!((seen[0].id.as_str(), seen[0].group.as_str()), ("device-7", "fleet"), "{protocol:?}");
+    }
+}
+
+#[tokio::test]
+async fn websocket_pipelines_and_matches_answers_by_name() {
+    // The server answers nothing until it has eight requests, and then the last one first.
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::AnswerInReverse(8)]).await;
+    let client = Client::connect(&options(&server.url)).await.unwrap();
+    let batches: Vec<_> = (0..8).map(|number| request(&number.to_string())).collect();
+    let answers = join_all(batches.iter().map(|batch| client.send(batch.clone()))).await;
+    for (batch, answer) in batches.iter().zip(answers) {
+        assert_eq!(answer.unwrap().data["req_guid"], batch.req_guid);
+    }
+    assert_eq!(server.connections(), 1);
+}
+
+#[tokio::test]
+async fn websocket_answers_pings() {
+    // The server answers the batch only after the pong.
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::PingFirst]).await;
+    let client = Client::connect(&options(&server.url)).await.unwrap();
+    client.send(request("a")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_dropped_connection_fails_every_batch_in_flight() {
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::Ignore, Step::Ignore, Step::Drop]).await;
+    let client = Client::connect(&options(&server.url)).await.unwrap();
+    let batches = ["a", "b", "c"].map(request);
+    for answer in join_all(batches.into_iter().map(|batch| client.send(batch))).await {
+        assert!(answer.unwrap_err().is_retryable());
+    }
+    assert!(client.is_closed());
+    assert!(client.send(request("d")).await.unwrap_err().is_retryable());
+}
+
+#[tokio::test]
+async fn closing_waits_until_the_server_has_seen_it() {
+    let server = ScriptedServer::start(Protocol::WebSocket, []).await;
+    let client = Client::connect(&options(&server.url)).await.unwrap();
+    client.send(request("a")).await.unwrap();
+    client.close().await;
+    assert!(client.is_closed());
+    server.all_closed().await;
+}
+
+#[tokio::test]
+async fn a_retry_carries_the_same_name() {
+    for (protocol, steps) in [
+        (Protocol::WebSocket, vec![Step::Refuse(Code::InternalError), Step::Drop, Step::Close(1011)]),
+        (Protocol::WebSocket, vec![Step::RefuseNameless(Code::MaxUserLimitReached)]),
+        (Protocol::Rest, vec![Step::Refuse(Code::InternalError), Step::Status(503), Step::Status(429)]),
+        (Protocol::Grpc, vec![Step::Refuse(Code::InternalError), Step::Status(14)]),
+    ] {
+        let tries = steps.len() + 1;
+        let server = ScriptedServer::start(protocol, steps).await;
+        let batch = request("a");
+        let receipt = sender(&server.url).deliver(&batch).await.unwrap();
+        assert_eq!(receipt.attempts as usize, tries, "{protocol:?}");
+        let seen = server.seen();
+        assert_eq!(seen.len(), tries, "{protocol:?}");
+        assert!(seen.iter().all(|seen| seen.request == batch), "{protocol:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_batch_without_an_answer_is_retried_on_a_new_connection() {
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::Ignore]).await;
+    let options = ClientOptions { answer_timeout: Duration::from_millis(50), ..options(&server.url) };
+    let sender = Sender::new(options, RetryPolicy::default());
+    assert_eq!(sender.deliver(&request("a")).await.unwrap().attempts, 2);
+    assert_eq!((server.connections(), sender.reconnects(), sender.retries()), (2, 1, 1));
+}
+
+#[tokio::test]
+async fn a_bad_batch_is_not_retried() {
+    for (protocol, step) in [
+        (Protocol::WebSocket, Step::Refuse(Code::BadRequest)),
+        (Protocol::WebSocket, Step::RefuseNameless(Code::BadRequest)),
+        (Protocol::WebSocket, Step::Close(1009)),
+        (Protocol::Rest, Step::Refuse(Code::BadRequest)),
+        (Protocol::Rest, Step::Status(413)),
+        (Protocol::Grpc, Step::Refuse(Code::BadRequest)),
+        (Protocol::Grpc, Step::Status(16)),
+    ] {
+        let server = ScriptedServer::start(protocol, [step.clone()]).await;
+        let not_acked = sender(&server.url).deliver(&request("a")).await.unwrap_err();
+        assert_eq!(not_acked.attempts, 1, "{protocol:?} {step:?}");
+        assert!(matches!(not_acked.error, ClientError::Refused(_)), "{protocol:?} {step:?}: {}", not_acked.error);
+        assert_eq!(server.seen().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_nameless_refusal_among_several_finds_its_batch() {
+    // Two in flight, one refused without a name: both go again, each alone, and only the bad one is refused.
+    let server = ScriptedServer::start(
+        Protocol::WebSocket,
+        [Step::Ignore, Step::RefuseNameless(Code::BadRequest), Step::RefuseNameless(Code::BadRequest)],
+    )
+    .await;
+    let sender = sender(&server.url);
+    let (first, second) = (request("a"), request("b"));
+    let outcomes = [sender.deliver(&first), sender.deliver(&second)];
+    let outcomes = join_all(outcomes).await;
+    assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
+    assert_eq!(server.seen().len(), 4);
+}
+
+#[tokio::test]
+async fn retries_end_when_time_is_up() {
+    let policy = RetryPolicy { retry_for: Duration::ZERO, ..RetryPolicy::default() };
+    let not_acked = Sender::new(options(&nobody()), policy).deliver(&request("a")).await.unwrap_err();
+    assert_eq!(not_acked.attempts, 1);
+    assert!(matches!(not_acked.error, ClientError::Connect { .. }), "{}", not_acked.error);
+}
+
+/// A URL where nobody listens.
+fn nobody() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("ws://{}", listener.local_addr().unwrap())
+}
+
+/// Runs `ringtail` with `stdin`, away from the test's runtime.
+async fn ringtail(arguments: &[&str], stdin: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let stdin = stdin.to_owned();
+    let run = move || {
+        let mut child = command.spawn().unwrap();
+        // It may exit without reading.
+        let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
+        child.wait_with_output().unwrap()
+    };
+    tokio::task::spawn_blocking(run).await.unwrap()
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+#[tokio::test]
+async fn send_keeps_the_order_through_retries() {
+    for protocol in Protocol::ALL {
+        let steps = [Step::Ack, Step::Refuse(Code::InternalError), Step::Refuse(Code::InternalError), Step::Ack];
+        let server = ScriptedServer::start(protocol, steps).await;
+        let lines: String = (0..10).map(|number| format!("line {number}\n")).collect();
+        let arguments =
+            ["send", "--url", &server.url, "--id", "device-7", "--type", "click", "--batch-events", "4", "--json"];
+        let output = ringtail(&[&arguments[..], &["--linger", "60s"]].concat(), &lines).await;
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let summary = json(&output);
+        assert_eq!(
+            (&summary["events_acked"], &summary["batches_acked"], &summary["retries"]),
+            (&10.into(), &3.into(), &2.into())
+        );
+
+        let seen = server.seen();
+        let names: Vec<_> = seen.iter().map(|seen| &seen.request.req_guid).collect();
+        assert_eq!(names.len(), 5);
+        assert!(names[1] == names[2] && names[2] == names[3] && names[0] != names[1] && names[3] != names[4]);
+        let acked = [0, 3, 4].iter().flat_map(|at| &seen[*at].request.events);
+        let payloads: String = acked
+            .map(|event| {
+                assert_eq!(event.r#type, "click");
+                format!("{}\n", std::str::from_utf8(&event.event_bytes).unwrap())
+            })
+            .collect();
+        assert_eq!(payloads, lines);
+        assert!(seen.iter().all(|seen| seen.id == "device-7" && seen.request.sent_time.is_some()));
+    }
+}
+
+#[tokio::test]
+async fn send_goes_on_after_a_bad_batch_but_fails() {
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::Refuse(Code::BadRequest)]).await;
+    let output = ringtail(&["send", "--url", &server.url, "--batch-events", "1"], "bad\ngood\n").await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stdout.is_empty());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("1 events acked in 1 batches") && text.contains("1 events NOT acked"), "{text}");
+    assert!(text.contains("CODE_BAD_REQUEST"), "{text}");
+}
+
+#[tokio::test]
+async fn send_stops_when_the_server_stays_out_of_reach() {
+    let arguments = ["send", "--url", &nobody(), "--retry-for", "0s", "--batch-events", "1", "--json"];
+    let output = ringtail(&arguments, "a\nb\n").await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let summary = json(&output);
+    assert_eq!((&summary["events_acked"], &summary["events_not_acked"]), (&0.into(), &1.into()));
+    assert_eq!(summary["incomplete"], true);
+}
+
+#[tokio::test]
+async fn send_does_not_wait_for_the_end_of_its_input() {
+    let server = ScriptedServer::start(Protocol::WebSocket, []).await;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    command.args(["send", "--url", &server.url, "--linger", "1ms"]).stdin(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    for count in 1..=3 {
+        stdin.write_all(b"line\n").unwrap();
+        server.seen_at_least(count).await;
+    }
+    drop(stdin);
+    let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    assert_eq!(status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn send_reads_files_in_turn() {
+    let server = ScriptedServer::start(Protocol::Rest, []).await;
+    let directory = tempfile::tempdir().unwrap();
+    let files = ["first", "second"].map(|name| directory.path().join(name));
+    for file in &files {
+        std::fs::write(file, format!("{}\n", file.file_name().unwrap().display())).unwrap();
+    }
+    let [first, second] = files.each_ref().map(|file| file.to_str().unwrap());
+    let output = ringtail(&["send", "--url", &server.url, "--linger", "60s", first, second], "").await;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let events: Vec<_> = server.seen()[0].request.events.iter().map(|event| event.event_bytes.clone()).collect();
+    assert_eq!(events, ["first", "second"]);
+
+    let output = ringtail(&["send", "--url", &server.url, first, "/no/such/file"], "").await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("open /no/such/file"), "{output:?}");
+    assert_eq!(server.seen().len(), 1, "nothing is sent when a file is missing");
+}
+
+#[tokio::test]
+async fn exit_codes_of_bad_usage_and_help() {
+    for (arguments, exit_code) in [
+        (&["send", "--help"][..], 0),
+        (&["bench", "--help"], 0),
+        (&["--version"], 0),
+        (&["send", "--url", "wss://edge"], 64),
+        (&["send", "--id", "bad\nid"], 64),
+        (&["send", "--no-such-flag"], 64),
+        (&["bench", "--connections", "0"], 64),
+        (&["bench", "--url", "http://127.0.0.1:1", "--idle"], 64),
+        (&["no-such-command"], 64),
+        (&[], 64),
+    ] {
+        let output = ringtail(arguments, "").await;
+        assert_eq!(output.status.code(), Some(exit_code), "{arguments:?} {output:?}");
+        assert_eq!(output.stdout.is_empty(), exit_code != 0, "{arguments:?}");
+    }
+}
+
+/// A short run, which ends by itself.
+fn short_bench(url: &str) -> BenchOptions {
+    BenchOptions {
+        connections: 3,
+        window: 2,
+        warmup: Duration::ZERO,
+        duration: Duration::from_millis(300),
+        threads: 2,
+        ..BenchOptions::new(url.parse().unwrap())
+    }
+}
+
+#[tokio::test]
+async fn bench_counts_what_the_server_acked() {
+    for protocol in Protocol::ALL {
+        let server = ScriptedServer::start(protocol, []).await;
+        let report = bench::run(short_bench(&server.url)).await.unwrap();
+        assert!(report.is_clean() && report.acked_batches > 0, "{report}");
+        assert_eq!((report.connections, report.connections_open_at_end), (3, 3));
+        assert_eq!(report.acked_events, report.acked_batches * 20);
+        assert!(report.latency_ms.unwrap().max > 0.0);
+
+        let seen = server.seen();
+        assert!(seen.len() as u64 >= report.acked_batches, "{} seen, {report}", seen.len());
+        let mut names: Vec<_> = seen.iter().map(|seen| &seen.request.req_guid).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), seen.len(), "every batch has its own name");
+        assert!(seen.iter().all(|seen| {
+            seen.request.events.len() == 20 && seen.request.events.iter().all(|event| event.event_bytes.len() == 200)
+        }));
+    }
+}
+
+#[tokio::test]
+async fn bench_keeps_its_rate() {
+    let server = ScriptedServer::start(Protocol::WebSocket, []).await;
+    // 50 batches per second for two seconds: even a very slow machine can keep that up.
+    let rate = Some(1000.0);
+    let options = BenchOptions { rate, duration: Duration::from_secs(2), ..short_bench(&server.url) };
+    let report = bench::run(options).await.unwrap();
+    assert_eq!(server.seen().len() as u64 + report.unsent_batches, 100, "{report}");
+    assert!(report.acked_batches <= 100, "{report}");
+}
+
+#[tokio::test]
+async fn bench_reports_refusals_lost_connections_and_missing_answers() {
+    let steps = [Step::Refuse(Code::InternalError), Step::PingFirst, Step::Drop];
+    let server = ScriptedServer::start(Protocol::WebSocket, steps).await;
+    let options = BenchOptions { connections: 1, window: 1, threads: 1, ..short_bench(&server.url) };
+    let report = bench::run(options.clone()).await.unwrap();
+    let BenchReport { rejected_batches, unanswered_batches, connections_open_at_end, .. } = &report;
+    assert_eq!(rejected_batches["CODE_INTERNAL_ERROR: scripted"], 1, "{report}");
+    assert_eq!((report.acked_batches, *unanswered_batches, *connections_open_at_end), (1, 1, 0), "{report}");
+    assert_eq!(report.errors.values().sum::<u64>(), 1, "{report}");
+
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::Ack, Step::Ignore]).await;
+    let options = BenchOptions {
+        endpoint: server.url.parse().unwrap(),
+        duration: Duration::from_millis(50),
+        answer_timeout: Duration::from_millis(50),
+        ..options
+    };
+    let report = bench::run(options).await.unwrap();
+    assert_eq!((report.acked_batches, report.unanswered_batches), (1, 1), "{report}");
+}
+
+#[tokio::test]
+async fn bench_holds_idle_connections() {
+    let server = ScriptedServer::start(Protocol::WebSocket, []).await;
+    let idle = Some(IdleOptions { message_bytes: Some(100_000) });
+    let report = bench::run(BenchOptions { idle, connections: 20, ..short_bench(&server.url) }).await.unwrap();
+    assert!(report.is_clean(), "{report}");
+    assert_eq!((report.acked_batches, report.connections_open_at_end), (20, 20));
+    assert!(server.seen().iter().all(|seen| seen.request.events[0].event_bytes.len() == 100_000));
+}
+
+#[tokio::test]
+async fn bench_fails_when_nobody_listens() {
+    let error = bench::run(short_bench(&nobody())).await.unwrap_err();
+    assert!(matches!(error, BenchError::NoConnection { connections: 3, .. }), "{error}");
+    let output = ringtail(&["bench", "--url", &nobody()], "").await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
+
+#[tokio::test]
+async fn bench_prints_json_for_scripts() {
+    let server = ScriptedServer::start(Protocol::WebSocket, []).await;
+    let arguments = ["bench", "--url", &server.url, "--connections", "2", "--warmup", "0s", "--duration", "200ms"];
+    let output = ringtail(&[&arguments[..], &["--json"]].concat(), "").await;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(json(&output)["acked_events_per_second"].as_f64().unwrap() > 0.0);
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
