@@ -4,6 +4,7 @@
 mod scripted_server;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -165,7 +166,12 @@ fn nobody() -> String {
 /// Runs `ringtail` with `stdin`, away from the test's runtime.
 async fn ringtail(arguments: &[&str], stdin: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringtail"));
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(arguments);
+    feed(command, stdin).await
+}
+
+async fn feed(mut command: Command, stdin: &str) -> Output {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let stdin = stdin.to_owned();
     let run = move || {
         let mut child = command.spawn().unwrap();
@@ -250,6 +256,27 @@ async fn send_does_not_wait_for_the_end_of_its_input() {
 }
 
 #[tokio::test]
+async fn send_sums_up_when_interrupted() {
+    // The first line is acked; the second is in flight when the signal comes.
+    let server = ScriptedServer::start(Protocol::WebSocket, [Step::Ack, Step::Ignore]).await;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    command.args(["send", "--url", &server.url, "--linger", "1ms", "--json"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    for count in 1..=2 {
+        stdin.write_all(b"line\n").unwrap();
+        server.seen_at_least(count).await;
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+    drop(stdin);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let summary = json(&output);
+    assert_eq!((&summary["events_acked"], &summary["events_not_acked"]), (&1.into(), &1.into()));
+    assert_eq!(summary["interrupted"], true);
+}
+
+#[tokio::test]
 async fn send_reads_files_in_turn() {
     let server = ScriptedServer::start(Protocol::Rest, []).await;
     let directory = tempfile::tempdir().unwrap();
@@ -289,13 +316,34 @@ async fn exit_codes_of_bad_usage_and_help() {
     }
 }
 
+#[tokio::test]
+async fn the_example_delivers_and_retries() {
+    let example = Path::new(env!("CARGO_BIN_EXE_ringtail")).with_file_name("examples").join("client");
+    if !example.exists() {
+        // `cargo test` builds it, `cargo test --test client` does not.
+        assert!(Command::new(env!("CARGO")).args(["build", "--example", "client"]).status().unwrap().success());
+    }
+    let steps = [Step::Refuse(Code::InternalError), Step::Drop, Step::PingFirst, Step::Refuse(Code::BadRequest)];
+    let server = ScriptedServer::start(Protocol::WebSocket, steps).await;
+    let lines: String = (0..250).map(|number| format!("{number}\n")).collect();
+    let mut command = Command::new(example);
+    command.args([&format!("{}/api/v1/events", server.url), "device-7"]);
+    let output = feed(command, &lines).await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "150 events acked, 100 refused\n");
+    let seen = server.seen();
+    assert_eq!(seen.iter().map(|seen| seen.request.events.len()).collect::<Vec<_>>(), [100, 100, 100, 100, 50]);
+    let seen_first = seen[0].request.clone();
+    assert!(seen[..3].iter().all(|seen| seen.request == seen_first && seen.id == "device-7"));
+}
+
 /// A short run, which ends by itself.
 fn short_bench(url: &str) -> BenchOptions {
     BenchOptions {
         connections: 3,
         window: 2,
         warmup: Duration::ZERO,
-        duration: Duration::from_millis(300),
+        duration: Duration::from_millis(500),
         threads: 2,
         ..BenchOptions::new(url.parse().unwrap())
     }
@@ -326,9 +374,9 @@ async fn bench_counts_what_the_server_acked() {
 #[tokio::test]
 async fn bench_keeps_its_rate() {
     let server = ScriptedServer::start(Protocol::WebSocket, []).await;
-    // 50 batches per second for two seconds: even a very slow machine can keep that up.
+    // 50 batches per second for a hair less than two seconds: even a very slow machine can keep that up.
     let rate = Some(1000.0);
-    let options = BenchOptions { rate, duration: Duration::from_secs(2), ..short_bench(&server.url) };
+    let options = BenchOptions { rate, duration: Duration::from_millis(1990), ..short_bench(&server.url) };
     let report = bench::run(options).await.unwrap();
     assert_eq!(server.seen().len() as u64 + report.unsent_batches, 100, "{report}");
     assert!(report.acked_batches <= 100, "{report}");
@@ -338,7 +386,9 @@ async fn bench_keeps_its_rate() {
 async fn bench_reports_refusals_lost_connections_and_missing_answers() {
     let steps = [Step::Refuse(Code::InternalError), Step::PingFirst, Step::Drop];
     let server = ScriptedServer::start(Protocol::WebSocket, steps).await;
-    let options = BenchOptions { connections: 1, window: 1, threads: 1, ..short_bench(&server.url) };
+    // The run ends with its only connection, long before its time.
+    let duration = Duration::from_secs(60);
+    let options = BenchOptions { connections: 1, window: 1, threads: 1, duration, ..short_bench(&server.url) };
     let report = bench::run(options.clone()).await.unwrap();
     let BenchReport { rejected_batches, unanswered_batches, connections_open_at_end, .. } = &report;
     assert_eq!(rejected_batches["CODE_INTERNAL_ERROR: scripted"], 1, "{report}");
@@ -348,7 +398,7 @@ async fn bench_reports_refusals_lost_connections_and_missing_answers() {
     let server = ScriptedServer::start(Protocol::WebSocket, [Step::Ack, Step::Ignore]).await;
     let options = BenchOptions {
         endpoint: server.url.parse().unwrap(),
-        duration: Duration::from_millis(50),
+        duration: Duration::from_millis(500),
         answer_timeout: Duration::from_millis(50),
         ..options
     };

@@ -98,7 +98,9 @@ impl Sender {
             let delay = backoff.next_delay().max(error.retry_after().unwrap_or_default());
             tracing::debug!(%error, attempts, ?delay, "batch not acknowledged, will retry");
             tokio::time::sleep(delay.min(remaining)).await;
-            let _alone = self.turn.write().await;
+            let Ok(_alone) = tokio::time::timeout_at(deadline, self.turn.write()).await else {
+                return Err(NotAcked { attempts, error });
+            };
             self.retries.fetch_add(1, Ordering::Relaxed);
             attempts += 1;
             outcome = self.attempt(request).await;

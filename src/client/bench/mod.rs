@@ -11,6 +11,9 @@
 //! stalled server is charged for the batches that it kept from being sent ("coordinated omission"). Timers tick in
 //! milliseconds: at low rates up to 1 ms of that latency is the generator's.
 //! **Idle**: connections are opened, optionally send one batch each, and are held open.
+//!
+//! A refused batch is counted and not sent again: the next one goes out in its place. A connection that is lost is
+//! counted and not opened again.
 
 mod client;
 mod frame;
