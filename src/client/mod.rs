@@ -2,7 +2,7 @@
 //!
 //! [`Client`] is one connection (or a pool, for REST): it sends a batch and gives back the server's answer, and says of
 //! every failure whether the same batch may be sent again ([`ClientError::is_retryable`]). [`Sender`] adds what makes a
-//! client safe: retries with the same `req_guid`, backoff with jitter, and reconnection. [`bench`] is the load generator.
+//! client safe: retries with the same `req_guid`, backoff with jitter, and reconnection. [`mod@bench`] is the load generator.
 //!
 //! A batch is acknowledged only by an answer with `STATUS_SUCCESS`; everything else is an error, and after an error
 //! nobody knows whether the batch was committed. Sending it again under the same `req_guid` is safe: the server acks a

@@ -253,7 +253,8 @@ impl Connection {
         match (self.options.endpoint.protocol, &self.options.idle) {
             (EndpointProtocol::WebSocket, Some(idle)) => idle::run(&self, idle).await,
             (EndpointProtocol::WebSocket, None) => websocket::run(&self).await,
-            (EndpointProtocol::Rest | EndpointProtocol::Grpc, _) => client::run(&self).await,
+            // Boxed, or every WebSocket connection's task would be as large as this one.
+            (EndpointProtocol::Rest | EndpointProtocol::Grpc, _) => Box::pin(client::run(&self)).await,
         }
     }
 
