@@ -226,10 +226,9 @@ impl ClientContext for Context {
         }
         let mut inbox = self.inbox();
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            // Not an error of its own: what made them go down tells more.
             inbox.all_brokers_down = true;
-        }
-        // The reason that all brokers are down is the error before it.
-        if !inbox.all_brokers_down || inbox.error.is_none() {
+        } else {
             inbox.error = Some(reason.to_owned());
         }
     }

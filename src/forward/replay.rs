@@ -219,6 +219,8 @@ impl Replay {
         let brokers_up = inbox.brokers_up;
         if self.connection.observe(brokers_up, inbox.all_brokers_down, &self.client_error, now, backlog) {
             let up = self.connection.is_up();
+            // The next outage has a cause of its own.
+            self.client_error.clear();
             self.metrics.forward.connected.set(f64::from(u8::from(up)));
             let mut status = self.shared.status();
             status.connected = up;

@@ -150,7 +150,10 @@ impl Connection {
         }
         let pending_events = backlog().pending_events;
         match (self.up, up) {
-            (_, false) => warn!(error, pending_events, "kafka lost"),
+            (_, false) => {
+                let error = if error.is_empty() { "no broker is connected" } else { error };
+                warn!(error, pending_events, "kafka lost");
+            }
             (None, true) => info!(pending_events, "kafka connected"),
             (Some(_), true) => info!(outage_seconds = waited.as_secs_f64(), pending_events, "kafka back"),
         }
