@@ -137,6 +137,11 @@ impl App {
         self.addresses
     }
 
+    /// The log.
+    pub fn wal(&self) -> Wal {
+        self.stages.wal.clone()
+    }
+
     /// Serves until `stop` fires, then drains.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 mod backlog;
 mod bench;
 mod config;
+mod dev;
 mod logging;
 mod parked;
 mod send;
@@ -26,6 +27,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::ServeArgs),
+    Dev(dev::DevArgs),
     Send(send::SendArgs),
     Bench(bench::BenchArgs),
     Backlog(backlog::BacklogArgs),
@@ -47,6 +49,7 @@ impl Cli {
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Serve(args) => serve::run(args).await,
+            Command::Dev(args) => dev::run(args).await,
             Command::Send(args) => send::run(args).await,
             Command::Bench(args) => bench::run(args).await,
             Command::Backlog(args) => backlog::run(args).await,
