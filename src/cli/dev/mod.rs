@@ -30,8 +30,11 @@ pub struct DevArgs {
 
 /// Runs `ringtail dev` until Ctrl-C.
 pub async fn run(args: DevArgs) -> anyhow::Result<ExitCode> {
-    // The outage is staged: the forwarder's own words about it would only disturb.
-    logging::init(&LogConfig { level: "warn,ringtail::forward=error".into(), ..LogConfig::default() })?;
+    // The outage is staged: what the Kafka client says about it would only disturb.
+    logging::init(&LogConfig {
+        level: "warn,ringtail::forward=error,rdkafka=off,librdkafka=off".into(),
+        ..LogConfig::default()
+    })?;
     let stop = shutdown::on_signals()?;
     let directory =
         tempfile::Builder::new().prefix("ringtail-dev-").tempdir().context("make a directory for the log")?;
@@ -108,6 +111,6 @@ fn print_arrival(event: &Arrived) {
 /// The beginning of `bytes` as text, whatever they are.
 fn printable(bytes: &[u8]) -> String {
     const SHOWN: usize = 60;
-    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN)]).escape_debug().to_string();
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN)]).replace(char::is_control, "·");
     if bytes.len() > SHOWN { format!("{text}… ({} bytes)", bytes.len()) } else { text }
 }
