@@ -150,9 +150,9 @@ impl Replay {
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
             self.move_watermark();
-            worked |= self.read_on(now);
+            let more_to_read = self.read_on(now, &mut worked);
             self.report(now);
-            self.rest(worked, now);
+            self.rest(worked, more_to_read, now);
         };
         self.finish(stop_by);
     }
@@ -334,8 +334,8 @@ impl Replay {
         self.in_flight.bytes() < self.in_flight_bytes_max && self.in_flight.records() < RECORDS_MAX
     }
 
-    /// Reads records while there is room, and sends their events.
-    fn read_on(&mut self, now: Instant) -> bool {
+    /// Reads records while there is room, and sends their events. True: there may be more to read at once.
+    fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         if self.producer.is_none() || self.reading.due(now).is_some() {
             return false;
         }
@@ -361,7 +361,8 @@ impl Replay {
             bytes += 1 + record.batch.request.as_bytes().len() as u64;
             self.send_record(&record, now);
         }
-        bytes > 0
+        *worked |= bytes > 0;
+        bytes >= READ_BYTES
     }
 
     fn send_record(&mut self, record: &Record, now: Instant) {
@@ -410,9 +411,14 @@ impl Replay {
     }
 
     /// Waits until there may be something to do, if nothing was done.
-    fn rest(&mut self, worked: bool, now: Instant) {
+    fn rest(&mut self, worked: bool, more_to_read: bool, now: Instant) {
         self.poll_wait = Duration::ZERO;
+        if more_to_read {
+            return;
+        }
         if worked {
+            // A turn for every few events would cost more than the events.
+            self.poll_wait = POLL_MIN;
             self.idle_polls = 0;
             return;
         }
