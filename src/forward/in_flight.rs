@@ -294,7 +294,7 @@ pub(super) mod tests {
                 runtime.block_on(wal.append(batch(&[])).unwrap()).unwrap();
             }
             let mut reader = wal.reader();
-            std::iter::from_fn(|| reader.next().unwrap()).map(|record| record.end).collect()
+            std::iter::from_fn(|| reader.next_record().unwrap()).map(|record| record.end).collect()
         })
     }
 

@@ -341,7 +341,7 @@ impl Replay {
         }
         let mut bytes = 0;
         while bytes < READ_BYTES && self.has_room() {
-            let next = match self.reader.next() {
+            let next = match self.reader.next_record() {
                 Ok(next) => next,
                 Err(error) => {
                     if !self.reading.is_failing() {
