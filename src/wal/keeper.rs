@@ -127,7 +127,7 @@ impl Keeper {
             unsealed.map(|(id, _)| *id).collect()
         };
         for id in unsealed {
-            self.shared.pool.get(id)?.seal()?;
+            self.shared.store.seal(id)?;
             let disk_bytes = self.shared.store.segment_bytes(id)?;
             if let Some(segment) = self.shared.log().segments.get_mut(&id) {
                 (segment.disk_bytes, segment.sealed) = (disk_bytes, true);

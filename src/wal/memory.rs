@@ -132,6 +132,10 @@ impl Store for MemoryStore {
         Ok(Arc::new(MemorySegment { store: self.clone(), id }))
     }
 
+    fn seal(&self, _id: u64) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     fn remove(&self, id: u64) -> Result<(), StoreError> {
         self.sync("remove segment", |disk| {
             disk.segments.remove(&id);
@@ -185,10 +189,6 @@ impl SegmentFile for MemorySegment {
         // A reader may still hold a segment that was delivered and removed, as it may a removed file.
         let Some(slots) = disk.segments.get(&self.id) else { return Ok(Bytes::new()) };
         Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
-    }
-
-    fn seal(&self) -> Result<(), StoreError> {
-        Ok(())
     }
 }
 

@@ -34,6 +34,11 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, shape: SegmentShape
     }
     for (id, segment) in &mut segments {
         segment.disk_bytes = store.segment_bytes(*id)?;
+        segment.sealed = true;
+    }
+    // The last process may not have come to seal the last ones.
+    for segment in segments.values_mut().rev().take(2) {
+        segment.sealed = false;
     }
     let mut log = Log {
         segments,

@@ -71,6 +71,8 @@ pub trait Store: Send + Sync {
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
     /// Opens a segment, repairing what can be repaired without loss.
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// Gives back the disk that was reserved for a segment and not used. No write may follow.
+    fn seal(&self, id: u64) -> Result<(), StoreError>;
     /// Removes a segment that is not open.
     fn remove(&self, id: u64) -> Result<(), StoreError>;
     /// Sets a segment that is not open aside.
@@ -102,8 +104,6 @@ pub trait SegmentFile: Send + Sync {
     fn sync(&self) -> Result<(), StoreError>;
     /// The value of a slot; empty if it was not filled.
     fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
-    /// Gives back the disk that was reserved and not used. No write may follow.
-    fn seal(&self) -> Result<(), StoreError>;
 }
 
 /// Key and value.
@@ -205,6 +205,13 @@ impl Store for SledStore {
         Ok(Arc::new(SledSegment { file: own_descriptor(&path)?, db: Some(db) }))
     }
 
+    fn seal(&self, id: u64) -> Result<(), StoreError> {
+        // Truncating to the present size frees the blocks that were reserved beyond it.
+        let file = own_descriptor(&self.segment(id))?;
+        let length = file.metadata().map_err(StoreError::io("measure segment"))?.len();
+        file.set_len(length).map_err(StoreError::io("release reserved disk"))
+    }
+
     fn remove(&self, id: u64) -> Result<(), StoreError> {
         let path = self.segment(id);
         // READY goes first and durably: a half-removed directory must not look like a segment.
@@ -293,12 +300,6 @@ impl SegmentFile for SledSegment {
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
         let value = guard("read slot", || self.db().get(key(slot)))?;
         Ok(value.map(Bytes::from_owner).unwrap_or_default())
-    }
-
-    fn seal(&self) -> Result<(), StoreError> {
-        // Truncating to the present size frees the blocks that were reserved beyond it.
-        let length = self.file.metadata().map_err(StoreError::io("measure segment"))?.len();
-        self.file.set_len(length).map_err(StoreError::io("release reserved disk"))
     }
 }
 
