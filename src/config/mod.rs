@@ -1,5 +1,22 @@
-//! The configuration: one struct per table of `ringtail.toml`. Each field states its meaning, default and limits;
-//! [`Config::validate`] checks what a type cannot say, before any port is bound.
+//! The configuration: one struct per table of `ringtail.toml`. Each field states its meaning and limits; the defaults
+//! stand below the types and, documented for operators, in `config/ringtail.toml`.
+//!
+//! [`Config::load`] composes defaults, file, environment and flags, remembers where each value came from, and reports
+//! every problem at once; [`Config::validate`] checks what a type cannot say. Both run before any port is bound.
+
+mod keys;
+mod load;
+mod property;
+mod show;
+mod size;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+pub use load::{ConfigError, DEFAULT_FILE, Loaded, Override, Problem, Source};
+pub use property::KafkaProperty;
+pub use show::{Setting, TEMPLATE};
+pub use validate::Violation;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -29,24 +46,30 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct IngestConfig {
-    /// Header that carries the connection's id.
+    /// Header that carries the connection's id. A valid HTTP header name; not ending in `-bin`, which gRPC takes for
+    /// binary.
     pub connection_id_header: String,
     /// Header that carries the connection's group; empty: every connection is in the default group.
+    /// Otherwise as `connection_id_header`, and not the same.
     pub connection_group_header: String,
-    /// Group of a connection that names none.
+    /// Group of a connection that names none. At most 1024 bytes.
     pub connection_group_default: String,
     /// Open WebSocket connections; one more is refused. At least 1.
     pub connections_max: usize,
-    /// Largest request, in bytes of protobuf or JSON. At least 1 KiB, at most 16 MiB.
+    /// Largest request, in bytes of protobuf or JSON. At least 1 KiB, at most 16 MiB and half of
+    /// `wal.segment_bytes`.
+    #[serde(with = "size")]
     pub batch_bytes_max: ByteSize,
     /// Most events in one request. At least 1.
     pub batch_events_max: u32,
     /// Bytes of batches admitted and not yet durable, over all connections; more is refused with "try again".
     /// At least `batch_bytes_max`.
+    #[serde(with = "size")]
     pub in_flight_bytes_max: ByteSize,
     /// Batches one WebSocket connection may have waiting for their commit before it is no longer read. At least 1.
     pub connection_in_flight_batches_max: usize,
     /// Bytes of the same. One batch is always allowed.
+    #[serde(with = "size")]
     pub connection_in_flight_bytes_max: ByteSize,
     /// How often a WebSocket client is pinged. At least 100 ms.
     #[serde(with = "humantime_serde")]
@@ -70,11 +93,11 @@ pub struct IngestConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Address of WebSocket and REST.
+    /// Address of WebSocket and REST. Port 0: any free one.
     pub listen: SocketAddr,
     /// Refuse WebSocket upgrades whose `Origin` is neither this host nor in `cors_allowed_origins`.
     pub check_origin: bool,
-    /// Answer CORS requests of browsers.
+    /// Answer CORS requests of browsers. Needs at least one allowed origin.
     pub cors_enabled: bool,
     /// Origins that may send; `["*"]`: any.
     pub cors_allowed_origins: Vec<String>,
@@ -82,7 +105,7 @@ pub struct HttpConfig {
     pub cors_allowed_methods: Vec<String>,
     /// Request headers that may be sent.
     pub cors_allowed_headers: Vec<String>,
-    /// Whether cookies may be sent; not together with origin `*`.
+    /// Whether cookies may be sent; not together with a `*` in the lists above.
     pub cors_allow_credentials: bool,
     /// How long a browser may remember a preflight answer.
     #[serde(with = "humantime_serde")]
@@ -93,7 +116,7 @@ pub struct HttpConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GrpcConfig {
-    /// Address of gRPC.
+    /// Address of gRPC. Port 0: any free one.
     pub listen: SocketAddr,
 }
 
@@ -101,13 +124,16 @@ pub struct GrpcConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WalConfig {
-    /// Directory of everything durable. Created if missing.
+    /// Directory of everything durable. Not empty. Created if missing.
     pub directory: PathBuf,
     /// Size of one segment: the unit in which disk is taken and given back, and what memory follows. 8 MiB to 256 MiB.
+    #[serde(with = "size")]
     pub segment_bytes: ByteSize,
     /// Most disk that the log may use. At least four segments.
+    #[serde(with = "size")]
     pub bytes_max: ByteSize,
     /// Space to leave free on the file system for the rest of the host.
+    #[serde(with = "size")]
     pub free_bytes_min: ByteSize,
     /// What happens to new batches when the log is full.
     pub when_full: WhenFull,
@@ -125,13 +151,15 @@ pub enum WhenFull {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ForwardConfig {
-    /// Kafka bootstrap servers. Empty: collect only.
+    /// Kafka bootstrap servers, `host:port`. Empty: collect only.
     pub brokers: Vec<String>,
-    /// Topic; the first `%s` is replaced by the event's type.
+    /// Topic; the first `%s` is replaced by the event's type. The rest must be legal in a Kafka topic's name: ASCII
+    /// letters, digits, `.`, `_`, `-`, at most 249 bytes.
     pub topic: String,
     /// What the Kafka record's key is.
     pub record_key: RecordKey,
     /// Bytes handed to the Kafka client and not yet acked by the broker. At least 1 MiB.
+    #[serde(with = "size")]
     pub in_flight_bytes_max: ByteSize,
     /// First delay before something that Kafka refused is tried again. At least 1 ms.
     #[serde(with = "humantime_serde")]
@@ -145,30 +173,9 @@ pub struct ForwardConfig {
     /// How long a clean stop waits for events that Kafka has not yet acked. They stay in the log.
     #[serde(with = "humantime_serde")]
     pub stop_timeout: Duration,
-    /// Any other librdkafka property, as `"linger.ms" = 5`.
+    /// Any other librdkafka property, as `"linger.ms" = 5`, except those that the promises rest on
+    /// (`enable.idempotence`, `acks`, …), which are refused.
     pub kafka: BTreeMap<String, KafkaProperty>,
-}
-
-/// Value of a librdkafka property.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum KafkaProperty {
-    /// `true` or `false`
-    Bool(bool),
-    /// A whole number.
-    Integer(i64),
-    /// Anything else.
-    Text(String),
-}
-
-impl std::fmt::Display for KafkaProperty {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            KafkaProperty::Bool(value) => value.fmt(f),
-            KafkaProperty::Integer(value) => value.fmt(f),
-            KafkaProperty::Text(value) => value.fmt(f),
-        }
-    }
 }
 
 /// What the Kafka record's key is.

@@ -1,0 +1,215 @@
+//! The control socket: the admin endpoints and the parked events on `<wal.directory>/control.sock`, for the commands that
+//! work on a running service. Mode 0600: payloads are for the owner of the log.
+//!
+//! The socket is bound under another name and moved into place, so that it is never open to others, and a stale one is
+//! replaced. Only the process that holds the log's lock may bind it.
+
+use std::convert::Infallible;
+use std::fs::{self, File, Permissions};
+use std::future::IntoFuture;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Query, State};
+use axum::http::{Request, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing;
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::Admin;
+use super::parked::ParkedFilter;
+
+const SOCKET: &str = "control.sock";
+
+/// How long the service may take to answer, and between two pieces of an answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Lines of `/parked` read ahead of the client.
+const LINES_AHEAD: usize = 4;
+
+/// Why a running service gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The socket cannot be used.
+    #[error("cannot talk to the service on {}", socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The service broke off.
+    #[error("the service broke off its answer")]
+    Broken(#[from] hyper::Error),
+    /// The service does not answer.
+    #[error("the service did not answer within {} seconds", ANSWER_TIMEOUT.as_secs())]
+    Timeout,
+    /// The service answered with an error.
+    #[error("the service answered {status}: {message}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// What it said.
+        message: String,
+    },
+}
+
+/// The bound control socket. Its file is removed when this, or what serves it, is dropped.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: UnixListener,
+    file: SocketFile,
+}
+
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // A stale file costs nothing: clients find nobody behind it, the next start replaces it.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl ControlSocket {
+    /// Binds the socket in the log's directory, in place of one that a dead process left. Must be called inside a runtime,
+    /// by the process that has the log open.
+    ///
+    /// # Errors
+    /// The directory is not writable, or its file system has no sockets.
+    pub fn bind(directory: &Path) -> io::Result<ControlSocket> {
+        let workshop = directory.join(".control");
+        remove_directory(&workshop)?;
+        fs::DirBuilder::new().mode(0o700).create(&workshop)?;
+        let open = File::open(&workshop)?;
+        let listener = UnixListener::bind(short_path(&open))?;
+        fs::set_permissions(workshop.join(SOCKET), Permissions::from_mode(0o600))?;
+        let path = directory.join(SOCKET);
+        fs::rename(workshop.join(SOCKET), &path)?;
+        remove_directory(&workshop)?;
+        Ok(ControlSocket { listener, file: SocketFile(path) })
+    }
+
+    /// Serves until `stop` is cancelled.
+    ///
+    /// # Errors
+    /// The listener fails for good.
+    pub async fn serve(self, admin: Admin, stop: CancellationToken) -> io::Result<()> {
+        let ControlSocket { listener, file: _file } = self;
+        let router = super::routes().route("/parked", routing::get(parked)).with_state(admin);
+        tokio::select! {
+            result = axum::serve(listener, router).into_future() => result,
+            () = stop.cancelled() => Ok(()),
+        }
+    }
+}
+
+fn remove_directory(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Path of the socket in an open directory. Short, because the path of a socket may have 107 bytes only.
+fn short_path(directory: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd()))
+}
+
+/// The parked events as JSON lines, read while the client takes them.
+async fn parked(State(admin): State<Admin>, Query(filter): Query<ParkedFilter>) -> Response {
+    let (lines, mut ahead) = mpsc::channel::<Vec<u8>>(LINES_AHEAD);
+    tokio::task::spawn_blocking(move || {
+        let events = admin.source.parked_events(filter.from_id);
+        for line in filter.lines(events) {
+            if lines.blocking_send(line).is_err() {
+                return; // the client is gone
+            }
+        }
+    });
+    let body = stream::poll_fn(move |context| ahead.poll_recv(context).map(|line| line.map(Ok::<_, Infallible>)));
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(body)).into_response()
+}
+
+/// The service's answer, as it arrives.
+#[derive(Debug)]
+pub struct Answer(Incoming);
+
+impl Answer {
+    /// The next piece; none at the end.
+    ///
+    /// # Errors
+    /// [`ControlError::Broken`], [`ControlError::Timeout`]
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ControlError> {
+        loop {
+            match in_time(self.0.frame()).await? {
+                None => return Ok(None),
+                Some(frame) => {
+                    if let Ok(data) = frame?.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+            }
+        }
+    }
+
+    /// All of it.
+    ///
+    /// # Errors
+    /// As [`Answer::next`].
+    pub async fn all(mut self) -> Result<Vec<u8>, ControlError> {
+        let mut all = Vec::new();
+        while let Some(piece) = self.next().await? {
+            all.extend_from_slice(&piece);
+        }
+        Ok(all)
+    }
+}
+
+/// Asks the service that runs on `directory` (`wal.directory`), for example for `/status`. None if no service runs there.
+///
+/// # Errors
+/// [`ControlError`]
+pub async fn get(directory: &Path, path_and_query: &str) -> Result<Option<Answer>, ControlError> {
+    let socket = directory.join(SOCKET);
+    let stream = match connect(directory).await {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
+        Err(source) => return Err(ControlError::Connect { socket, source }),
+    };
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let request = Request::get(path_and_query).header(header::HOST, "ringtail").body(Empty::<Bytes>::new());
+    let request = request.expect("the caller gives a valid path");
+    let response = in_time(sender.send_request(request)).await??;
+    let status = response.status();
+    let answer = Answer(response.into_body());
+    if status == StatusCode::OK {
+        return Ok(Some(answer));
+    }
+    let message = String::from_utf8_lossy(&answer.all().await?).trim_end().to_owned();
+    Err(ControlError::Refused { status: status.as_u16(), message })
+}
+
+async fn connect(directory: &Path) -> io::Result<UnixStream> {
+    let open = File::open(directory)?;
+    UnixStream::connect(short_path(&open)).await
+}
+
+async fn in_time<T>(answer: impl Future<Output = T>) -> Result<T, ControlError> {
+    tokio::time::timeout(ANSWER_TIMEOUT, answer).await.map_err(|_| ControlError::Timeout)
+}

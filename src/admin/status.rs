@@ -1,0 +1,183 @@
+//! `/metrics`, `/livez`, `/readyz` and `/status`.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+
+use super::{Admin, StatusSource};
+use crate::batch::now_ms;
+use crate::metrics::WalMetrics;
+use crate::wal::WalStatus;
+
+/// A commit that takes longer makes the process not live, in milliseconds.
+const COMMIT_BUSY_MS_MAX: u64 = 30_000;
+
+/// How far the process is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Opens the log, binds its ports.
+    Starting,
+    /// Takes batches.
+    Serving,
+    /// Drains.
+    Stopping,
+}
+
+/// Why batches are not accepted now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NotReady {
+    /// The service is starting.
+    Starting,
+    /// The service is stopping.
+    Stopping,
+    /// The log is full.
+    Full,
+    /// The log failed; the process is about to end.
+    Poisoned,
+}
+
+impl NotReady {
+    /// The reason in one word, as in `/readyz`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            NotReady::Starting => "starting",
+            NotReady::Stopping => "stopping",
+            NotReady::Full => "full",
+            NotReady::Poisoned => "poisoned",
+        }
+    }
+}
+
+/// Open client connections, by protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connections {
+    /// Upgraded WebSocket connections.
+    pub websocket: u64,
+    /// REST connections.
+    pub rest: u64,
+    /// gRPC connections.
+    pub grpc: u64,
+}
+
+/// The answer of `/status`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// Version of Ringtail.
+    pub version: &'static str,
+    /// When the process began, milliseconds since the Unix epoch.
+    pub started_at_ms: u64,
+    /// Seconds since then.
+    pub uptime_seconds: u64,
+    /// How far the process is in its life.
+    pub phase: Phase,
+    /// Whether batches are accepted.
+    pub ready: bool,
+    /// Why not.
+    pub not_ready_reason: Option<NotReady>,
+    /// Whether the loops make progress.
+    pub live: bool,
+    /// Open client connections.
+    pub connections: Connections,
+    /// The log; none while it is being opened.
+    pub wal: Option<WalStatus>,
+    /// The forwarder, last error included; `null` when it does not run.
+    pub forward: serde_json::Value,
+    /// The dead letters.
+    pub parked: ParkedCount,
+}
+
+/// The dead letters in `/status`.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct ParkedCount {
+    /// Events held now.
+    pub events: u64,
+}
+
+impl Admin {
+    fn status(&self) -> Status {
+        let source = &*self.source;
+        let wal = source.wal();
+        let reason = not_ready(source.phase(), wal.as_ref());
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            started_at_ms: self.started_at_ms,
+            uptime_seconds: now_ms().saturating_sub(self.started_at_ms) / 1000,
+            phase: source.phase(),
+            ready: reason.is_none(),
+            not_ready_reason: reason,
+            live: not_live(source).is_none(),
+            connections: source.connections(),
+            wal,
+            forward: source.forward(),
+            parked: ParkedCount { events: source.parked_count() },
+        }
+    }
+}
+
+pub(super) async fn status(State(admin): State<Admin>) -> Response {
+    ([(header::CACHE_CONTROL, "no-store")], Json(admin.status())).into_response()
+}
+
+pub(super) async fn readyz(State(admin): State<Admin>) -> Response {
+    match not_ready(admin.source.phase(), admin.source.wal().as_ref()) {
+        None => "ready\n".into_response(),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", reason.as_str())).into_response(),
+    }
+}
+
+pub(super) async fn livez(State(admin): State<Admin>) -> Response {
+    match not_live(&*admin.source) {
+        None => "live\n".into_response(),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
+    }
+}
+
+pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
+    if let Some(wal) = admin.source.wal() {
+        record(&wal, &admin.metrics.wal);
+    }
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.handle().render()).into_response()
+}
+
+/// An unreachable Kafka is no reason: the log is there for that.
+fn not_ready(phase: Phase, wal: Option<&WalStatus>) -> Option<NotReady> {
+    match (phase, wal) {
+        (_, Some(wal)) if wal.failed => Some(NotReady::Poisoned),
+        (Phase::Stopping, _) => Some(NotReady::Stopping),
+        (Phase::Starting, _) | (Phase::Serving, None) => Some(NotReady::Starting),
+        (Phase::Serving, Some(wal)) => wal.full.then_some(NotReady::Full),
+    }
+}
+
+/// Which loop makes no progress.
+pub(super) fn not_live(source: &dyn StatusSource) -> Option<&'static str> {
+    let wal = source.wal();
+    if wal.as_ref().is_some_and(|wal| wal.failed) {
+        Some("the log failed")
+    } else if wal.is_some_and(|wal| wal.commit_busy_ms > COMMIT_BUSY_MS_MAX) {
+        Some("a commit makes no progress")
+    } else if !source.is_forward_live() {
+        Some("the forward loop makes no progress")
+    } else {
+        None
+    }
+}
+
+/// Sets the gauges that describe the log's state.
+fn record(wal: &WalStatus, metrics: &WalMetrics) {
+    let oldest_age_ms = wal.oldest_pending_received_at_ms.map_or(0, |received| now_ms().saturating_sub(received));
+    metrics.pending_batches.set(wal.pending_batches as f64);
+    metrics.pending_events.set(wal.pending_events as f64);
+    metrics.pending_bytes.set(wal.pending_bytes as f64);
+    metrics.oldest_pending_age.set(oldest_age_ms as f64 / 1000.0);
+    metrics.disk_bytes.set(wal.disk_bytes as f64);
+    metrics.disk_limit_bytes.set(wal.disk_limit_bytes as f64);
+    metrics.free_bytes.set(wal.free_bytes as f64);
+    metrics.full.set(f64::from(u8::from(wal.full)));
+    metrics.segments.set(wal.segments as f64);
+    metrics.quarantined_segments.set(wal.quarantined_segments as f64);
+}

@@ -1,0 +1,175 @@
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Mutex;
+
+use axum::body::Body;
+use axum::http::{Request, header};
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+use super::*;
+
+struct Fake {
+    phase: Phase,
+    wal: Option<WalStatus>,
+    forward_live: bool,
+    parked: Mutex<Vec<Value>>,
+}
+
+impl StatusSource for Fake {
+    fn phase(&self) -> Phase {
+        self.phase
+    }
+    fn connections(&self) -> Connections {
+        Connections { websocket: 3, rest: 2, grpc: 1 }
+    }
+    fn wal(&self) -> Option<WalStatus> {
+        self.wal.clone()
+    }
+    fn forward(&self) -> Value {
+        json!({"connected": false, "last_error": {"message": "<script>alert(1)</script>"}})
+    }
+    fn is_forward_live(&self) -> bool {
+        self.forward_live
+    }
+    fn parked_count(&self) -> u64 {
+        self.parked.lock().unwrap().len() as u64
+    }
+    fn parked_events(&self, from_id: u64) -> ParkedEvents {
+        let parked = self.parked.lock().unwrap().clone();
+        let events = parked.into_iter().filter(move |event| event["id"].as_u64() >= Some(from_id));
+        Box::new(events.map(|event| Ok(event.as_object().unwrap().clone())))
+    }
+}
+
+fn fake() -> Fake {
+    let wal = WalStatus { pending_events: 7, disk_limit_bytes: 1000, ..WalStatus::default() };
+    Fake { phase: Phase::Serving, wal: Some(wal), forward_live: true, parked: Mutex::default() }
+}
+
+async fn get(fake: Fake, path: &str) -> (StatusCode, Response, String) {
+    let router = router(Admin::new(Arc::new(fake), Metrics::new()));
+    let response = router.oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap();
+    let (parts, body) = response.into_parts();
+    let text = String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap();
+    (parts.status, Response::from_parts(parts, Body::empty()), text)
+}
+
+#[tokio::test]
+async fn readyz_names_the_reason() {
+    let full = || WalStatus { full: true, ..WalStatus::default() };
+    let poisoned = || WalStatus { failed: true, full: true, ..WalStatus::default() };
+    let cases = [
+        (fake(), 200, "ready\n"),
+        (Fake { forward_live: false, ..fake() }, 200, "ready\n"),
+        (Fake { phase: Phase::Starting, wal: None, ..fake() }, 503, "starting\n"),
+        (Fake { wal: None, ..fake() }, 503, "starting\n"),
+        (Fake { phase: Phase::Stopping, ..fake() }, 503, "stopping\n"),
+        (Fake { wal: Some(full()), ..fake() }, 503, "full\n"),
+        (Fake { wal: Some(poisoned()), phase: Phase::Stopping, ..fake() }, 503, "poisoned\n"),
+    ];
+    for (fake, status, text) in cases {
+        let (got, _, body) = get(fake, "/readyz").await;
+        assert_eq!((got.as_u16(), body.as_str()), (status, text));
+    }
+}
+
+#[tokio::test]
+async fn livez_asks_both_loops() {
+    let slow = |ms| Some(WalStatus { commit_busy_ms: ms, ..WalStatus::default() });
+    let cases = [
+        (fake(), 200),
+        (Fake { phase: Phase::Starting, wal: None, ..fake() }, 200),
+        (Fake { wal: slow(30_000), ..fake() }, 200),
+        (Fake { wal: slow(30_001), ..fake() }, 503),
+        (Fake { forward_live: false, ..fake() }, 503),
+    ];
+    for (fake, status) in cases {
+        assert_eq!(get(fake, "/livez").await.0.as_u16(), status);
+    }
+}
+
+#[tokio::test]
+async fn metrics_show_the_log_at_the_scrape() {
+    let (status, response, text) = get(fake(), "/metrics").await;
+    assert_eq!(status, 200);
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "text/plain; version=0.0.4");
+    assert!(text.contains("\nringtail_wal_pending_events 7\n"), "{text}");
+    assert!(text.contains("\nringtail_wal_disk_limit_bytes 1000\n"), "{text}");
+}
+
+#[tokio::test]
+async fn status_is_json() {
+    let (status, _, text) = get(fake(), "/status").await;
+    assert_eq!(status, 200);
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(answer["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(answer["ready"], true);
+    assert_eq!(answer["connections"], json!({"websocket": 3, "rest": 2, "grpc": 1}));
+    assert_eq!(answer["wal"]["pending_events"], 7);
+    assert_eq!(answer["parked"]["events"], 0);
+    assert!(answer["forward"]["last_error"].is_object());
+}
+
+#[tokio::test]
+async fn the_page_may_only_run_its_own_script() {
+    let (status, response, text) = get(fake(), "/").await;
+    assert_eq!(status, 200);
+    let policy = response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
+    assert!(policy.starts_with("default-src 'none';") && !policy.contains("unsafe"), "{policy}");
+    assert!(!text.contains("<script>") && !text.contains("style=") && !text.contains("onclick"), "{text}");
+    for (path, content_type) in [("/page.js", "text/javascript"), ("/page.css", "text/css")] {
+        let (status, response, text) = get(fake(), path).await;
+        assert_eq!(status, 200);
+        assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(content_type));
+        assert!(!text.contains("innerHTML"));
+    }
+}
+
+#[tokio::test]
+async fn nothing_else_is_served() {
+    assert_eq!(get(fake(), "/nothing").await.0, 404);
+    // Payloads are for the control socket alone.
+    assert_eq!(get(fake(), "/parked").await.0, 404);
+    let router = router(Admin::new(Arc::new(fake()), Metrics::new()));
+    let post = Request::post("/status").body(Body::empty()).unwrap();
+    assert_eq!(router.oneshot(post).await.unwrap().status(), 405);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_control_socket_serves_its_owner() {
+    let base = tempfile::tempdir().unwrap();
+    let directory = base.path().join("a-directory-whose-path-is-too-long-for-a-socket".repeat(3));
+    std::fs::create_dir(&directory).unwrap();
+    assert!(control::get(&directory, "/status").await.unwrap().is_none(), "nobody there");
+
+    let stale = control::ControlSocket::bind(&directory).unwrap();
+    let socket = control::ControlSocket::bind(&directory).unwrap();
+    let mode = std::fs::metadata(directory.join("control.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    std::mem::forget(stale);
+
+    let parked = (1..=100).map(|id| json!({"id": id, "topic": "t", "payload": "aGVsbG8="})).collect();
+    let source = Arc::new(Fake { parked: Mutex::new(parked), ..fake() });
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(socket.serve(Admin::new(source, Metrics::new()), stop.clone()));
+
+    let status = control::get(&directory, "/status").await.unwrap().unwrap().all().await.unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&status).unwrap()["parked"]["events"], 100);
+
+    let filter = ParkedFilter { from_id: 3, limit: Some(50), summary: true, ..ParkedFilter::default() };
+    let path = format!("/parked?{}", filter.to_query());
+    let lines = control::get(&directory, &path).await.unwrap().unwrap().all().await.unwrap();
+    let lines: Vec<Value> =
+        String::from_utf8(lines).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 50);
+    assert_eq!(lines[0], json!({"id": 3, "topic": "t", "payload_bytes": 5}));
+
+    let refused = control::get(&directory, "/parked?nonsense=1").await.unwrap_err();
+    assert!(matches!(refused, control::ControlError::Refused { status: 400, .. }), "{refused}");
+
+    stop.cancel();
+    serving.await.unwrap().unwrap();
+    assert!(!directory.join("control.sock").exists());
+    assert!(control::get(&directory, "/status").await.unwrap().is_none(), "stopped");
+}

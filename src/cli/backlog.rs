@@ -1,0 +1,100 @@
+//! `ringtail backlog`: the log, as an operator sees it.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ringtail::admin::control;
+use ringtail::batch::now_ms;
+use ringtail::config::WalConfig;
+use ringtail::wal::{self, WalStatus};
+use serde::Deserialize;
+
+use super::config::LogArgs;
+
+/// Look at the backlog: what is durable and not yet delivered
+#[derive(clap::Args)]
+pub struct BacklogArgs {
+    #[command(subcommand)]
+    command: BacklogCommand,
+}
+
+#[derive(clap::Subcommand)]
+enum BacklogCommand {
+    /// Print the size and age of the backlog, and the disk it takes
+    #[command(after_help = "Example:\n  ringtail backlog status --directory /var/lib/ringtail")]
+    Status(StatusArgs),
+}
+
+#[derive(clap::Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    log: LogArgs,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `ringtail backlog`.
+pub async fn run(args: BacklogArgs) -> anyhow::Result<ExitCode> {
+    match args.command {
+        BacklogCommand::Status(args) => status(args).await,
+    }
+}
+
+#[derive(Deserialize)]
+struct ServiceStatus {
+    wal: Option<WalStatus>,
+}
+
+async fn status(args: StatusArgs) -> anyhow::Result<ExitCode> {
+    let config = match args.log.load() {
+        Ok(config) => config,
+        Err(code) => return Ok(code),
+    };
+    let backlog = read(&config).await?;
+    let text = if args.json { serde_json::to_string_pretty(&backlog)? + "\n" } else { describe(&backlog) };
+    io::stdout().write_all(text.as_bytes()).context("write to standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks the service that runs on the log; without one opens the log itself.
+async fn read(config: &WalConfig) -> anyhow::Result<WalStatus> {
+    let directory = &config.directory;
+    if !directory.join("wal").is_dir() {
+        bail!("there is no log in {}", directory.display());
+    }
+    if let Some(answer) = control::get(directory, "/status").await? {
+        let status = serde_json::from_slice(&answer.all().await?).context("read the service's status")?;
+        let ServiceStatus { wal } = status;
+        return wal.context("the service is still opening its log");
+    }
+    eprintln!("no service runs on {}, reading the log itself", directory.display());
+    wal::inspect(config).context("read the log")
+}
+
+fn describe(backlog: &WalStatus) -> String {
+    let size = |bytes: u64| bytesize::ByteSize::b(bytes).to_string();
+    let age = |received_at_ms: u64| {
+        let seconds = now_ms().saturating_sub(received_at_ms) / 1000;
+        humantime::format_duration(Duration::from_secs(seconds)).to_string()
+    };
+    let full = if backlog.full { ", FULL: batches are refused" } else { "" };
+    format!(
+        "pending      {} events in {} batches, {}\n\
+         oldest       {}\n\
+         disk         {} of {}{full}\n\
+         free         {}\n\
+         segments     {}, {} quarantined\n",
+        backlog.pending_events,
+        backlog.pending_batches,
+        size(backlog.pending_bytes),
+        backlog.oldest_pending_received_at_ms.map_or_else(|| "none".into(), age),
+        size(backlog.disk_bytes),
+        size(backlog.disk_limit_bytes),
+        size(backlog.free_bytes),
+        backlog.segments,
+        backlog.quarantined_segments,
+    )
+}

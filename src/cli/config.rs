@@ -1,0 +1,158 @@
+//! `ringtail config`: check, show and write the configuration. Also how every command finds its configuration.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE, WalConfig};
+
+/// Exit code of bad usage and of a bad configuration, as in `sysexits.h`.
+pub const EXIT_USAGE: u8 = 64;
+
+/// Validate, show or write the configuration
+#[derive(clap::Args)]
+pub struct ConfigArgs {
+    #[command(subcommand)]
+    command: ConfigCommand,
+}
+
+#[derive(clap::Subcommand)]
+enum ConfigCommand {
+    /// Validate the configuration: exit code 0, or 64 with every problem named
+    #[command(after_help = "Example:\n  ringtail config check --config /etc/ringtail/ringtail.toml")]
+    Check(ConfigFile),
+    /// Print the effective configuration, and where each value came from
+    #[command(after_help = "Example:\n  RINGTAIL_LOG__LEVEL=debug ringtail config show")]
+    Show(ShowArgs),
+    /// Write the commented default file
+    #[command(after_help = "Example:\n  ringtail config init --output /etc/ringtail/ringtail.toml")]
+    Init(InitArgs),
+}
+
+/// The configuration that a command works with.
+#[derive(clap::Args)]
+pub struct ConfigFile {
+    /// Configuration file; without it /etc/ringtail/ringtail.toml, if that exists
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct ShowArgs {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// One JSON array of keys, values and sources
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct InitArgs {
+    /// File to write; without it the standard output
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Overwrite the file if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+}
+
+impl ConfigFile {
+    /// Loads and validates the configuration. Problems are printed, and the exit code is returned.
+    pub fn load(&self, overrides: &[Override]) -> Result<Loaded, ExitCode> {
+        Config::load(self.config.as_deref(), overrides).map_err(|error| {
+            eprintln!("ringtail: {:#}", anyhow::Error::from(error));
+            ExitCode::from(EXIT_USAGE)
+        })
+    }
+}
+
+/// The log that a command works with.
+#[derive(clap::Args)]
+pub struct LogArgs {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// Directory of the log, instead of wal.directory in the configuration
+    #[arg(long, value_name = "DIR")]
+    directory: Option<String>,
+}
+
+impl LogArgs {
+    /// How the log is configured. Problems are printed, and the exit code is returned.
+    pub fn load(&self) -> Result<WalConfig, ExitCode> {
+        let directory = self.directory.iter().map(|directory| Override {
+            flag: "--directory",
+            key: "wal.directory",
+            value: directory.clone(),
+        });
+        Ok(self.file.load(&directory.collect::<Vec<_>>())?.config.wal)
+    }
+}
+
+/// Runs `ringtail config`.
+pub async fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
+    match args.command {
+        ConfigCommand::Check(file) => Ok(check(&file)),
+        ConfigCommand::Show(args) => show(&args),
+        ConfigCommand::Init(args) => init(&args),
+    }
+}
+
+fn check(file: &ConfigFile) -> ExitCode {
+    match file.load(&[]) {
+        Ok(loaded) => {
+            eprintln!("the configuration is valid ({})", describe(&loaded));
+            ExitCode::SUCCESS
+        }
+        Err(code) => code,
+    }
+}
+
+fn describe(loaded: &Loaded) -> String {
+    let from = |path: &PathBuf| format!("{} and the environment", path.display());
+    loaded.file.as_ref().map_or_else(|| "defaults and the environment, no file".into(), from)
+}
+
+fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
+    let loaded = match args.file.load(&[]) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    let text = if args.json {
+        serde_json::to_string_pretty(&loaded.settings())? + "\n"
+    } else {
+        format!("# {}\n\n{}", describe(&loaded), loaded.to_annotated_toml())
+    };
+    io::stdout().write_all(text.as_bytes()).context("write to standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn init(args: &InitArgs) -> anyhow::Result<ExitCode> {
+    let Some(path) = &args.output else {
+        io::stdout().write_all(TEMPLATE.as_bytes()).context("write to standard output")?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    write_template(path, args.force)?;
+    eprintln!("wrote {}", path.display());
+    if path != Path::new(DEFAULT_FILE) {
+        eprintln!("use it with: ringtail serve --config {}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_template(path: &Path, force: bool) -> anyhow::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true);
+    if force {
+        options.create(true).truncate(true)
+    } else {
+        options.create_new(true)
+    };
+    let mut file = options.open(path).map_err(|error| {
+        let exists = error.kind() == io::ErrorKind::AlreadyExists;
+        let hint = if exists { ", --force overwrites it" } else { "" };
+        anyhow::Error::from(error).context(format!("cannot write {}{hint}", path.display()))
+    })?;
+    file.write_all(TEMPLATE.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,388 @@
+//! A real Apache Kafka for tests: one broker and controller in one process, on loopback, in a directory of its own.
+//!
+//! Needs Java 17 and Maven. The jars are resolved once, into `target/kafka-jars`. A broker is a child of the test and ends
+//! with it: [`Kafka`] kills it when it is dropped, also by a panic, and then shows the end of its log.
+
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+use tempfile::TempDir;
+
+const KAFKA_VERSION: &str = "4.3.1";
+const CLUSTER_ID: &str = "MkU3OEVBNTcwNTJENDM2Qk";
+
+/// Longest that a broker may take to start or to stop.
+const BROKER_PATIENCE: Duration = Duration::from_secs(90);
+/// Longest that reading a topic may take.
+const READ_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Partitions of a topic that is created by the first event for it.
+pub const PARTITIONS: i32 = 4;
+
+/// Ports are taken below the range from which connections get theirs.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// How a broker is to be started.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Lines of `server.properties` to add, or to replace those with the same key.
+    pub properties: Vec<(String, String)>,
+    /// More heap, and the optimising compiler: for throughput.
+    pub fast: bool,
+}
+
+/// A running, or deliberately not running, broker.
+pub struct Kafka {
+    directory: TempDir,
+    port: u16,
+    options: Options,
+    child: Option<Child>,
+}
+
+/// A record of a topic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsumedRecord {
+    pub partition: i32,
+    pub offset: i64,
+    pub key: Option<Vec<u8>>,
+    pub value: Vec<u8>,
+}
+
+impl Kafka {
+    /// Starts a broker with an empty data directory, and waits until it takes requests.
+    pub fn start() -> Kafka {
+        Kafka::start_with(Options::default())
+    }
+
+    /// The same with options.
+    pub fn start_with(options: Options) -> Kafka {
+        let directory = tempfile::Builder::new().prefix("ringtail-kafka-").tempdir().expect("make a directory");
+        let (port, controller_port) = (free_port(), free_port());
+        let mut kafka = Kafka { directory, port, options, child: None };
+        kafka.write_properties(controller_port);
+        kafka.format();
+        kafka.restart();
+        kafka
+    }
+
+    /// `host:port` for clients.
+    pub fn bootstrap(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Process id of the broker, which must be running.
+    pub fn pid(&self) -> i32 {
+        let child = self.child.as_ref().expect("the broker was stopped");
+        i32::try_from(child.id()).expect("a process id is an i32")
+    }
+
+    /// Ends the broker as an operator does, and waits for its end.
+    pub fn stop(&mut self) {
+        self.signal(libc::SIGTERM);
+        let child = self.child.as_mut().expect("the broker was stopped");
+        let deadline = Instant::now() + BROKER_PATIENCE;
+        while child.try_wait().expect("wait for the broker").is_none() {
+            assert!(Instant::now() < deadline, "the broker does not stop\n{}", self.log_end());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.child = None;
+    }
+
+    /// Ends the broker with SIGKILL.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("the broker was stopped");
+        child.kill().expect("kill the broker");
+        child.wait().expect("wait for the broker");
+    }
+
+    /// Stops the broker's clock: connections stay, nothing answers.
+    pub fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    /// Lets a frozen broker run again.
+    pub fn thaw(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: kill has no preconditions; the child has not been waited for, so the id is still its own.
+        let result = unsafe { libc::kill(self.pid(), signal) };
+        assert_eq!(result, 0, "signal the broker: {}", std::io::Error::last_os_error());
+    }
+
+    /// Starts a stopped or killed broker again, on the same data and ports, and waits until it takes requests.
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "the broker runs");
+        let log = File::create(self.log_path()).expect("make the broker's log");
+        let mut command = self.java(if self.options.fast { &["-Xmx768m"] } else { &["-Xmx192m"] });
+        if !self.options.fast {
+            command.arg("-XX:TieredStopAtLevel=1");
+        }
+        command.arg("-cp").arg(class_path()).arg("kafka.Kafka").arg(self.properties_path());
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the log")).stderr(log);
+        self.child = Some(command.spawn().expect("start java: is Java 17 installed?"));
+        self.wait_until_started();
+    }
+
+    fn wait_until_started(&mut self) {
+        let deadline = Instant::now() + BROKER_PATIENCE;
+        loop {
+            let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+            if log.contains("Kafka Server started") {
+                return;
+            }
+            let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("wait for the broker"));
+            assert!(ended.is_none(), "the broker ended, {ended:?}\n{}", self.log_end());
+            assert!(Instant::now() < deadline, "the broker does not start\n{}", self.log_end());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Creates a topic, and waits until its partitions have leaders.
+    pub fn create_topic(&self, name: &str, partitions: i32, config: &[(&str, &str)]) {
+        let admin: AdminClient<DefaultClientContext> = self.client().create().expect("make an admin client");
+        let replication = TopicReplication::Fixed(1);
+        let topic = config
+            .iter()
+            .fold(NewTopic::new(name, partitions, replication), |topic, (key, value)| topic.set(key, value));
+        let options = AdminOptions::new().operation_timeout(Some(BROKER_PATIENCE));
+        let results = block_on(admin.create_topics([&topic], &options)).expect("create the topic");
+        for result in results {
+            result.unwrap_or_else(|(topic, code)| panic!("create {topic}: {code}"));
+        }
+        let deadline = Instant::now() + BROKER_PATIENCE;
+        let consumer = self.consumer(false);
+        while self.partitions(&consumer, name).len() < partitions as usize {
+            assert!(Instant::now() < deadline, "the topic {name} does not get its leaders");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Every record of a topic up to the high watermarks, by partition and offset. A topic that is not there is empty.
+    pub fn read_topic(&self, topic: &str) -> Vec<ConsumedRecord> {
+        self.read(topic, false)
+    }
+
+    /// The same for a reader that sees committed transactions only.
+    pub fn read_topic_committed(&self, topic: &str) -> Vec<ConsumedRecord> {
+        self.read(topic, true)
+    }
+
+    fn read(&self, topic: &str, committed: bool) -> Vec<ConsumedRecord> {
+        let consumer = self.consumer(committed);
+        let mut open = self.partitions(&consumer, topic);
+        let mut assignment = TopicPartitionList::new();
+        for partition in &open {
+            assignment.add_partition_offset(topic, *partition, Offset::Beginning).expect("a valid offset");
+        }
+        consumer.assign(&assignment).expect("assign partitions");
+        let deadline = Instant::now() + READ_PATIENCE;
+        let mut records = Vec::new();
+        while !open.is_empty() {
+            assert!(Instant::now() < deadline, "reading {topic} takes too long, {} records so far", records.len());
+            match consumer.poll(Duration::from_millis(200)) {
+                None => {}
+                Some(Err(KafkaError::PartitionEOF(ended))) => open.retain(|partition| *partition != ended),
+                Some(Err(error)) => panic!("read {topic}: {error}"),
+                Some(Ok(message)) => records.push(ConsumedRecord {
+                    partition: message.partition(),
+                    offset: message.offset(),
+                    key: message.key().map(<[u8]>::to_vec),
+                    value: message.payload().unwrap_or_default().to_vec(),
+                }),
+            }
+        }
+        records.sort_by_key(|record| (record.partition, record.offset));
+        records
+    }
+
+    /// Partitions of a topic that have a leader.
+    fn partitions(&self, consumer: &BaseConsumer, topic: &str) -> Vec<i32> {
+        let metadata = consumer.fetch_metadata(Some(topic), BROKER_PATIENCE).expect("fetch metadata");
+        let topics = metadata.topics().iter().filter(|found| found.name() == topic && found.error().is_none());
+        let partitions = topics.flat_map(|topic| topic.partitions());
+        partitions.filter(|partition| partition.leader() >= 0).map(|partition| partition.id()).collect()
+    }
+
+    fn consumer(&self, committed: bool) -> BaseConsumer {
+        self.client()
+            .set("group.id", "ringtail-test")
+            .set("enable.auto.commit", "false")
+            .set("enable.partition.eof", "true")
+            .set("isolation.level", if committed { "read_committed" } else { "read_uncommitted" })
+            .create()
+            .expect("make a consumer")
+    }
+
+    fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", self.bootstrap());
+        config
+    }
+
+    fn format(&self) {
+        let output = self
+            .java(&["-Xmx64m", "-XX:TieredStopAtLevel=1"])
+            .arg("-cp")
+            .arg(class_path())
+            .args(["kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c"])
+            .arg(self.properties_path())
+            .output()
+            .expect("start java: is Java 17 installed?");
+        assert!(output.status.success(), "format: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn java(&self, options: &[&str]) -> Command {
+        let mut command = Command::new("java");
+        command.arg("-XX:+UseSerialGC").args(options).current_dir(self.directory.path());
+        command
+    }
+
+    fn write_properties(&self, controller_port: u16) {
+        let (port, data) = (self.port, self.directory.path().join("data"));
+        let mut lines = vec![
+            ("process.roles", "broker,controller".to_owned()),
+            ("node.id", "1".into()),
+            ("controller.quorum.voters", format!("1@127.0.0.1:{controller_port}")),
+            ("listeners", format!("PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}")),
+            ("controller.listener.names", "CONTROLLER".into()),
+            ("inter.broker.listener.name", "PLAINTEXT".into()),
+            ("listener.security.protocol.map", "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT".into()),
+            ("log.dirs", data.display().to_string()),
+            ("num.partitions", PARTITIONS.to_string()),
+            ("auto.create.topics.enable", "true".into()),
+            ("offsets.topic.replication.factor", "1".into()),
+            ("offsets.topic.num.partitions", "1".into()),
+            ("transaction.state.log.replication.factor", "1".into()),
+            ("transaction.state.log.min.isr", "1".into()),
+            ("transaction.state.log.num.partitions", "1".into()),
+            ("group.initial.rebalance.delay.ms", "0".into()),
+            ("log.cleaner.dedupe.buffer.size", "4194304".into()),
+            ("broker.session.timeout.ms", "1500".into()),
+            ("broker.heartbeat.interval.ms", "300".into()),
+        ];
+        lines.retain(|(key, _)| self.options.properties.iter().all(|(own, _)| own != key));
+        let own = self.options.properties.iter().map(|(key, value)| (key.as_str(), value.clone()));
+        let text: String = lines.into_iter().chain(own).map(|(key, value)| format!("{key}={value}\n")).collect();
+        fs::write(self.properties_path(), text).expect("write server.properties");
+    }
+
+    fn properties_path(&self) -> PathBuf {
+        self.directory.path().join("server.properties")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.directory.path().join("broker.log")
+    }
+
+    fn log_end(&self) -> String {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+impl Drop for Kafka {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the broker's log ends with:\n{}", self.log_end());
+        }
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A port that nobody uses and that no other call in this process has returned.
+fn free_port() -> u16 {
+    static NEXT: OnceLock<AtomicU16> = OnceLock::new();
+    let size = PORTS.end - PORTS.start;
+    let next = NEXT.get_or_init(|| AtomicU16::new(rand::random_range(0..size)));
+    let ports = std::iter::repeat_with(|| PORTS.start + next.fetch_add(1, Ordering::Relaxed) % size);
+    let mut free = ports.take(size.into()).filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    free.next().expect("a port is free")
+}
+
+/// Runs a future to its end, inside a runtime or outside.
+fn block_on<T: Send>(future: impl Future<Output = T> + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("make a runtime").block_on(future)
+        });
+        thread.join().expect("the future does not panic")
+    })
+}
+
+/// The class path of Kafka, resolved through Maven when it is first needed.
+fn class_path() -> &'static str {
+    static CLASS_PATH: OnceLock<String> = OnceLock::new();
+    CLASS_PATH.get_or_init(|| {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("target/tmp is in target");
+        let jars = target.join("kafka-jars").join(KAFKA_VERSION);
+        if !jars.exists() {
+            resolve(&jars);
+        }
+        let entries = fs::read_dir(&jars).expect("read target/kafka-jars");
+        let mut paths: Vec<String> = entries
+            .map(|entry| entry.expect("read target/kafka-jars").path().display().to_string())
+            .filter(|path| path.ends_with(".jar"))
+            .collect();
+        paths.sort();
+        paths.join(":")
+    })
+}
+
+/// Copies Kafka's jars to `jars`, which appears only when it is complete.
+fn resolve(jars: &Path) {
+    let parent = jars.parent().expect("the directory has a parent");
+    fs::create_dir_all(parent).expect("make target/kafka-jars");
+    let work = tempfile::Builder::new().prefix("resolving-").tempdir_in(parent).expect("make a directory");
+    let pom = work.path().join("pom.xml");
+    fs::write(&pom, pom_xml()).expect("write pom.xml");
+    let output = Command::new("mvn")
+        .args(["-q", "-B", "-f"])
+        .arg(&pom)
+        .args(["org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy-dependencies", "-DincludeScope=runtime"])
+        .arg(format!("-DoutputDirectory={}", work.path().join("jars").display()))
+        .output()
+        .expect("start mvn: is Maven installed?");
+    let text = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "maven: {}", String::from_utf8_lossy(&text));
+    // Another process may have been faster: its jars are as good.
+    if fs::rename(work.path().join("jars"), jars).is_err() {
+        assert!(jars.exists(), "cannot move kafka's jars to {}", jars.display());
+    }
+}
+
+/// Kafka, and a binding without which its logs vanish.
+fn pom_xml() -> String {
+    let dependency = |group: &str, artifact: &str, version: &str| {
+        format!(
+            "<dependency><groupId>{group}</groupId><artifactId>{artifact}</artifactId>\
+             <version>{version}</version></dependency>"
+        )
+    };
+    format!(
+        "<project xmlns=\"http://maven.apache.org/POM/4.0.0\"><modelVersion>4.0.0</modelVersion>\
+         <groupId>ringtail</groupId><artifactId>kafka</artifactId><version>1</version><dependencies>{}{}</dependencies>\
+         </project>",
+        dependency("org.apache.kafka", "kafka_2.13", KAFKA_VERSION),
+        dependency("org.slf4j", "slf4j-simple", "1.7.36"),
+    )
+}
