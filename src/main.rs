@@ -1,23 +1,21 @@
-//! The `ringtail` command.
-
-use std::process::ExitCode;
-
-use clap::Parser;
+//! `ringtail`: arguments in, exit code out.
 
 mod cli;
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::from_args() {
         Ok(cli) => cli,
-        Err(error) => {
-            let code = if error.use_stderr() { 64 } else { 0 };
-            let _ = error.print();
-            return ExitCode::from(code);
-        }
+        Err(exit_code) => return exit_code,
     };
-    cli::run(cli).await.unwrap_or_else(|error| {
+    run(cli).unwrap_or_else(|error| {
         eprintln!("ringtail: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(cli.run())
 }

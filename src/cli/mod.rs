@@ -1,31 +1,70 @@
-//! The command line: one file for each command.
+//! The command line: one file per command. Data goes to stdout, messages for people to stderr.
+
+mod backlog;
+mod bench;
+mod config;
+mod parked;
+mod send;
 
 use std::process::ExitCode;
 
-mod backlog;
-mod config;
-mod parked;
+use clap::{Parser, Subcommand};
 
-/// A durable store-and-forward event collector for edge hosts.
-#[derive(clap::Parser)]
-#[command(version)]
+/// Exit code of bad usage or config (`EX_USAGE` of sysexits.h).
+pub const EXIT_USAGE: u8 = 64;
+
+/// Durable store-and-forward event collector for edge hosts.
+#[derive(Debug, Parser)]
+#[command(name = "ringtail", version, about, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
-#[derive(clap::Subcommand)]
+#[derive(Debug, Subcommand)]
 enum Command {
+    Send(send::SendArgs),
+    Bench(bench::BenchArgs),
     Backlog(backlog::BacklogArgs),
-    Config(config::ConfigArgs),
     Parked(parked::ParkedArgs),
+    Config(config::ConfigArgs),
 }
 
-/// Runs the command.
-pub async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    match cli.command {
-        Command::Backlog(args) => backlog::run(args).await,
-        Command::Config(args) => config::run(args).await,
-        Command::Parked(args) => parked::run(args).await,
+impl Cli {
+    /// Reads the command line, or says what to exit with: bad usage is explained on stderr.
+    pub fn from_args() -> Result<Cli, ExitCode> {
+        Cli::try_parse().map_err(|error| {
+            // Nobody is left to tell if this fails.
+            let _ = error.print();
+            if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS }
+        })
+    }
+
+    /// Runs the command until it is done.
+    pub async fn run(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Send(args) => send::run(args).await,
+            Command::Bench(args) => bench::run(args).await,
+            Command::Backlog(args) => backlog::run(args).await,
+            Command::Parked(args) => parked::run(args).await,
+            Command::Config(args) => config::run(args).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_is_well_formed_and_shows_an_example() {
+        let mut command = Cli::command();
+        command.build();
+        command.clone().debug_assert();
+        for command in command.get_subcommands().filter(|command| command.get_name() != "help") {
+            let example = command.get_after_help().map(|help| help.to_string()).unwrap_or_default();
+            assert!(example.contains(&format!("ringtail {}", command.get_name())), "{}", command.get_name());
+        }
     }
 }
