@@ -4,6 +4,10 @@ mod cli;
 
 use std::process::ExitCode;
 
+/// glibc keeps what it freed; this gives it back after a burst.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let cli = match cli::Cli::from_args() {
         Ok(cli) => cli,

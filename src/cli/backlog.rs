@@ -14,20 +14,20 @@ use serde::Deserialize;
 use super::config::LogArgs;
 
 /// Look at the backlog: what is durable and not yet delivered
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub struct BacklogArgs {
     #[command(subcommand)]
     command: BacklogCommand,
 }
 
-#[derive(clap::Subcommand)]
+#[derive(Debug, clap::Subcommand)]
 enum BacklogCommand {
     /// Print the size and age of the backlog, and the disk it takes
     #[command(after_help = "Example:\n  ringtail backlog status --directory /var/lib/ringtail")]
     Status(StatusArgs),
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 struct StatusArgs {
     #[command(flatten)]
     log: LogArgs,

@@ -12,13 +12,13 @@ use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE, WalConf
 pub const EXIT_USAGE: u8 = 64;
 
 /// Validate, show or write the configuration
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub struct ConfigArgs {
     #[command(subcommand)]
     command: ConfigCommand,
 }
 
-#[derive(clap::Subcommand)]
+#[derive(Debug, clap::Subcommand)]
 enum ConfigCommand {
     /// Validate the configuration: exit code 0, or 64 with every problem named
     #[command(after_help = "Example:\n  ringtail config check --config /etc/ringtail/ringtail.toml")]
@@ -32,14 +32,14 @@ enum ConfigCommand {
 }
 
 /// The configuration that a command works with.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub struct ConfigFile {
     /// Configuration file; without it /etc/ringtail/ringtail.toml, if that exists
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 struct ShowArgs {
     #[command(flatten)]
     file: ConfigFile,
@@ -48,7 +48,7 @@ struct ShowArgs {
     json: bool,
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 struct InitArgs {
     /// File to write; without it the standard output
     #[arg(long, value_name = "FILE")]
@@ -69,7 +69,7 @@ impl ConfigFile {
 }
 
 /// The log that a command works with.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub struct LogArgs {
     #[command(flatten)]
     file: ConfigFile,

@@ -3,8 +3,11 @@
 mod backlog;
 mod bench;
 mod config;
+mod dev;
+mod logging;
 mod parked;
 mod send;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -23,6 +26,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Serve(serve::ServeArgs),
+    Dev(dev::DevArgs),
     Send(send::SendArgs),
     Bench(bench::BenchArgs),
     Backlog(backlog::BacklogArgs),
@@ -43,6 +48,8 @@ impl Cli {
     /// Runs the command until it is done.
     pub async fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
+            Command::Serve(args) => serve::run(args).await,
+            Command::Dev(args) => dev::run(args).await,
             Command::Send(args) => send::run(args).await,
             Command::Bench(args) => bench::run(args).await,
             Command::Backlog(args) => backlog::run(args).await,

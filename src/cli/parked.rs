@@ -13,13 +13,13 @@ use serde::Deserialize;
 use super::config::LogArgs;
 
 /// Look at the dead letters: events that Kafka can never take, kept with the reason
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 pub struct ParkedArgs {
     #[command(subcommand)]
     command: ParkedCommand,
 }
 
-#[derive(clap::Subcommand)]
+#[derive(Debug, clap::Subcommand)]
 enum ParkedCommand {
     /// Print one line for each parked event, oldest first
     #[command(after_help = "Example:\n  ringtail parked list --reason too_large --limit 20")]
@@ -29,7 +29,7 @@ enum ParkedCommand {
     Export(ExportArgs),
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 struct ListArgs {
     #[command(flatten)]
     filter: FilterArgs,
@@ -38,7 +38,7 @@ struct ListArgs {
     json: bool,
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 struct ExportArgs {
     #[command(flatten)]
     filter: FilterArgs,
@@ -47,7 +47,7 @@ struct ExportArgs {
     output: Option<PathBuf>,
 }
 
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 struct FilterArgs {
     #[command(flatten)]
     log: LogArgs,

@@ -1,4 +1,181 @@
 //! Forward: replays the log into Kafka, in order, for ever.
+//!
+//! One thread, `forward`, does all of it (`replay.rs`): it reads a *record*, routes each of its events to the *lane* of
+//! its topic, and hands it to the *producer*; delivery *reports* close events; closed records move the *watermark*, which
+//! moves the log's cursor.
+//!
+//! # Invariants
+//! - The cursor never passes an event that is neither acked by all in-sync replicas nor durably parked.
+//! - Nothing is dropped. What may succeed is retried for ever, what never can is parked.
+//! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes.rs` states.
+//! - Every event is counted once, when the watermark passes it, however often it was sent.
+//!
+//! # Limits
+//! - Delivery is at least once: after a crash, or when a producer breaks, what was in flight is sent, or parked, again.
+//! - `forward.in_flight_bytes_max` bounds what is in flight over all topics, up to one record more. It counts the bytes
+//!   of requests and 256 bytes an event; with the Kafka client's own copy, memory is about twice that.
+//! - A topic that fails holds back the cursor, and once what it holds fills that bound, the other topics as well: for at
+//!   most about `topic_grace` if it is unknown or forbidden, for as long as it lasts if its partitions have no leader.
+//!
+//! # Failure
+//! An unreachable Kafka is normal: the log grows, the thread waits. A log that cannot be read, or a parked store that
+//! cannot be written, is logged once and retried with backoff. A thread that ended shows as not live.
+
+mod backoff;
+mod in_flight;
+mod kafka;
+mod lanes;
+mod parked;
+mod parking;
+mod properties;
+mod replay;
+mod router;
+mod status;
+
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+pub use kafka::ProducerError;
+pub use parked::{ParkedAbout, ParkedError, ParkedEvent, ParkedEvents, ParkedStore};
+pub use properties::{ForwardConfigError, validate};
+pub use status::{ForwardStatus, LastError};
+
+use crate::config::ForwardConfig;
+use crate::metrics::Metrics;
+use crate::wal::Wal;
+use kafka::Producer;
+use replay::{Parts, Replay};
+use status::Shared;
+
+/// The loop turns at least every second; without a turn for so long it is not live.
+const BEAT_AGE_MAX: Duration = Duration::from_secs(30);
+
+/// Part of the time to stop that is kept for taking the producer down: a tenth of it, and no more than this.
+const TEAR_DOWN_MAX: Duration = Duration::from_millis(500);
+
+/// The running forwarder. Dropping it ends its thread soon, without waiting.
+pub struct Forwarder {
+    shared: Arc<Shared>,
+    wal: Wal,
+    parked: ParkedStore,
+    thread: Mutex<Option<ForwardThread>>,
+}
+
+struct ForwardThread {
+    handle: JoinHandle<()>,
+    /// Says twice that something is done: everything told to the log, and the producer gone.
+    done: Receiver<()>,
+}
+
+/// Why the forwarder did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The configuration is wrong.
+    #[error("cannot forward with this configuration")]
+    Config(#[from] ForwardConfigError),
+    /// The parked store cannot be read.
+    #[error("cannot open the parked store")]
+    Parked(#[from] ParkedError),
+    /// librdkafka does not start.
+    #[error("cannot start the kafka producer")]
+    Producer(#[from] ProducerError),
+    /// The thread does not start.
+    #[error("cannot start the forward thread")]
+    Thread(#[from] std::io::Error),
+}
+
+impl Forwarder {
+    /// Starts to forward from the log's cursor. Does not wait for a broker.
+    ///
+    /// `batch_bytes_max` is the largest request that the log may hold. Not for `brokers = []`: then there is nothing to
+    /// start.
+    ///
+    /// # Errors
+    /// See [`ForwardError`]; nothing runs then.
+    pub fn start(
+        config: &ForwardConfig,
+        batch_bytes_max: u64,
+        wal: Wal,
+        metrics: Arc<Metrics>,
+    ) -> Result<Forwarder, ForwardError> {
+        validate(config)?;
+        let parked = ParkedStore::open(wal.parked())?;
+        let properties = properties::properties(config, batch_bytes_max);
+        let shared = Arc::new(Shared::new());
+        let parts = Parts {
+            config: config.clone(),
+            producer: Producer::new(&properties)?,
+            properties,
+            topic_propagation: properties::topic_propagation(config),
+            wal: wal.clone(),
+            parked: parked.clone(),
+            metrics,
+            shared: shared.clone(),
+            seed: rand::random(),
+        };
+        let (told, done) = mpsc::channel();
+        let handle = std::thread::Builder::new().name("forward".into()).spawn(move || {
+            let mut replay = Replay::new(parts);
+            replay.run();
+            // The handle may be gone.
+            let _ = told.send(());
+            drop(replay);
+            let _ = told.send(());
+        })?;
+        Ok(Forwarder { shared, wal, parked, thread: Mutex::new(Some(ForwardThread { handle, done })) })
+    }
+
+    /// The forwarder as it is now.
+    pub fn status(&self) -> ForwardStatus {
+        self.shared.status().clone()
+    }
+
+    /// The parked events of this log.
+    pub fn parked(&self) -> &ParkedStore {
+        &self.parked
+    }
+
+    /// How long ago the loop last turned. An idle one turns at least every second.
+    pub fn heartbeat_age(&self) -> Duration {
+        self.shared.beat_age()
+    }
+
+    /// Whether the loop turns.
+    pub fn is_live(&self) -> bool {
+        self.heartbeat_age() <= BEAT_AGE_MAX
+    }
+
+    /// Stops reading, waits for what Kafka holds, tells the log what was delivered, ends the thread; all of it within
+    /// `timeout`. What is not delivered by then stays in the log. Later calls do nothing.
+    pub fn stop(&self, timeout: Duration) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(ForwardThread { handle, done }) = thread else { return };
+        let deadline = Instant::now() + timeout;
+        self.shared.stop(deadline - (timeout / 10).min(TEAR_DOWN_MAX));
+        self.wal.wake_reader();
+        for _ in 0..2 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Err(mpsc::RecvTimeoutError::Timeout) = done.recv_timeout(left) {
+                warn!("forward thread did not end in time, leaving it behind");
+                return;
+            }
+        }
+        if handle.join().is_err() {
+            warn!("forward thread had panicked");
+        }
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        self.shared.stop(Instant::now());
+        self.wal.wake_reader();
+    }
+}
 
 /// Why a delivery attempt failed. Also the `reason` label of `ringtail_forward_delivery_failures_total`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,7 +219,7 @@ impl FailureReason {
 }
 
 /// Why an event was parked. Also the `reason` label of `ringtail_forward_parked_events_total`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ParkReason {
     /// Too large for the broker even alone.

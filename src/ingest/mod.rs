@@ -1,8 +1,99 @@
 //! Ingest: one protocol each → [`Batch`](crate::batch::Batch), through the one door, and the answer back.
+//!
+//! `http.rs` (REST, and the upgrade to `websocket.rs` and `session.rs`) and `grpc.rs` speak a protocol each; `json.rs` is
+//! the text form of a request. All of them hand batches to `admission.rs`, which checks them and appends them to the log,
+//! and answer by the table in `rejection.rs`.
+//!
+//! # Limits
+//! Memory is bounded by bytes, not by requests: `ingest.in_flight_bytes_max` once for requests that are being read
+//! (`budget.rs`) and once for batches that wait for their commit (in the log). Connections are bounded by
+//! `ingest.connections_max`.
 
+mod admission;
+mod budget;
+mod connections;
+mod frames;
+mod grpc;
+mod http;
+mod json;
+mod listener;
 mod rejection;
+mod session;
+mod websocket;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 pub use rejection::RejectReason;
+
+use crate::config::IngestConfig;
+use crate::metrics::Metrics;
+use crate::wal::Wal;
+use admission::Admission;
+use budget::ReadBudget;
+use connections::Connections;
+
+/// What every connection shares.
+pub struct Ingest {
+    config: IngestConfig,
+    admission: Admission,
+    connections: Connections,
+    read_budget: ReadBudget,
+    metrics: Arc<Metrics>,
+    open: [AtomicU64; 3],
+    /// Fires when connections must drain.
+    stopping: CancellationToken,
+}
+
+impl Ingest {
+    /// Hands what comes in to `wal`.
+    pub fn new(config: &IngestConfig, wal: Wal, metrics: Arc<Metrics>) -> Arc<Ingest> {
+        let stopping = CancellationToken::new();
+        Arc::new(Ingest {
+            config: config.clone(),
+            admission: Admission::new(config, wal, metrics.clone(), stopping.clone()),
+            connections: Connections::new(config.connections_max),
+            read_budget: ReadBudget::new(config.in_flight_bytes_max.as_u64()),
+            metrics,
+            open: Default::default(),
+            stopping,
+        })
+    }
+
+    /// Open connections of one protocol.
+    pub fn connections(&self, protocol: Protocol) -> u64 {
+        self.open[protocol as usize].load(Ordering::Relaxed)
+    }
+
+    fn opened(&self, protocol: Protocol) {
+        self.open[protocol as usize].fetch_add(1, Ordering::Relaxed);
+        let metrics = self.metrics.ingest(protocol);
+        metrics.connections.increment(1.0);
+        metrics.connections_opened.increment(1);
+    }
+
+    fn closed(&self, protocol: Protocol, reason: CloseReason) {
+        self.open[protocol as usize].fetch_sub(1, Ordering::Relaxed);
+        let metrics = self.metrics.ingest(protocol);
+        metrics.connections.decrement(1.0);
+        metrics.connections_closed(reason).increment(1);
+        tracing::debug!(protocol = protocol.as_str(), reason = reason.as_str(), "connection closed");
+    }
+}
+
+/// Serves WebSocket and REST until `stop` fires and every connection has drained: batches that were admitted get their
+/// answer, new ones are refused as stopping.
+pub async fn serve_http(ingest: Arc<Ingest>, listener: TcpListener, stop: CancellationToken) {
+    http::serve(ingest, listener, stop).await;
+}
+
+/// Serves gRPC until `stop` fires and every connection has drained.
+pub async fn serve_grpc(ingest: Arc<Ingest>, listener: TcpListener, stop: CancellationToken) {
+    grpc::serve(ingest, listener, stop).await;
+}
 
 /// How a request came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,13 +139,17 @@ pub enum CloseReason {
     ConnectionLimit,
     /// It sent what the protocol forbids, or more than is allowed.
     Protocol,
+    /// There was no memory left for what it was sending.
+    Overloaded,
+    /// It went on as a WebSocket.
+    Upgraded,
     /// Ringtail is stopping.
     Stopping,
 }
 
 impl CloseReason {
     /// Every reason.
-    pub const ALL: [CloseReason; 9] = [
+    pub const ALL: [CloseReason; 11] = [
         CloseReason::Client,
         CloseReason::Error,
         CloseReason::PongTimeout,
@@ -63,6 +158,8 @@ impl CloseReason {
         CloseReason::DuplicateId,
         CloseReason::ConnectionLimit,
         CloseReason::Protocol,
+        CloseReason::Overloaded,
+        CloseReason::Upgraded,
         CloseReason::Stopping,
     ];
 
@@ -77,6 +174,8 @@ impl CloseReason {
             CloseReason::DuplicateId => "duplicate_id",
             CloseReason::ConnectionLimit => "connection_limit",
             CloseReason::Protocol => "protocol",
+            CloseReason::Overloaded => "overloaded",
+            CloseReason::Upgraded => "upgraded",
             CloseReason::Stopping => "stopping",
         }
     }

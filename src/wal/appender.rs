@@ -233,12 +233,10 @@ impl Appender {
         }
         self.shared.log_changed.notify_all();
         let mut bytes = 0;
-        let mut sequence = before.sequence;
-        for waiting in chunks.into_iter().flatten() {
+        for (sequence, waiting) in (before.sequence..).zip(chunks.into_iter().flatten()) {
             bytes += waiting.bytes as u64;
             // The client may be gone; its batch is durable all the same.
             let _ = waiting.done.send(Ok(Sequence(sequence)));
-            sequence += 1;
         }
         self.shared.queue().bytes -= bytes;
         let metrics = &self.shared.metrics.wal;

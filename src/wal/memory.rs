@@ -218,7 +218,7 @@ impl StateDb for MemoryState {
         Ok(())
     }
 
-    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<super::store::Entry>, StoreError> {
         Ok(self.with(|state| {
             let range = state.now.range(from.to_vec()..).take(limit);
             range.map(|(key, value)| (key.clone(), value.clone())).collect()

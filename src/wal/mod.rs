@@ -52,6 +52,10 @@ use crate::metrics::Metrics;
 use log::Shared;
 use store::{SegmentShape, SledStore, Store};
 
+/// Names of the small maps beside the segments.
+const META: &str = "meta";
+const PARKED: &str = "parked";
+
 /// The log. Clones share it.
 #[derive(Clone)]
 pub struct Wal {
@@ -120,7 +124,7 @@ impl Wal {
         metrics: Arc<Metrics>,
         lock: Option<File>,
     ) -> Result<Wal, OpenError> {
-        let (meta, parked) = recovery::open_state(&*store)?;
+        let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
         let log = recovery::recover(&*store, &*meta, shape)?;
         let shared = Arc::new(Shared::new(config, queue_bytes_max, shape, store, meta, parked, metrics, log));
         let appender = appender::Appender::new(shared.clone());
@@ -216,7 +220,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let lock = lock_directory(&config.directory)?;
     let shape = SegmentShape::new(config.segment_bytes.as_u64());
     let store = Arc::new(SledStore::new(&config.directory, shape)?);
-    let (meta, parked) = recovery::open_state(&*store)?;
+    let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
     let log = recovery::recover(&*store, &*meta, shape)?;
     let shared = Arc::new(Shared::new(config, 0, shape, store, meta, parked, Metrics::new(), log));
     let threads = Threads { appender: None, keeper: None, _lock: Some(lock) };
@@ -230,7 +234,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
 pub fn open_parked(directory: &Path) -> Result<(Arc<dyn StateDb>, File), OpenError> {
     let lock = lock_directory(directory)?;
     let store = SledStore::new(directory, SegmentShape::new(8 << 20))?;
-    Ok((store.state("parked")?, lock))
+    Ok((store.state(PARKED)?, lock))
 }
 
 /// Ends the process when a panic strikes one of sled's own threads: their callers would wait for ever.

@@ -60,7 +60,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`ReadError`] when the disk fails in a way that may pass. The reader stays where it is: call again later.
-    pub fn next(&mut self) -> Result<Option<Record>, ReadError> {
+    pub fn next_record(&mut self) -> Result<Option<Record>, ReadError> {
         loop {
             if let Some(record) = self.next_in_chunk() {
                 return Ok(Some(record));

@@ -4,7 +4,6 @@
 //! with the backlog. The newest segment is never written again: a fresh one follows it.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 use super::cursor;
 use super::error::StoreError;
@@ -122,9 +121,4 @@ fn note_oldest(store: &dyn Store, log: &mut Log, shape: SegmentShape) -> Result<
         log.note_received(log.cursor.totals.sequence, received_at_ms);
     }
     Ok(())
-}
-
-/// What [`Log`] is made of, for those who only look.
-pub(super) fn open_state(store: &dyn Store) -> Result<(Arc<dyn StateDb>, Arc<dyn StateDb>), StoreError> {
-    Ok((store.state("meta")?, store.state("parked")?))
 }

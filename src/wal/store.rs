@@ -106,6 +106,9 @@ pub trait SegmentFile: Send + Sync {
     fn seal(&self) -> Result<(), StoreError>;
 }
 
+/// Key and value.
+pub type Entry = (Vec<u8>, Vec<u8>);
+
 /// A small durable map. Nothing is durable before [`StateDb::sync`] has returned.
 pub trait StateDb: Send + Sync {
     /// The value of `key`.
@@ -115,7 +118,7 @@ pub trait StateDb: Send + Sync {
     /// Removes `key`.
     fn remove(&self, key: &[u8]) -> Result<(), StoreError>;
     /// Up to `limit` entries with keys not below `from`, in the order of their keys.
-    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError>;
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<Entry>, StoreError>;
     /// The greatest key.
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError>;
     /// Makes everything put and removed so far durable.
@@ -365,7 +368,7 @@ impl StateDb for SledState {
         self.with("remove state", |(db, _)| db.remove(key)).map(|_| ())
     }
 
-    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<Entry>, StoreError> {
         self.with("scan state", |(db, _)| {
             let entries = db.range(from.to_vec()..).take(limit);
             entries.map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec()))).collect()

@@ -52,7 +52,7 @@ fn wait(commit: Commit) -> Result<u64, CommitError> {
 
 fn drain(reader: &mut Reader) -> Vec<u64> {
     let mut numbers = Vec::new();
-    while let Some(record) = reader.next().unwrap() {
+    while let Some(record) = reader.next_record().unwrap() {
         numbers.push(number(&record.batch));
     }
     numbers
@@ -96,7 +96,7 @@ fn delivered_segments_go_and_the_cursor_survives() {
     assert!(before.segments >= 6, "{before:?}");
     let mut reader = wal.reader();
     for _ in 0..399 {
-        let record = reader.next().unwrap().unwrap();
+        let record = reader.next_record().unwrap().unwrap();
         wal.deliver(record.end);
     }
     drop(reader);
@@ -164,7 +164,7 @@ fn a_full_log_says_so_and_goes_on_when_there_is_room() {
     assert_eq!(wal.append(batch(0, 400)).unwrap_err(), AppendError::Full);
     let mut reader = wal.reader();
     for number in 1..=committed {
-        let record = reader.next().unwrap().unwrap();
+        let record = reader.next_record().unwrap().unwrap();
         assert_eq!(super::tests::number(&record.batch), number);
         wal.deliver(record.end);
     }
@@ -213,7 +213,7 @@ fn damage_is_passed_and_counted() {
     let wal = Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store.clone()), metrics.clone(), None).unwrap();
     let mut reader = wal.reader();
     let mut read = Vec::new();
-    while let Some(record) = reader.next().unwrap() {
+    while let Some(record) = reader.next_record().unwrap() {
         read.push(number(&record.batch));
         wal.deliver(record.end);
     }
@@ -267,7 +267,7 @@ fn power_cut_history(rng: &mut StdRng, history: u64) {
                 }
             }
             while rng.random_bool(0.8) {
-                let Some(record) = reader.next().unwrap() else { break };
+                let Some(record) = reader.next_record().unwrap() else { break };
                 let number = number(&record.batch);
                 assert!(number > seen || number <= delivered, "history {history}: {number} after {seen}");
                 seen = seen.max(number);

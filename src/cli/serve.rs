@@ -1,0 +1,34 @@
+//! `ringtail serve`: the service.
+
+use std::process::ExitCode;
+
+use ringtail::app::App;
+use ringtail::{shutdown, wal};
+
+use super::config::ConfigFile;
+use super::logging;
+
+/// Run the service: take batches from clients, keep them on disk, forward them to Kafka
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  ringtail serve --config /etc/ringtail/ringtail.toml\n\n\
+    Exit codes: 0 after a clean stop, 64 for bad usage or configuration, 1 for anything else.")]
+pub struct ServeArgs {
+    #[command(flatten)]
+    file: ConfigFile,
+}
+
+/// Runs `ringtail serve` until SIGTERM or SIGINT.
+pub async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let loaded = match args.file.load(&[]) {
+        Ok(loaded) => loaded,
+        Err(exit_code) => return Ok(exit_code),
+    };
+    logging::init(&loaded.config.log)?;
+    wal::exit_on_store_panic();
+    let stop = shutdown::on_signals()?;
+    let file = loaded.file.as_ref().map_or("none".into(), |file| file.display().to_string());
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = file, "starting");
+    let app = App::start(loaded.config).await?;
+    app.run(stop).await?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,124 @@
+//! Exponential backoff with jitter, what is tried again after it, and a limit on repeated log lines.
+
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+
+/// Delays that double from `min` to `max`. Each is spread over its upper half, so that what failed together does not
+/// come back together.
+#[derive(Debug, Clone)]
+pub(super) struct Backoff {
+    min: Duration,
+    max: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    /// Starts at `min`.
+    pub(super) fn new(min: Duration, max: Duration) -> Backoff {
+        Backoff { min, max, next: min }
+    }
+
+    /// How long to wait after one more failure.
+    pub(super) fn next(&mut self, rng: &mut impl Rng) -> Duration {
+        let longest = self.next;
+        self.next = (longest * 2).min(self.max);
+        rng.random_range(longest / 2..=longest)
+    }
+
+    /// Starts again at `min`, after a success.
+    pub(super) fn reset(&mut self) {
+        self.next = self.min;
+    }
+}
+
+/// Something that is tried again after a backoff when it fails.
+#[derive(Debug)]
+pub(super) struct Retry {
+    backoff: Backoff,
+    at: Option<Instant>,
+}
+
+impl Retry {
+    /// Has not failed yet.
+    pub(super) fn new(backoff: Backoff) -> Retry {
+        Retry { backoff, at: None }
+    }
+
+    /// Whether it failed and has not succeeded since.
+    pub(super) fn is_failing(&self) -> bool {
+        self.at.is_some()
+    }
+
+    /// When it may be tried again; none when it may be now.
+    pub(super) fn due(&self, now: Instant) -> Option<Instant> {
+        self.at.filter(|at| *at > now)
+    }
+
+    /// It failed (again).
+    pub(super) fn failed(&mut self, now: Instant, rng: &mut impl Rng) {
+        self.at = Some(now + self.backoff.next(rng));
+    }
+
+    /// It succeeded.
+    pub(super) fn succeeded(&mut self) {
+        if self.at.take().is_some() {
+            self.backoff.reset();
+        }
+    }
+}
+
+/// Lets one log line through per interval and counts the rest.
+#[derive(Debug)]
+pub(super) struct LogLimit {
+    interval: Duration,
+    last: Option<Instant>,
+    suppressed: u64,
+}
+
+impl LogLimit {
+    /// Lets one line through every `interval`.
+    pub(super) fn new(interval: Duration) -> LogLimit {
+        LogLimit { interval, last: None, suppressed: 0 }
+    }
+
+    /// Whether to write a line now: with how many were left out since the last one, or none to leave it out.
+    pub(super) fn admit(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) < self.interval) {
+            self.suppressed += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+    use rand::rngs::SmallRng;
+
+    #[test]
+    fn delays_double_up_to_the_limit_and_start_again() {
+        let (min, max) = (Duration::from_millis(100), Duration::from_millis(700));
+        let mut rng = SmallRng::seed_from_u64(7);
+        let mut backoff = Backoff::new(min, max);
+        for longest in [100, 200, 400, 700, 700].map(Duration::from_millis) {
+            let delay = backoff.next(&mut rng);
+            assert!((longest / 2..=longest).contains(&delay), "{delay:?} of {longest:?}");
+        }
+        backoff.reset();
+        assert!(backoff.next(&mut rng) <= min);
+    }
+
+    #[test]
+    fn one_line_an_interval() {
+        let start = Instant::now();
+        let mut limit = LogLimit::new(Duration::from_secs(60));
+        assert_eq!(limit.admit(start), Some(0));
+        assert_eq!(limit.admit(start + Duration::from_secs(1)), None);
+        assert_eq!(limit.admit(start + Duration::from_secs(59)), None);
+        assert_eq!(limit.admit(start + Duration::from_secs(60)), Some(2));
+    }
+}

@@ -1,0 +1,419 @@
+//! The records between the log and Kafka, in the order of the log.
+//!
+//! Delivery reports come back in any order. A record is done once each of its events is delivered or parked; the
+//! contiguous done records at the front move the *watermark*, and only the watermark moves the log's cursor.
+//!
+//! - A record is counted (delivered, parked, delay) when the watermark passes it, hence exactly once, however often its
+//!   events were sent.
+//! - A record is copied out of what the log's reader returned, so that one slow record pins its own bytes and no more.
+//! - Bytes are charged from [`InFlight::push`] until the record is done: its request, and [`EVENT_OVERHEAD_BYTES`] an
+//!   event for what the Kafka client keeps. That client's copy of the payloads comes on top, so memory is about twice
+//!   the charge.
+//! - A done record behind the watermark keeps only a slot of about 130 bytes; there are at most [`RECORDS_MAX`] slots.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+
+use super::ParkReason;
+use super::lanes::LaneId;
+use crate::batch::{Batch, Event, Events, Request, Sequence};
+use crate::wal::{Position, Record};
+
+/// What one event in flight is charged besides its bytes.
+pub(super) const EVENT_OVERHEAD_BYTES: u64 = 256;
+
+/// Most records between the watermark and the reader.
+pub(super) const RECORDS_MAX: usize = 1 << 18;
+
+// An event's tag is its slot and its index, 32 bits each.
+const _: () = assert!(usize::BITS >= 64, "tags need 64 bits");
+
+/// One event of a record in flight. Sorts in the order of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct EventRef {
+    slot: u64,
+    index: u32,
+}
+
+impl EventRef {
+    /// What goes through the Kafka client and comes back with the delivery report.
+    pub(super) fn tag(self) -> usize {
+        ((self.slot as u32 as usize) << 32) | self.index as usize
+    }
+
+    #[cfg(test)]
+    pub(super) fn new(slot: u64, index: u32) -> EventRef {
+        EventRef { slot, index }
+    }
+}
+
+/// The records in flight.
+#[derive(Default)]
+pub(super) struct InFlight {
+    slots: VecDeque<Slot>,
+    /// Number of the front slot; numbers count up and are never reused.
+    front: u64,
+    bytes: u64,
+    events: u64,
+}
+
+struct Slot {
+    end: Position,
+    /// Events neither delivered nor parked.
+    remaining: u32,
+    events: u32,
+    /// Of the events that were not parked.
+    payload_bytes: u64,
+    charge: u64,
+    delay_ms: u64,
+    parked: Option<Box<ParkedCounts>>,
+    /// What it takes to send or park its events; dropped once there is none left.
+    live: Option<Box<Live>>,
+}
+
+/// Events by the reason they were parked for, in the order of [`ParkReason::ALL`].
+pub(super) type ParkedCounts = [u64; ParkReason::ALL.len()];
+
+/// A record that still has events to deliver.
+pub(super) struct Live {
+    /// Its place in the log.
+    pub(super) sequence: Sequence,
+    /// Its own copy of the batch.
+    pub(super) batch: Batch,
+    /// The lane of each event; none where the topic's name is invalid.
+    lanes: Vec<Option<LaneId>>,
+}
+
+/// What the watermark passed.
+#[derive(Debug, Default)]
+pub(super) struct Passed {
+    /// Where the watermark is now, if it moved.
+    pub(super) end: Option<Position>,
+    /// Events delivered.
+    pub(super) delivered_events: u64,
+    /// Their payload bytes.
+    pub(super) delivered_bytes: u64,
+    /// Events parked.
+    pub(super) parked: ParkedCounts,
+}
+
+impl InFlight {
+    /// Takes in a record, with all its events open. [`InFlight::set_lanes`] must follow before the next call.
+    pub(super) fn push(&mut self, record: &Record) -> u64 {
+        let slot = self.front + self.slots.len() as u64;
+        let request = &record.batch.request;
+        let events = request.event_count();
+        let charge = request.as_bytes().len() as u64 + EVENT_OVERHEAD_BYTES * u64::from(events);
+        self.bytes += charge;
+        self.events += u64::from(events);
+        let live = Live { sequence: record.sequence, batch: copy(&record.batch), lanes: Vec::new() };
+        self.slots.push_back(Slot {
+            end: record.end,
+            remaining: events,
+            events,
+            payload_bytes: request.events().map(|event| event.payload.len() as u64).sum(),
+            charge,
+            delay_ms: 0,
+            parked: None,
+            live: Some(Box::new(live)),
+        });
+        self.finish_if_done(slot, 0);
+        slot
+    }
+
+    /// Says which lane each event of `slot` went to.
+    pub(super) fn set_lanes(&mut self, slot: u64, lanes: Vec<Option<LaneId>>) {
+        if let Some(live) = &mut self.slot_mut(slot).live {
+            live.lanes = lanes;
+        }
+    }
+
+    /// Event number `index` of `slot`.
+    pub(super) fn event_ref(slot: u64, index: usize) -> EventRef {
+        EventRef { slot, index: u32::try_from(index).expect("a request counts its events in 32 bits") }
+    }
+
+    /// The event that [`EventRef::tag`] was made from. It must still be open.
+    pub(super) fn by_tag(&self, tag: usize) -> EventRef {
+        let distance = ((tag >> 32) as u32).wrapping_sub(self.front as u32);
+        EventRef { slot: self.front + u64::from(distance), index: tag as u32 }
+    }
+
+    /// The lane of an open event.
+    pub(super) fn lane(&self, event: EventRef) -> Option<LaneId> {
+        self.live(event.slot).lanes[event.index as usize]
+    }
+
+    /// Kafka acked an open event.
+    pub(super) fn delivered(&mut self, event: EventRef, now_ms: u64) {
+        self.close_one(event, now_ms);
+    }
+
+    /// An open event is durably parked.
+    pub(super) fn parked(&mut self, event: EventRef, reason: ParkReason, payload_bytes: u64, now_ms: u64) {
+        let slot = self.slot_mut(event.slot);
+        slot.parked.get_or_insert_default()[reason as usize] += 1;
+        slot.payload_bytes -= payload_bytes;
+        self.close_one(event, now_ms);
+    }
+
+    /// Moves the watermark over the done records at the front. `delay` gets the milliseconds from received to
+    /// delivered, once for each record that had an event delivered.
+    pub(super) fn advance(&mut self, mut delay: impl FnMut(u64)) -> Passed {
+        let mut passed = Passed::default();
+        while self.slots.front().is_some_and(|slot| slot.remaining == 0) {
+            let Some(slot) = self.slots.pop_front() else { break };
+            self.front += 1;
+            let counts = slot.parked.map_or([0; ParkReason::ALL.len()], |counts| *counts);
+            let parked: u64 = counts.iter().sum();
+            let delivered = u64::from(slot.events) - parked;
+            passed.end = Some(slot.end);
+            passed.delivered_events += delivered;
+            passed.delivered_bytes += slot.payload_bytes;
+            passed.parked.iter_mut().zip(counts).for_each(|(total, count)| *total += count);
+            if delivered > 0 {
+                delay(slot.delay_ms);
+            }
+        }
+        passed
+    }
+
+    /// Forgets everything that the watermark has not passed.
+    pub(super) fn clear(&mut self) {
+        self.front += self.slots.len() as u64;
+        self.slots.clear();
+        (self.bytes, self.events) = (0, 0);
+    }
+
+    /// Bytes charged now.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Open events.
+    pub(super) fn events(&self) -> u64 {
+        self.events
+    }
+
+    /// Records that the watermark has not passed.
+    pub(super) fn records(&self) -> usize {
+        self.slots.len()
+    }
+
+    fn close_one(&mut self, event: EventRef, now_ms: u64) {
+        self.events -= 1;
+        let slot = self.slot_mut(event.slot);
+        slot.remaining -= 1;
+        if slot.remaining == 0 {
+            let received_at_ms = slot.live.as_ref().map_or(now_ms, |live| live.batch.received_at_ms);
+            self.finish_if_done(event.slot, now_ms.saturating_sub(received_at_ms));
+        }
+    }
+
+    fn finish_if_done(&mut self, slot: u64, delay_ms: u64) {
+        let slot = self.slot_mut(slot);
+        if slot.remaining == 0 {
+            slot.live = None;
+            slot.delay_ms = delay_ms;
+            let charge = slot.charge;
+            self.bytes -= charge;
+        }
+    }
+
+    fn slot_mut(&mut self, slot: u64) -> &mut Slot {
+        let at = usize::try_from(slot - self.front).expect("slots fit in memory");
+        &mut self.slots[at]
+    }
+
+    fn live(&self, slot: u64) -> &Live {
+        let at = usize::try_from(slot - self.front).expect("slots fit in memory");
+        self.slots[at].live.as_deref().expect("a record with an open event is live")
+    }
+}
+
+fn copy(batch: &Batch) -> Batch {
+    let bytes = Bytes::copy_from_slice(batch.request.as_bytes());
+    let request = Request::parse(bytes).expect("the same bytes were parsed before");
+    Batch { request, ..batch.clone() }
+}
+
+/// Finds events by reference; in the order of the log, without walking a request twice.
+pub(super) struct Walk<'a> {
+    in_flight: &'a InFlight,
+    at: Option<(EventRef, Events<'a>)>,
+}
+
+impl<'a> Walk<'a> {
+    /// Walks `in_flight`.
+    pub(super) fn new(in_flight: &'a InFlight) -> Walk<'a> {
+        Walk { in_flight, at: None }
+    }
+
+    /// The open event `wanted`, and its record.
+    pub(super) fn find(&mut self, wanted: EventRef) -> (&'a Live, Event<'a>) {
+        let live = self.in_flight.live(wanted.slot);
+        let (skip, mut events) = match self.at.take() {
+            Some((next, events)) if next.slot == wanted.slot && next <= wanted => (wanted.index - next.index, events),
+            _ => (wanted.index, live.batch.request.events()),
+        };
+        let event = events.nth(skip as usize).expect("a reference names an event of its record");
+        self.at = Some((EventRef { index: wanted.index + 1, ..wanted }, events));
+        (live, event)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::OnceLock;
+
+    use super::*;
+    use crate::batch::Client;
+    use crate::proto;
+    use crate::wal::Wal;
+    use proptest::prelude::*;
+    use prost::Message;
+
+    /// Most records of a test.
+    const RECORDS: usize = 20;
+
+    /// Places in the order of a log. Only a log can make them.
+    fn positions() -> &'static [Position] {
+        static POSITIONS: OnceLock<Vec<Position>> = OnceLock::new();
+        POSITIONS.get_or_init(|| {
+            let directory = tempfile::tempdir().unwrap();
+            let config = crate::config::WalConfig {
+                directory: directory.path().into(),
+                segment_bytes: bytesize::ByteSize::mib(8),
+                free_bytes_min: bytesize::ByteSize::b(0),
+                ..Default::default()
+            };
+            let wal = Wal::open(&config, 1 << 20, crate::metrics::Metrics::new()).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            for _ in 0..RECORDS {
+                runtime.block_on(wal.append(batch(&[])).unwrap()).unwrap();
+            }
+            let mut reader = wal.reader();
+            std::iter::from_fn(|| reader.next_record().unwrap()).map(|record| record.end).collect()
+        })
+    }
+
+    /// A batch received at 1000: one event for each payload size, its number for a type.
+    fn batch(sizes: &[usize]) -> Batch {
+        let event = |(at, size): (usize, &usize)| proto::Event {
+            r#type: at.to_string(),
+            event_bytes: vec![at as u8; *size].into(),
+        };
+        let events = sizes.iter().enumerate().map(event).collect();
+        let request = proto::SendEventRequest { events, ..Default::default() };
+        Batch {
+            received_at_ms: 1000,
+            client: Client { group: "g".into(), id: "i".into() },
+            request: Request::parse(request.encode_to_vec().into()).unwrap(),
+        }
+    }
+
+    /// A record for each list of payload sizes, as the log's reader returns them.
+    pub(in crate::forward) fn records(sizes: &[Vec<usize>]) -> Vec<Record> {
+        let record = |(at, sizes): (usize, &Vec<usize>)| Record {
+            sequence: Sequence(at as u64 + 1),
+            batch: batch(sizes),
+            end: positions()[at],
+        };
+        sizes.iter().enumerate().map(record).collect()
+    }
+
+    /// Takes `record` in.
+    pub(in crate::forward) fn open_events(in_flight: &mut InFlight, record: &Record) -> Vec<EventRef> {
+        let slot = in_flight.push(record);
+        let count = record.batch.request.event_count() as usize;
+        in_flight.set_lanes(slot, vec![None; count]);
+        (0..count).map(|index| InFlight::event_ref(slot, index)).collect()
+    }
+
+    #[test]
+    fn the_watermark_waits_for_the_oldest() {
+        let records = records(&[vec![1, 2], vec![3], vec![], vec![4]]);
+        let mut in_flight = InFlight::default();
+        let events: Vec<_> = records.iter().map(|record| open_events(&mut in_flight, record)).collect();
+        assert_eq!(in_flight.events(), 4);
+        in_flight.delivered(events[1][0], 1500);
+        in_flight.delivered(events[0][1], 1500);
+        assert_eq!(in_flight.advance(|_| unreachable!()).end, None);
+        in_flight.parked(events[0][0], ParkReason::TooLarge, 1, 1700);
+        let mut delays = Vec::new();
+        let passed = in_flight.advance(|delay| delays.push(delay));
+        assert_eq!(passed.end, Some(records[2].end));
+        assert_eq!((passed.delivered_events, passed.delivered_bytes), (2, 5));
+        assert_eq!(passed.parked[ParkReason::TooLarge as usize], 1);
+        assert_eq!(delays, [700, 500]);
+        assert_eq!((in_flight.events(), in_flight.records()), (1, 1));
+        in_flight.clear();
+        assert_eq!((in_flight.events(), in_flight.bytes(), in_flight.records()), (0, 0, 0));
+    }
+
+    #[test]
+    fn tags_survive_the_wrap_of_their_slot() {
+        let mut in_flight = InFlight { front: u64::from(u32::MAX) - 1, ..InFlight::default() };
+        let records = records(&[vec![1], vec![1, 1], vec![1], vec![1]]);
+        let events: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
+        for event in events {
+            assert_eq!(in_flight.by_tag(event.tag()), event);
+        }
+    }
+
+    proptest! {
+        /// Whatever the order of the reports, every record passes once, in order, and all is released.
+        #[test]
+        fn reports_in_any_order(
+            sizes in proptest::collection::vec(proptest::collection::vec(0usize..40, 0..5), 1..RECORDS),
+            shuffle in any::<u64>(),
+        ) {
+            let records = records(&sizes);
+            let mut in_flight = InFlight::default();
+            let mut open: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
+            let (total, mut passed_events, mut parked_events, mut bytes) = (open.len() as u64, 0, 0, 0);
+            let mut end = None;
+            let mut state = shuffle | 1;
+            while !open.is_empty() {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                let event = open.swap_remove((state >> 33) as usize % open.len());
+                let payload = Walk::new(&in_flight).find(event).1.payload;
+                prop_assert_eq!(payload.len(), sizes[event.slot as usize][event.index as usize]);
+                if state >> 62 == 0 {
+                    let length = payload.len() as u64;
+                    in_flight.parked(event, ParkReason::TooLarge, length, 2000);
+                } else {
+                    bytes += payload.len() as u64;
+                    in_flight.delivered(in_flight.by_tag(event.tag()), 2000);
+                }
+                let passed = in_flight.advance(|_| {});
+                passed_events += passed.delivered_events;
+                parked_events += passed.parked.iter().sum::<u64>();
+                bytes -= passed.delivered_bytes;
+                end = passed.end.or(end);
+                let oldest = open.iter().min().map_or(records.len() as u64, |event| event.slot);
+                prop_assert!(in_flight.front <= oldest && (open.is_empty() || in_flight.front == oldest));
+                prop_assert_eq!(in_flight.events(), open.len() as u64);
+            }
+            in_flight.advance(|_| {});
+            prop_assert_eq!(passed_events + parked_events, total);
+            prop_assert_eq!((in_flight.bytes(), in_flight.records(), bytes), (0, 0, 0));
+            if total > 0 && !sizes.last().unwrap().is_empty() {
+                prop_assert_eq!(end, records.last().map(|record| record.end));
+            }
+        }
+
+        /// Found in order, in reverse, or twice: always the same event.
+        #[test]
+        fn a_walk_finds_each_event(picks in proptest::collection::vec(0usize..9, 1..40)) {
+            let records = records(&[vec![1, 2, 3], vec![4, 5], vec![6, 7, 8, 9]]);
+            let mut in_flight = InFlight::default();
+            let events: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
+            let mut walk = Walk::new(&in_flight);
+            for pick in picks {
+                prop_assert_eq!(walk.find(events[pick]).1.payload.len(), pick + 1);
+            }
+        }
+    }
+}

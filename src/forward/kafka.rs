@@ -1,0 +1,291 @@
+//! The Kafka client: the only file of the program that imports rdkafka.
+//!
+//! One idempotent librdkafka producer, polled by the forward thread alone; librdkafka's callbacks run inside
+//! [`Producer::poll`] and leave what they have to say in an [`Inbox`]. librdkafka copies each event and retries for ever
+//! what may succeed (`message.timeout.ms = 0`), in order per partition. What comes back as failed was therefore refused.
+//!
+//! Two traps of `BaseProducer::poll`: it blocks for its whole timeout even when events arrive, and with no timeout it
+//! serves a single event (which may report thousands of messages).
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdkafka::client::ClientContext;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
+use serde::Deserialize;
+use tracing::{debug, error, info, warn};
+
+use super::FailureReason;
+use super::backoff::LogLimit;
+
+/// Most reports taken from librdkafka before they are worked on.
+const REPORTS_MAX: usize = 64 * 1024;
+
+/// One line per kind of librdkafka message in so long.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// librdkafka's properties, by name.
+pub(super) type Properties = Vec<(String, String)>;
+
+/// Why librdkafka or the broker refused one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Failure(RDKafkaErrorCode);
+
+impl Failure {
+    /// What the forwarder makes of it.
+    pub(super) fn reason(self) -> FailureReason {
+        use RDKafkaErrorCode as Code;
+        match self.0 {
+            Code::MessageSizeTooLarge | Code::MessageBatchTooLarge => FailureReason::TooLarge,
+            // An invalid topic is one that the broker will not create, for example beside a name too much like it.
+            Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition | Code::InvalidTopic => {
+                FailureReason::UnknownTopic
+            }
+            Code::TopicAuthorizationFailed => FailureReason::NotAuthorised,
+            // The second says that another record of its batch was invalid: sent alone, it is not seen again.
+            Code::InvalidRecord | Code::InvalidDifferentRecord => FailureReason::InvalidRecord,
+            Code::Fatal => FailureReason::ProducerFatal,
+            _ => FailureReason::Other,
+        }
+    }
+
+    /// A failure of that kind.
+    #[cfg(test)]
+    pub(super) fn of(reason: FailureReason) -> Failure {
+        Failure(match reason {
+            FailureReason::TooLarge => RDKafkaErrorCode::MessageSizeTooLarge,
+            FailureReason::UnknownTopic => RDKafkaErrorCode::UnknownTopic,
+            FailureReason::NotAuthorised => RDKafkaErrorCode::TopicAuthorizationFailed,
+            FailureReason::InvalidRecord => RDKafkaErrorCode::InvalidRecord,
+            FailureReason::ProducerFatal => RDKafkaErrorCode::Fatal,
+            FailureReason::Other => RDKafkaErrorCode::NetworkException,
+        })
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Why there is no producer: librdkafka's own words.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ProducerError(String);
+
+/// What librdkafka reported since the last poll.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    /// Tags of delivered events.
+    pub(super) delivered: Vec<usize>,
+    /// Tags of failed ones.
+    pub(super) failed: Vec<(usize, Failure)>,
+    /// Brokers with a connection, by the newest statistics.
+    pub(super) brokers_up: Option<u32>,
+    /// librdkafka says that it has lost every broker.
+    pub(super) all_brokers_down: bool,
+    /// The newest error that is not about one event.
+    pub(super) error: Option<String>,
+}
+
+impl Inbox {
+    fn reports(&self) -> usize {
+        self.delivered.len() + self.failed.len()
+    }
+
+    /// Empties it, and keeps its memory.
+    pub(super) fn clear(&mut self) {
+        self.delivered.clear();
+        self.failed.clear();
+        (self.brokers_up, self.all_brokers_down, self.error) = (None, false, None);
+    }
+}
+
+/// One librdkafka producer.
+pub(super) struct Producer {
+    client: BaseProducer<Context>,
+}
+
+impl Producer {
+    /// Starts librdkafka. It connects by itself, in the background.
+    ///
+    /// # Errors
+    /// When it does not take the properties or cannot start its threads.
+    pub(super) fn new(properties: &Properties) -> Result<Producer, ProducerError> {
+        let mut config: ClientConfig = properties.iter().cloned().collect();
+        let debug = properties.iter().any(|(name, _)| name == "debug");
+        config.set_log_level(if debug { RDKafkaLogLevel::Debug } else { RDKafkaLogLevel::Info });
+        let client = config.create_with_context(Context::default()).map_err(|error| ProducerError(text(&error)))?;
+        Ok(Producer { client })
+    }
+
+    /// Hands one event over. librdkafka copies it and will report `tag` exactly once.
+    ///
+    /// # Errors
+    /// librdkafka refuses it on the spot, and `tag` will not be reported.
+    pub(super) fn send(&self, topic: &str, key: Option<&str>, payload: &[u8], tag: usize) -> Result<(), Failure> {
+        let mut record = BaseRecord::<str, [u8], usize>::with_opaque_to(topic, tag).payload(payload);
+        record.key = key;
+        self.client
+            .send(record)
+            .map_err(|(error, _)| Failure(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::InvalidArgument)))
+    }
+
+    /// Replaces `inbox` by what was reported since the last call. Waits up to `timeout` for it, and for the whole of it
+    /// even when there is something.
+    pub(super) fn poll(&self, timeout: Duration, inbox: &mut Inbox) {
+        inbox.clear();
+        let context = self.client.context();
+        let mut before = context.inbox().reports();
+        self.client.poll(timeout);
+        loop {
+            let after = context.inbox().reports();
+            if after == before || after > REPORTS_MAX {
+                break;
+            }
+            before = after;
+            self.client.poll(Duration::ZERO);
+        }
+        std::mem::swap(inbox, &mut context.inbox());
+    }
+
+    /// The error that makes this producer useless, if there was one.
+    pub(super) fn fatal_error(&self) -> Option<String> {
+        self.client.client().fatal_error().map(|(_, message)| message)
+    }
+}
+
+/// Tries `properties` on a producer that connects to nothing.
+///
+/// # Errors
+/// librdkafka does not take them; the message names the property where librdkafka does.
+pub(super) fn try_properties(properties: &Properties) -> Result<(), ProducerError> {
+    let without_brokers = properties.iter().filter(|(name, _)| name != "bootstrap.servers").cloned().collect();
+    Producer::new(&without_brokers).map(drop)
+}
+
+fn text(error: &KafkaError) -> String {
+    match error {
+        KafkaError::ClientConfig(_, description, name, _) => format!("\"{name}\": {description}"),
+        KafkaError::ClientCreation(description) => description.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// What librdkafka calls back, always from inside a poll.
+#[derive(Default)]
+struct Context {
+    inbox: Mutex<Inbox>,
+    logged: Mutex<HashMap<String, LogLimit>>,
+}
+
+impl Context {
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether to log a message of that kind now: with how many were left out since the last one.
+    fn admit(&self, kind: &str) -> Option<u64> {
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        logged.entry(kind.to_owned()).or_insert_with(|| LogLimit::new(LOG_INTERVAL)).admit(Instant::now())
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, tag: usize) {
+        let mut inbox = self.inbox();
+        match result {
+            Ok(_) => inbox.delivered.push(tag),
+            Err((error, _)) => {
+                let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail);
+                inbox.failed.push((tag, Failure(code)));
+            }
+        }
+    }
+}
+
+impl ClientContext for Context {
+    fn stats_raw(&self, statistics: &[u8]) {
+        match serde_json::from_slice::<Statistics>(statistics) {
+            Ok(statistics) => self.inbox().brokers_up = Some(statistics.brokers_up()),
+            Err(error) => debug!(%error, "kafka client statistics not understood"),
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        if let Some(suppressed) = self.admit("error callback") {
+            warn!(%error, suppressed, "kafka client: {reason}");
+        }
+        let mut inbox = self.inbox();
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
+            // Not an error of its own: what made them go down tells more.
+            inbox.all_brokers_down = true;
+        } else {
+            inbox.error = Some(reason.to_owned());
+        }
+    }
+
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        if matches!(level, RDKafkaLogLevel::Debug) {
+            debug!(facility, "kafka client: {message}");
+            return;
+        }
+        let Some(suppressed) = self.admit(facility) else { return };
+        match level {
+            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+                error!(facility, suppressed, "kafka client: {message}");
+            }
+            RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => {
+                warn!(facility, suppressed, "kafka client: {message}");
+            }
+            _ => info!(facility, suppressed, "kafka client: {message}"),
+        }
+    }
+}
+
+/// The little that is read of librdkafka's statistics.
+#[derive(Deserialize)]
+struct Statistics<'a> {
+    #[serde(borrow, default)]
+    brokers: HashMap<Cow<'a, str>, BrokerStatistics<'a>>,
+}
+
+#[derive(Deserialize)]
+struct BrokerStatistics<'a> {
+    #[serde(borrow)]
+    state: Cow<'a, str>,
+}
+
+impl Statistics<'_> {
+    fn brokers_up(&self) -> u32 {
+        self.brokers.values().map(|broker| u32::from(matches!(&*broker.state, "UP" | "REAUTH"))).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_are_read_for_the_brokers_that_are_up() {
+        let json = br#"{"name":"x","brokers":{"a:1/1":{"name":"a","state":"UP","rtt":{"min":1}},
+            "b:1/2":{"state":"DOWN"},"c:1/3":{"state":"REAUTH"}},"topics":{"t":{"partitions":{}}}}"#;
+        assert_eq!(serde_json::from_slice::<Statistics>(json).unwrap().brokers_up(), 2);
+        assert_eq!(serde_json::from_slice::<Statistics>(b"{}").unwrap().brokers_up(), 0);
+    }
+
+    #[test]
+    fn every_failure_has_a_reason() {
+        for reason in FailureReason::ALL {
+            assert_eq!(Failure::of(reason).reason(), reason);
+        }
+    }
+}

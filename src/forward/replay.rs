@@ -1,0 +1,444 @@
+//! The forward thread: record → lane → producer → report → watermark, in a loop.
+//!
+//! Each turn takes in what the client reports, sends what held lanes want to try again, parks, moves the watermark, and
+//! reads on while there is room. With nothing to do it waits, for new records or for reports, never longer than
+//! [`TURN_MAX`], so that a heartbeat that stands still means trouble.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use tracing::{error, info};
+
+use super::backoff::{Backoff, LogLimit, Retry};
+use super::in_flight::{InFlight, RECORDS_MAX, Walk};
+use super::kafka::{Failure, Inbox, Producer, Properties};
+use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
+use super::parked::ParkedStore;
+use super::parking::Parking;
+use super::router::Router;
+use super::status::{Connection, Drain, Shared};
+use super::{FailureReason, ParkReason};
+use crate::batch::now_ms;
+use crate::config::ForwardConfig;
+use crate::metrics::Metrics;
+use crate::wal::{Reader, Record, Wal};
+
+/// Longest turn of an idle loop.
+const TURN_MAX: Duration = Duration::from_millis(500);
+
+/// Bytes read between two looks at the reports.
+const READ_BYTES: u64 = 256 * 1024;
+
+/// Shortest and longest wait for reports, when connected. The longest also delays a new record.
+const POLL_MIN: Duration = Duration::from_millis(1);
+const POLL_MAX: Duration = Duration::from_millis(10);
+
+/// The same without a broker.
+const POLL_DISCONNECTED: Duration = Duration::from_millis(100);
+
+/// How often the drain estimate is brought up to date.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// One line about broken producers in so long.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the loop is made from.
+pub(super) struct Parts {
+    pub(super) config: ForwardConfig,
+    pub(super) properties: Properties,
+    pub(super) producer: Producer,
+    pub(super) topic_propagation: Duration,
+    pub(super) wal: Wal,
+    pub(super) parked: ParkedStore,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) seed: u64,
+}
+
+/// The state of the loop.
+pub(super) struct Replay {
+    router: Router,
+    in_flight_bytes_max: u64,
+    properties: Properties,
+    wal: Wal,
+    reader: Reader,
+    metrics: Arc<Metrics>,
+    shared: Arc<Shared>,
+    rng: SmallRng,
+
+    /// None between a fatal error and the replacement.
+    producer: Option<Producer>,
+    inbox: Inbox,
+    in_flight: InFlight,
+    lanes: Lanes,
+    to_park: Vec<ToPark>,
+    parking: Parking,
+    failures: Failures,
+
+    reading: Retry,
+    rebuilding: Retry,
+    broken: LogLimit,
+    /// How long the next poll may wait.
+    poll_wait: Duration,
+    idle_polls: u32,
+
+    connection: Connection,
+    client_error: String,
+    drain: Drain,
+    report_at: Instant,
+}
+
+/// Counts failed attempts, and keeps the newest for the status.
+#[derive(Default)]
+struct Failures {
+    newest: Option<(LaneId, Failure)>,
+}
+
+impl Replay {
+    /// Starts at the log's cursor.
+    pub(super) fn new(parts: Parts) -> Replay {
+        let Parts { config, properties, producer, topic_propagation, wal, parked, metrics, shared, seed } = parts;
+        let limits = RetryLimits {
+            delay_min: config.retry_delay_min,
+            delay_max: config.retry_delay_max,
+            topic_grace: config.topic_grace,
+            topic_propagation,
+        };
+        let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
+        let now = Instant::now();
+        Replay {
+            router: Router::new(&config.topic, config.record_key),
+            in_flight_bytes_max: config.in_flight_bytes_max.as_u64(),
+            properties,
+            reader: wal.reader(),
+            wal,
+            metrics,
+            shared,
+            rng: SmallRng::seed_from_u64(seed),
+            producer: Some(producer),
+            inbox: Inbox::default(),
+            in_flight: InFlight::default(),
+            lanes: Lanes::new(limits, seed),
+            to_park: Vec::new(),
+            parking: Parking::new(parked, Retry::new(backoff.clone()), SmallRng::seed_from_u64(seed)),
+            failures: Failures::default(),
+            reading: Retry::new(backoff.clone()),
+            rebuilding: Retry::new(backoff),
+            broken: LogLimit::new(LOG_INTERVAL),
+            poll_wait: Duration::ZERO,
+            idle_polls: 0,
+            connection: Connection::new(now),
+            client_error: String::new(),
+            drain: Drain::default(),
+            report_at: now,
+        }
+    }
+
+    /// Runs until the handle asks for the end. When it returns, the log knows of everything that was delivered.
+    pub(super) fn run(&mut self) {
+        let stop_by = loop {
+            if let Some(stop_by) = self.shared.stop_by() {
+                break stop_by;
+            }
+            self.poll();
+            let now = Instant::now();
+            self.shared.beat(now);
+            let mut worked = self.take_reports(now);
+            worked |= self.mend_producer(now);
+            worked |= self.send_due_rounds(now);
+            worked |= self.park(now);
+            self.move_watermark();
+            let more_to_read = self.read_on(now, &mut worked);
+            self.report(now);
+            self.rest(worked, more_to_read, now);
+        };
+        self.finish(stop_by);
+    }
+
+    /// Waits for what the client holds and what is being parked, until `stop_by`. The rest stays in the log.
+    fn finish(&mut self, stop_by: Instant) {
+        loop {
+            self.poll();
+            let now = Instant::now();
+            self.shared.beat(now);
+            self.take_reports(now);
+            self.park(now);
+            self.move_watermark();
+            if now >= stop_by || (self.lanes.in_client() == 0 && self.parking.due(now).is_none()) {
+                break;
+            }
+            self.poll_wait = POLL_MAX.min(stop_by - now);
+        }
+        self.report(Instant::now());
+        info!(undelivered_events = self.in_flight.events(), "forwarder stopped");
+    }
+
+    /// Waits for what the client reports.
+    fn poll(&mut self) {
+        match &self.producer {
+            Some(producer) => producer.poll(self.poll_wait, &mut self.inbox),
+            None => std::thread::sleep(self.poll_wait),
+        }
+    }
+
+    /// Works on what the client reported.
+    fn take_reports(&mut self, now: Instant) -> bool {
+        let now_ms = now_ms();
+        let mut inbox = std::mem::take(&mut self.inbox);
+        let any = !inbox.delivered.is_empty() || !inbox.failed.is_empty();
+        if !inbox.delivered.is_empty() {
+            self.rebuilding.succeeded();
+        }
+        for tag in inbox.delivered.drain(..) {
+            let event = self.in_flight.by_tag(tag);
+            let lane = self.in_flight.lane(event).expect("an event that was sent has a lane");
+            self.in_flight.delivered(event, now_ms);
+            self.lanes.delivered(lane, now, &mut self.to_park);
+        }
+        for (tag, failure) in inbox.failed.drain(..) {
+            let event = self.in_flight.by_tag(tag);
+            let lane = self.in_flight.lane(event).expect("an event that was sent has a lane");
+            self.lanes.failed(lane, event, failure, now, &mut self.to_park);
+            self.failures.count(lane, failure, &self.metrics);
+        }
+        self.observe_connection(&inbox, now);
+        // Empty again, and its memory is kept.
+        inbox.clear();
+        self.inbox = inbox;
+        any
+    }
+
+    fn observe_connection(&mut self, inbox: &Inbox, now: Instant) {
+        if let Some(error) = &inbox.error {
+            self.shared.set_last_error(error.clone(), None);
+            self.client_error.clone_from(error);
+        }
+        let backlog = || self.wal.status();
+        let brokers_up = inbox.brokers_up;
+        if self.connection.observe(brokers_up, inbox.all_brokers_down, &self.client_error, now, backlog) {
+            let up = self.connection.is_up();
+            // The next outage has a cause of its own.
+            self.client_error.clear();
+            self.metrics.forward.connected.set(f64::from(u8::from(up)));
+            let mut status = self.shared.status();
+            status.connected = up;
+            status.disconnected_since_ms = (!up).then(now_ms);
+        }
+        if let Some(brokers) = brokers_up {
+            self.shared.status().brokers = brokers;
+        }
+    }
+
+    /// Replaces a producer that broke. What it held is read again from the cursor on: events may be sent twice, none is
+    /// lost, and none is counted twice.
+    fn mend_producer(&mut self, now: Instant) -> bool {
+        if let Some(producer) = &self.producer {
+            let Some(error) = producer.fatal_error() else { return false };
+            if let Some(suppressed) = self.broken.admit(now) {
+                let in_flight_events = self.in_flight.events();
+                error!(error, in_flight_events, suppressed, "kafka producer broke, replacing it");
+            }
+            self.shared.set_last_error(error, None);
+            self.metrics.forward.delivery_failures(FailureReason::ProducerFatal).increment(1);
+            self.move_watermark();
+            self.producer = None;
+            self.rebuilding.failed(now, &mut self.rng);
+            self.in_flight.clear();
+            self.lanes.clear();
+            self.to_park.clear();
+            self.parking.clear();
+            self.failures.newest = None;
+            self.reader.rewind();
+        }
+        if self.rebuilding.due(now).is_some() {
+            return false;
+        }
+        match Producer::new(&self.properties) {
+            Ok(producer) => self.producer = Some(producer),
+            Err(error) => {
+                if let Some(suppressed) = self.broken.admit(now) {
+                    error!(%error, suppressed, "kafka producer cannot be replaced, retrying");
+                }
+                self.rebuilding.failed(now, &mut self.rng);
+            }
+        }
+        true
+    }
+
+    /// Sends what held lanes want to try again now.
+    fn send_due_rounds(&mut self, now: Instant) -> bool {
+        let Some(producer) = &self.producer else { return false };
+        let mut sent = false;
+        while let Some((lane, round)) = self.lanes.next_round(now) {
+            sent = true;
+            let mut walk = Walk::new(&self.in_flight);
+            let mut refusal = None;
+            for event in round {
+                if refusal.is_some() {
+                    self.lanes.hold(lane, event);
+                    continue;
+                }
+                let (live, found) = walk.find(event);
+                let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
+                match producer.send(self.lanes.topic(lane), key, found.payload, event.tag()) {
+                    Ok(()) => self.lanes.sent(lane),
+                    Err(failure) => {
+                        self.lanes.refused(lane, event, failure, now, &mut self.to_park);
+                        refusal = Some(failure);
+                    }
+                }
+            }
+            self.lanes.settle(lane, now, &mut self.to_park);
+            if let Some(failure) = refusal {
+                self.failures.count(lane, failure, &self.metrics);
+            }
+        }
+        sent
+    }
+
+    fn park(&mut self, now: Instant) -> bool {
+        self.parking.add(&mut self.to_park);
+        self.parking.run(&mut self.in_flight, &self.router, now)
+    }
+
+    /// Tells the log how far everything is delivered or parked, and counts what that passed.
+    fn move_watermark(&mut self) {
+        let metrics = &self.metrics.forward;
+        let passed = self.in_flight.advance(|delay_ms| metrics.delivery_delay.record(delay_ms as f64 / 1000.0));
+        if passed.end.is_some() {
+            metrics.delivered_events.increment(passed.delivered_events);
+            metrics.delivered_bytes.increment(passed.delivered_bytes);
+            for (reason, count) in ParkReason::ALL.into_iter().zip(passed.parked) {
+                metrics.parked_events_total(reason).increment(count);
+            }
+        }
+        metrics.in_flight_events.set(self.in_flight.events() as f64);
+        metrics.in_flight_bytes.set(self.in_flight.bytes() as f64);
+        metrics.parked_events.set(self.parking.count() as f64);
+        let mut status = self.shared.status();
+        status.delivered_events += passed.delivered_events;
+        status.in_flight_events = self.in_flight.events();
+        status.in_flight_bytes = self.in_flight.bytes();
+        status.parked_events = self.parking.count();
+        status.held_topics = self.lanes.held() as u64;
+        drop(status);
+        // Last, so that whoever sees an empty backlog finds everything counted.
+        if let Some(end) = passed.end {
+            self.wal.deliver(end);
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight.bytes() < self.in_flight_bytes_max && self.in_flight.records() < RECORDS_MAX
+    }
+
+    /// Reads records while there is room, and sends their events. True: there may be more to read at once.
+    fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
+        if self.producer.is_none() || self.reading.due(now).is_some() {
+            return false;
+        }
+        let mut bytes = 0;
+        while bytes < READ_BYTES && self.has_room() {
+            let next = match self.reader.next_record() {
+                Ok(next) => next,
+                Err(error) => {
+                    if !self.reading.is_failing() {
+                        error!(error = &error as &dyn std::error::Error, "the log cannot be read on, retrying");
+                    }
+                    self.shared.set_last_error(error.to_string(), None);
+                    self.reading.failed(now, &mut self.rng);
+                    break;
+                }
+            };
+            if self.reading.is_failing() {
+                info!("the log can be read again");
+                self.reading.succeeded();
+            }
+            let Some(record) = next else { break };
+            // An empty record counts too, so that a turn ends.
+            bytes += 1 + record.batch.request.as_bytes().len() as u64;
+            self.send_record(&record, now);
+        }
+        *worked |= bytes > 0;
+        bytes >= READ_BYTES
+    }
+
+    fn send_record(&mut self, record: &Record, now: Instant) {
+        let Some(producer) = &self.producer else { return };
+        let slot = self.in_flight.push(record);
+        let batch = &record.batch;
+        let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
+        for (index, event) in batch.request.events().enumerate() {
+            let event_ref = InFlight::event_ref(slot, index);
+            let lane = self.lanes.route(&self.router, event.event_type);
+            lanes.push(lane);
+            let Some(lane) = lane else {
+                let reason = ParkReason::InvalidTopic;
+                self.to_park.push(ToPark { event: event_ref, reason, failure: None });
+                continue;
+            };
+            if self.lanes.is_held(lane) {
+                self.lanes.hold(lane, event_ref);
+                continue;
+            }
+            let key = self.router.key(&batch.client, &batch.request, event.event_type);
+            match producer.send(self.lanes.topic(lane), key, event.payload, event_ref.tag()) {
+                Ok(()) => self.lanes.sent(lane),
+                Err(failure) => {
+                    self.lanes.refused(lane, event_ref, failure, now, &mut self.to_park);
+                    self.lanes.settle(lane, now, &mut self.to_park);
+                    self.failures.count(lane, failure, &self.metrics);
+                }
+            }
+        }
+        self.in_flight.set_lanes(slot, lanes);
+    }
+
+    /// Brings up to date what is only for people.
+    fn report(&mut self, now: Instant) {
+        if let Some((lane, failure)) = self.failures.newest.take() {
+            self.shared.set_last_error(failure.to_string(), Some(self.lanes.topic(lane)));
+        }
+        if now < self.report_at {
+            return;
+        }
+        self.report_at = now + REPORT_INTERVAL;
+        let drain_seconds = self.drain.observe(self.wal.status().pending_events, now);
+        self.metrics.forward.drain_seconds.set(drain_seconds.unwrap_or(f64::NAN));
+        self.shared.status().drain_seconds = drain_seconds;
+    }
+
+    /// Waits until there may be something to do, if nothing was done.
+    fn rest(&mut self, worked: bool, more_to_read: bool, now: Instant) {
+        self.poll_wait = Duration::ZERO;
+        if more_to_read {
+            return;
+        }
+        if worked {
+            // A turn for every few events would cost more than the events.
+            self.poll_wait = POLL_MIN;
+            self.idle_polls = 0;
+            return;
+        }
+        let dues = [self.lanes.due(), self.parking.due(now), self.reading.due(now), self.rebuilding.due(now)];
+        let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
+        let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
+        let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
+        if can_read && self.lanes.in_client() == 0 {
+            self.reader.wait(wait);
+            return;
+        }
+        let longest = if self.connection.is_up() { POLL_MAX } else { POLL_DISCONNECTED };
+        self.poll_wait = wait.min(POLL_MIN * 2u32.saturating_pow(self.idle_polls)).min(longest);
+        self.idle_polls = (self.idle_polls + 1).min(10);
+    }
+}
+
+impl Failures {
+    fn count(&mut self, lane: LaneId, failure: Failure, metrics: &Metrics) {
+        metrics.forward.delivery_failures(failure.reason()).increment(1);
+        self.newest = Some((lane, failure));
+    }
+}

@@ -1,0 +1,92 @@
+//! The one door: whatever the protocol, a batch is checked here and handed to the log.
+//!
+//! [`Admission::submit`] does not wait, so that the order of its calls is the order of the log. The [`Ticket`] that it
+//! returns resolves to success only once the batch is durable.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio_util::sync::CancellationToken;
+
+use super::Protocol;
+use super::rejection::{RejectReason, Rejection};
+use crate::batch::{Batch, Client, Request, now_ms};
+use crate::config::IngestConfig;
+use crate::metrics::Metrics;
+use crate::wal::{Commit, Wal};
+
+/// Checks batches and appends them to the log.
+pub(super) struct Admission {
+    wal: Wal,
+    metrics: Arc<Metrics>,
+    /// Largest batch, in bytes of protobuf.
+    pub batch_bytes_max: usize,
+    batch_events_max: u32,
+    /// Fires when no new batch may come in.
+    stopping: CancellationToken,
+}
+
+/// Resolves once the batch is durable, or will not be.
+#[derive(Debug)]
+pub(super) enum Ticket {
+    /// A batch without events: there is nothing to keep.
+    Empty,
+    /// On its way to the disk.
+    Commit(Commit),
+}
+
+impl Future for Ticket {
+    type Output = Result<(), Rejection>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut *self {
+            Ticket::Empty => Poll::Ready(Ok(())),
+            Ticket::Commit(commit) => {
+                Pin::new(commit).poll(context).map(|result| result.map(|_| ()).map_err(Rejection::from))
+            }
+        }
+    }
+}
+
+impl Admission {
+    pub fn new(config: &IngestConfig, wal: Wal, metrics: Arc<Metrics>, stopping: CancellationToken) -> Admission {
+        let batch_bytes_max = usize::try_from(config.batch_bytes_max.as_u64()).unwrap_or(usize::MAX);
+        Admission { wal, metrics, batch_bytes_max, batch_events_max: config.batch_events_max, stopping }
+    }
+
+    /// Checks a decoded request and queues it for the log's next commit.
+    pub fn submit(&self, protocol: Protocol, client: &Client, request: Request) -> Result<Ticket, Rejection> {
+        let metrics = self.metrics.ingest(protocol);
+        metrics.received_batches.increment(1);
+        metrics.received_events.increment(u64::from(request.event_count()));
+        metrics.received_bytes.increment(request.as_bytes().len() as u64);
+        if self.stopping.is_cancelled() {
+            return Err(Rejection::stopping());
+        }
+        if request.as_bytes().len() > self.batch_bytes_max {
+            return Err(Rejection::too_large(self.batch_bytes_max));
+        }
+        if request.event_count() > self.batch_events_max {
+            let (events, limit) = (request.event_count(), self.batch_events_max);
+            let message = format!("the request has {events} events, the limit is {limit}");
+            return Err(Rejection::new(RejectReason::TooManyEvents, message));
+        }
+        if request.event_count() == 0 {
+            return Ok(Ticket::Empty);
+        }
+        let batch = Batch { received_at_ms: now_ms(), client: client.clone(), request };
+        Ok(Ticket::Commit(self.wal.append(batch)?))
+    }
+
+    /// Counts a refusal. Called once for each, by the protocol that sends it.
+    pub fn count_rejection(&self, protocol: Protocol, rejection: &Rejection) {
+        self.metrics.ingest(protocol).rejected_batches(rejection.reason).increment(1);
+    }
+
+    /// Notes how long an ack took.
+    pub fn record_ack(&self, protocol: Protocol, began: std::time::Instant) {
+        self.metrics.ingest(protocol).ack_duration.record(began.elapsed());
+    }
+}

@@ -1,0 +1,408 @@
+//! The forwarder against librdkafka's in-process mock cluster. The mock keeps 5 MiB a partition and no more, so the data
+//! sets are small.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use bytesize::ByteSize;
+use prost::Message as _;
+use rdkafka::bindings::rd_kafka_resp_err_t as Code;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::DefaultProducerContext;
+use rdkafka::types::RDKafkaApiKey;
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use ringtail::batch::{Batch, Client, Request, now_ms};
+use ringtail::config::{ForwardConfig, KafkaProperty, WalConfig};
+use ringtail::forward::{Forwarder, ParkReason, ParkedEvent, ParkedStore};
+use ringtail::metrics::Metrics;
+use ringtail::proto;
+use ringtail::wal::Wal;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const BATCH_BYTES_MAX: u64 = 4 << 20;
+
+type Cluster = MockCluster<'static, DefaultProducerContext>;
+
+/// A log, a mock cluster, and what one forwarder needs.
+struct Setup {
+    cluster: Cluster,
+    config: ForwardConfig,
+    metrics: Arc<Metrics>,
+    wal: Wal,
+    _directory: tempfile::TempDir,
+}
+
+impl Setup {
+    fn new() -> Setup {
+        let cluster = MockCluster::new(1).unwrap();
+        let config = ForwardConfig {
+            brokers: vec![cluster.bootstrap_servers()],
+            topic: "%s".into(),
+            retry_delay_min: Duration::from_millis(10),
+            retry_delay_max: Duration::from_millis(50),
+            topic_grace: DEADLINE,
+            kafka: [
+                // An outage of seconds must not make the tests wait for seconds.
+                ("reconnect.backoff.max.ms", 50),
+                ("reconnect.backoff.ms", 10),
+                ("retry.backoff.ms", 10),
+                ("topic.metadata.refresh.interval.ms", 100),
+            ]
+            .map(|(name, value)| (name.to_owned(), KafkaProperty::Integer(value)))
+            .into(),
+            ..ForwardConfig::default()
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let metrics = Metrics::new();
+        let wal_config = WalConfig {
+            directory: directory.path().into(),
+            free_bytes_min: ByteSize::b(0),
+            segment_bytes: ByteSize::mib(8),
+            ..WalConfig::default()
+        };
+        let wal = Wal::open(&wal_config, 64 << 20, metrics.clone()).unwrap();
+        Setup { cluster, config, metrics, wal, _directory: directory }
+    }
+
+    fn topic(&self, name: &str, partitions: i32) {
+        self.cluster.create_topic(name, partitions, 1).unwrap();
+    }
+
+    fn start(&self) -> Forwarder {
+        Forwarder::start(&self.config, BATCH_BYTES_MAX, self.wal.clone(), self.metrics.clone()).unwrap()
+    }
+
+    /// Commits one batch of `client`: events as (type, payload).
+    fn send(&self, client: &str, events: &[(&str, Vec<u8>)]) {
+        let events = events
+            .iter()
+            .map(|(r#type, payload)| proto::Event { r#type: (*r#type).into(), event_bytes: payload.clone().into() })
+            .collect();
+        let request = proto::SendEventRequest { req_guid: format!("guid-{client}"), events, ..Default::default() };
+        let batch = Batch {
+            received_at_ms: now_ms(),
+            client: Client { group: "group".into(), id: client.into() },
+            request: Request::parse(Bytes::from(request.encode_to_vec())).unwrap(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let commit = self.wal.append(batch).unwrap();
+        runtime.block_on(commit).unwrap();
+    }
+
+    fn wait_for_empty_log(&self, forwarder: &Forwarder) {
+        wait_until("the log is empty", || {
+            assert!(forwarder.is_live());
+            self.wal.status().pending_batches == 0
+        });
+    }
+
+    fn metric(&self, name: &str) -> u64 {
+        let text = self.metrics.handle().render();
+        let samples =
+            text.lines().filter_map(|line| line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{'])));
+        samples.map(|sample| sample.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap() as u64).sum()
+    }
+
+    /// Every committed event is delivered or parked.
+    fn assert_books_balance(&self, committed: u64) {
+        let delivered = self.metric("ringtail_forward_delivered_events_total");
+        let parked = self.metric("ringtail_forward_parked_events_total");
+        assert_eq!(delivered + parked, committed, "delivered {delivered}, parked {parked}");
+        wait_until("nothing is in flight", || self.metric("ringtail_forward_in_flight_events") == 0);
+        assert_eq!(self.metric("ringtail_forward_parked_events"), parked);
+    }
+
+    fn parked(&self) -> Vec<ParkedEvent> {
+        ParkedStore::open(self.wal.parked()).unwrap().events(0).collect::<Result<_, _>>().unwrap()
+    }
+
+    /// Reads `topic` until there were `count` records: (key, value), in order per partition.
+    fn consume(&self, topic: &str, partitions: i32, count: usize) -> Vec<(Option<String>, Vec<u8>)> {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", self.cluster.bootstrap_servers())
+            .set("group.id", "test")
+            .set("enable.auto.commit", "false")
+            .create()
+            .unwrap();
+        let mut assignment = TopicPartitionList::new();
+        for partition in 0..partitions {
+            assignment.add_partition_offset(topic, partition, Offset::Beginning).unwrap();
+        }
+        consumer.assign(&assignment).unwrap();
+        let mut records = Vec::new();
+        let deadline = Instant::now() + DEADLINE;
+        while records.len() < count {
+            assert!(Instant::now() < deadline, "{} of {count} records in {topic}", records.len());
+            if let Some(Ok(message)) = consumer.poll(Duration::from_millis(50)) {
+                let key = message.key().map(|key| String::from_utf8(key.to_vec()).unwrap());
+                records.push((key, message.payload().unwrap().to_vec()));
+            }
+        }
+        records
+    }
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn number(at: u64) -> Vec<u8> {
+    at.to_be_bytes().to_vec()
+}
+
+/// The numbers sent under each key, in the order of arrival.
+fn by_key(records: Vec<(Option<String>, Vec<u8>)>) -> HashMap<String, Vec<u64>> {
+    let mut numbers: HashMap<String, Vec<u64>> = HashMap::new();
+    for (key, value) in records {
+        let number = u64::from_be_bytes(value[..8].try_into().unwrap());
+        numbers.entry(key.unwrap()).or_default().push(number);
+    }
+    numbers
+}
+
+#[test]
+fn events_arrive_once_in_order_per_key_and_the_books_balance() {
+    let setup = Setup::new();
+    setup.topic("click", 4);
+    let forwarder = setup.start();
+    for batch in 0..200 {
+        let events: Vec<_> = (0..5).map(|at| ("click", number(batch / 10 * 5 + at))).collect();
+        setup.send(&format!("device-{}", batch % 10), &events);
+    }
+    let numbers = by_key(setup.consume("click", 4, 1000));
+    assert_eq!(numbers.len(), 10);
+    for (key, numbers) in numbers {
+        assert_eq!(numbers, (0..100).collect::<Vec<_>>(), "{key}");
+    }
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(1000);
+    assert_eq!(setup.metric("ringtail_forward_delivered_bytes_total"), 8000);
+    assert_eq!(setup.metric("ringtail_forward_delivery_delay_seconds_count"), 200);
+    wait_until("a broker is up", || forwarder.status().connected);
+    let status = forwarder.status();
+    assert_eq!((status.delivered_events, status.in_flight_events, status.brokers), (1000, 0, 1));
+    forwarder.stop(DEADLINE);
+    setup.send("device-0", &[("click", number(100))]);
+    assert_eq!(setup.wal.status().pending_batches, 1);
+}
+
+#[test]
+fn an_empty_id_makes_no_key_and_an_empty_payload_stays_empty() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    let forwarder = setup.start();
+    setup.send("", &[("click", Vec::new())]);
+    setup.send("", &[]);
+    assert_eq!(setup.consume("click", 1, 1), [(None, Vec::new())]);
+    setup.wait_for_empty_log(&forwarder);
+}
+
+#[test]
+fn an_outage_loses_nothing_and_memory_stays_bounded() {
+    let mut setup = Setup::new();
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.topic("click", 4);
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(0))]);
+    wait_until("the first event is delivered", || setup.wal.status().pending_batches == 0);
+    setup.cluster.broker_down(1).unwrap();
+    wait_until("the broker is missed", || !forwarder.status().connected);
+    let record_bytes_max = 10 * (300 + 256);
+    for batch in 0..500 {
+        let events: Vec<_> = (1..=10).map(|at| ("click", [number(batch * 10 + at), vec![0; 200]].concat())).collect();
+        setup.send("a", &events);
+        assert!(forwarder.status().in_flight_bytes <= (1 << 20) + record_bytes_max);
+    }
+    wait_until("in flight is full", || forwarder.status().in_flight_bytes >= 1 << 20);
+    assert!(forwarder.status().disconnected_since_ms.is_some());
+    assert!(forwarder.status().in_flight_events < 5000);
+    setup.cluster.broker_up(1).unwrap();
+    let numbers = by_key(setup.consume("click", 4, 5001));
+    assert_eq!(numbers["a"], (0..=5000).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(5001);
+    wait_until("the broker is back", || forwarder.status().connected);
+    assert_eq!(forwarder.status().disconnected_since_ms, None);
+}
+
+#[test]
+fn retriable_refusals_are_retried_in_order() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    setup.cluster.request_errors(
+        RDKafkaApiKey::Produce,
+        &[
+            Code::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+            Code::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+            // The client gives these back to us.
+            Code::RD_KAFKA_RESP_ERR_UNSUPPORTED_COMPRESSION_TYPE,
+            Code::RD_KAFKA_RESP_ERR_POLICY_VIOLATION,
+        ],
+    );
+    for at in 0..100 {
+        setup.send("a", &[("click", number(at))]);
+    }
+    let forwarder = setup.start();
+    let numbers = by_key(setup.consume("click", 1, 100));
+    assert_eq!(numbers["a"], (0..100).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(100);
+    assert!(setup.metric("ringtail_forward_delivery_failures_total{reason=\"other\"}") >= 2);
+    assert!(forwarder.status().last_error.is_some_and(|error| error.topic.as_deref() == Some("click")));
+}
+
+#[test]
+fn what_is_too_large_in_company_is_delivered_alone() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    // Refuses the batch, its two halves, and then a quarter: fewer than it takes to refuse an event alone.
+    let error = Code::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE;
+    setup.cluster.request_errors(RDKafkaApiKey::Produce, &[error; 3]);
+    let events: Vec<_> = (0..64).map(|at| ("click", number(at))).collect();
+    setup.send("a", &events);
+    let forwarder = setup.start();
+    let numbers = by_key(setup.consume("click", 1, 64));
+    assert_eq!(numbers["a"], (0..64).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(64);
+    assert_eq!(setup.parked(), []);
+}
+
+#[test]
+fn what_is_too_large_alone_is_parked_whole() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    let error = Code::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE;
+    setup.cluster.request_errors(RDKafkaApiKey::Produce, &[error; 2]);
+    let payload: Vec<u8> = (0..700_000u32).map(|at| at as u8).collect();
+    setup.send("a", &[("click", payload.clone())]);
+    let forwarder = setup.start();
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(1);
+    let parked = setup.parked();
+    assert_eq!(parked.len(), 1);
+    assert_eq!(parked[0].payload, payload);
+    assert_eq!(parked[0].about.reason, ParkReason::TooLarge);
+    assert_eq!(parked[0].about.topic, "click");
+    assert_eq!(parked[0].about.key.as_deref(), Some("a"));
+    assert_eq!(parked[0].about.req_guid, "guid-a");
+    setup.send("a", &[("click", number(1))]);
+    assert_eq!(setup.consume("click", 1, 1), [(Some("a".into()), number(1))]);
+    assert_eq!(forwarder.parked().count(), 1);
+}
+
+#[test]
+fn an_invalid_topic_is_parked_and_the_others_flow() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(0)), ("not a topic", number(1)), ("click", number(2)), ("", number(3))]);
+    let numbers = by_key(setup.consume("click", 1, 2));
+    assert_eq!(numbers["a"], [0, 2]);
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(4);
+    let parked = setup.parked();
+    assert!(parked.iter().all(|event| event.about.reason == ParkReason::InvalidTopic));
+    assert_eq!(parked.iter().map(|event| event.payload.to_vec()).collect::<Vec<_>>(), [number(1), number(3)]);
+    assert_eq!(setup.metric("ringtail_forward_delivered_bytes_total"), 16);
+}
+
+#[test]
+fn a_forbidden_topic_is_held_in_order_while_the_others_flow() {
+    let setup = Setup::new();
+    setup.topic("open", 1);
+    setup.topic("closed", 1);
+    let code = Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    setup.cluster.topic_error("closed", code).unwrap();
+    let forwarder = setup.start();
+    for at in 0..50 {
+        setup.send("a", &[("closed", number(at)), ("open", number(at))]);
+    }
+    assert_eq!(by_key(setup.consume("open", 1, 50))["a"], (0..50).collect::<Vec<_>>());
+    wait_until("the topic is held", || forwarder.status().held_topics == 1);
+    assert!(setup.wal.status().pending_batches > 0);
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    assert_eq!(by_key(setup.consume("closed", 1, 50))["a"], (0..50).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(100);
+    assert_eq!(setup.parked(), []);
+    wait_until("no topic is held", || forwarder.status().held_topics == 0);
+}
+
+#[test]
+fn an_unknown_topic_is_parked_after_its_grace_and_recovers() {
+    let mut setup = Setup::new();
+    setup.config.topic_grace = Duration::from_millis(300);
+    setup.topic("open", 1);
+    setup.cluster.topic_error("late", Code::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART).unwrap();
+    let forwarder = setup.start();
+    for at in 0..50 {
+        setup.send("a", &[("late", number(at)), ("open", number(at))]);
+    }
+    assert_eq!(by_key(setup.consume("open", 1, 50))["a"], (0..50).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    let parked = setup.parked();
+    assert!(parked.iter().all(|event| event.about.reason == ParkReason::UnknownTopic));
+    assert_eq!(
+        parked.iter().map(|event| event.payload.to_vec()).collect::<Vec<_>>(),
+        (0..50).map(number).collect::<Vec<_>>()
+    );
+    setup.assert_books_balance(100);
+
+    setup.cluster.topic_error("late", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    let mut sent = 100;
+    wait_until("the topic takes events again", || {
+        sent += 1;
+        setup.send("a", &[("late", number(sent))]);
+        setup.wait_for_empty_log(&forwarder);
+        setup.metric("ringtail_forward_delivered_events_total") > 50
+    });
+    setup.assert_books_balance(sent);
+}
+
+#[test]
+fn a_broken_producer_is_replaced() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    let error = Code::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED;
+    setup.cluster.request_errors(RDKafkaApiKey::InitProducerId, &[error; 3]);
+    for at in 0..100 {
+        setup.send("a", &[("click", number(at)), ("no topic", number(at))]);
+    }
+    let forwarder = setup.start();
+    let numbers = by_key(setup.consume("click", 1, 100));
+    assert_eq!(numbers["a"], (0..100).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    assert!(setup.metric("ringtail_forward_delivery_failures_total{reason=\"producer_fatal\"}") >= 1);
+    assert_eq!(setup.metric("ringtail_forward_delivered_events_total"), 100);
+    assert_eq!(setup.metric("ringtail_forward_parked_events_total"), 100);
+}
+
+#[test]
+fn a_stop_keeps_its_deadline_and_the_next_start_goes_on() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(0))]);
+    setup.wait_for_empty_log(&forwarder);
+    setup.cluster.broker_down(1).unwrap();
+    for at in 1..20 {
+        setup.send("a", &[("click", number(at))]);
+    }
+    let begun = Instant::now();
+    forwarder.stop(Duration::from_secs(1));
+    assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
+    assert_eq!(setup.wal.status().pending_batches, 19);
+    setup.cluster.broker_up(1).unwrap();
+    let forwarder = setup.start();
+    assert_eq!(by_key(setup.consume("click", 1, 20))["a"], (0..20).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+}
