@@ -10,8 +10,9 @@
 //!
 //! 1. Say who you are: the id header. One live connection per id.
 //! 2. Batch: one request with many events costs the server little more than one with a single event.
-//! 3. Name every batch (`req_guid`). A retry carries the same name, and the server acks a batch that it already holds
-//!    without storing it twice.
+//! 3. Name every batch (`req_guid`), and retry it under the same name, so that its answer is known. The server does not
+//!    deduplicate: a batch whose ack was lost may be stored and delivered twice. Who must not count twice puts an id
+//!    into the event.
 //! 4. An event is delivered when its batch is *acked*, not when it is written. Until then keep it.
 //! 5. Match answers by `data["req_guid"]`, keep reading while waiting (pings are answered by reading), and bound the wait.
 //! 6. After any failure retry with growing, random delays, except when the server says that the batch itself is bad.

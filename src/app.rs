@@ -110,6 +110,7 @@ impl App {
         let admin = listen("admin.listen", config.admin.listen)?;
         let local = |listener: &TcpListener| listener.local_addr().expect("a bound socket has an address");
         let addresses = Addresses { http: local(&http), grpc: local(&grpc), admin: local(&admin) };
+        tracing::info!(http = %addresses.http, grpc = %addresses.grpc, admin = %addresses.admin, "listening");
 
         let metrics = Metrics::new();
         let (wal, forwarder) = open(&config, &metrics).await?;

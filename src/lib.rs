@@ -14,6 +14,8 @@
 //! [`app`] wires the stages together, starts them and drains them in order. `ingest` and `forward` never import each
 //! other: the log is all that connects them.
 
+#![warn(missing_docs)]
+
 pub mod admin;
 pub mod app;
 pub mod batch;

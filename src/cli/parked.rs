@@ -7,7 +7,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use ringtail::admin::{ParkedFilter, control};
-use ringtail::forward::ParkReason;
+use ringtail::app::parked_json;
+use ringtail::forward::{ParkReason, ParkedStore};
+use ringtail::wal;
 use serde::Deserialize;
 
 use super::config::LogArgs;
@@ -132,9 +134,7 @@ async fn read(
         limit: args.limit,
         summary,
     };
-    let Some(mut answer) = control::get(&directory, &format!("/parked?{}", filter.to_query())).await? else {
-        bail!("no service runs on {}", directory.display());
-    };
+    let answer = control::get(&directory, &format!("/parked?{}", filter.to_query())).await?;
     let mut code = ExitCode::SUCCESS;
     let mut take = |line: &[u8]| match serde_json::from_slice::<Damaged>(line) {
         Ok(Damaged { damaged }) => {
@@ -143,6 +143,10 @@ async fn read(
             Ok(())
         }
         Err(_) => take(line),
+    };
+    let Some(mut answer) = answer else {
+        read_offline(&directory, filter, &mut take)?;
+        return Ok(code);
     };
     let mut partial = Vec::new();
     while let Some(piece) = answer.next().await? {
@@ -153,6 +157,22 @@ async fn read(
         }
     }
     Ok(code)
+}
+
+/// Reads the store of a log that no service has open, and keeps it locked meanwhile.
+fn read_offline(
+    directory: &Path,
+    filter: ParkedFilter,
+    take: &mut dyn FnMut(&[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if !directory.join("wal").is_dir() {
+        bail!("there is no log in {}", directory.display());
+    }
+    eprintln!("no service runs on {}, reading the parked events themselves", directory.display());
+    let (state, _lock) = wal::open_parked(directory).context("open the parked events")?;
+    let parked = ParkedStore::open(state).context("open the parked events")?;
+    let from_id = filter.from_id;
+    filter.lines(parked_json(&parked, from_id)).try_for_each(|line| take(&line))
 }
 
 fn write(output: &mut dyn Write, line: &[u8]) -> anyhow::Result<()> {

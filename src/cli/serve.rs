@@ -27,8 +27,14 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     wal::exit_on_store_panic();
     let stop = shutdown::on_signals()?;
     let file = loaded.file.as_ref().map_or("none".into(), |file| file.display().to_string());
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = file, "starting");
+    let directory = loaded.config.wal.directory.display();
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = file, %directory, "starting");
     let app = App::start(loaded.config).await?;
-    app.run(stop).await?;
+    if let Err(error) = app.run(stop).await {
+        tracing::error!("{error}");
+        shutdown::notify_status(&error.to_string());
+        // Not by returning: the runtime would wait for a thread that hangs with the log.
+        std::process::exit(1);
+    }
     Ok(ExitCode::SUCCESS)
 }

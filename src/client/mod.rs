@@ -5,8 +5,8 @@
 //! client safe: retries with the same `req_guid`, backoff with jitter, and reconnection. [`mod@bench`] is the load generator.
 //!
 //! A batch is acknowledged only by an answer with `STATUS_SUCCESS`; everything else is an error, and after an error
-//! nobody knows whether the batch was committed. Sending it again under the same `req_guid` is safe: the server acks a
-//! batch that it already holds without appending it twice.
+//! nobody knows whether the batch was committed. Sending it again under the same `req_guid` loses nothing, but
+//! the server does not deduplicate: a batch whose ack was lost may be stored and delivered twice.
 
 pub mod bench;
 mod endpoint;

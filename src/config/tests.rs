@@ -243,3 +243,20 @@ fn limits() {
         assert!(load(&taken, &[]).is_ok(), "{taken}");
     }
 }
+
+#[test]
+fn what_the_kafka_client_does_not_take_is_refused_where_it_was_set() {
+    for (property, value, words) in [
+        ("lingre.ms", "5", "lingre.ms"),
+        ("linger.ms", "\"soon\"", "linger.ms"),
+        ("enable.idempotence", "false", "cannot be set"),
+        ("max.in.flight", "6", "1 to 5"),
+    ] {
+        let file = format!("[forward.kafka]\n\"compression.type\" = \"lz4\"\n\"{property}\" = {value}\n");
+        let problems = problems(load(&file, &[]));
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].key, format!("forward.kafka.{property}"));
+        assert!(problems[0].message.contains(words), "{}", problems[0].message);
+        assert!(matches!(problems[0].source, Source::File { line: 3, .. }), "{}", problems[0].source);
+    }
+}

@@ -1,6 +1,6 @@
 //! The limits of the configuration that no type can state. They stand in the docs of the fields too.
 //!
-//! What may be in `[forward.kafka]` is for the forward stage to say, which knows librdkafka.
+//! What may be in `[forward.kafka]` the forward stage says, which knows librdkafka; it is asked last.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,8 +10,9 @@ use hyper::Method;
 use hyper::header::{HeaderName, HeaderValue};
 use tracing_subscriber::EnvFilter;
 
-use super::{Config, ForwardConfig, HttpConfig, IngestConfig, LogConfig, WalConfig, size};
+use super::{Config, ForwardConfig, HttpConfig, IngestConfig, LogConfig, WalConfig, keys, size};
 use crate::batch::CLIENT_NAME_BYTES_MAX;
+use crate::forward::ForwardConfigError;
 
 /// Longest name of a Kafka topic, in bytes.
 const TOPIC_BYTES_MAX: usize = 249;
@@ -23,6 +24,26 @@ pub struct Violation {
     pub key: String,
     /// The limit, as the end of a sentence that begins with the key and its value.
     pub message: String,
+}
+
+impl From<ForwardConfigError> for Violation {
+    fn from(error: ForwardConfigError) -> Violation {
+        let property = |name: &str| keys::join(keys::KAFKA, name);
+        let (key, message) = match &error {
+            ForwardConfigError::Refused { name, why } => (property(name), format!("cannot be set: {why}")),
+            ForwardConfigError::RequestsInFlight { name } => (property(name), error.to_string()),
+            ForwardConfigError::NoTls { .. } => (property("security.protocol"), error.to_string()),
+            ForwardConfigError::Kafka(kafka) => {
+                let key = kafka.property.as_deref().map_or(keys::KAFKA.into(), property);
+                (key, format!("the Kafka client does not take it: {}", kafka.message))
+            }
+            ForwardConfigError::Broker { .. } => ("forward.brokers".into(), error.to_string()),
+            ForwardConfigError::Topic { .. } => ("forward.topic".into(), error.to_string()),
+            ForwardConfigError::InFlight { .. } => ("forward.in_flight_bytes_max".into(), error.to_string()),
+            ForwardConfigError::RetryDelay => ("forward.retry_delay_min".into(), error.to_string()),
+        };
+        Violation { key, message }
+    }
 }
 
 impl Config {
@@ -198,6 +219,12 @@ impl ForwardConfig {
         check.that(self.retry_delay_max >= self.retry_delay_min, "forward.retry_delay_max", || {
             format!("must be at least forward.retry_delay_min, {}", humantime::format_duration(self.retry_delay_min))
         });
+        // What the Kafka client takes it says itself, about the first property that it does not.
+        if !check.0.iter().any(|violation| violation.key.starts_with("forward."))
+            && let Err(error) = crate::forward::validate(self)
+        {
+            check.0.push(error.into());
+        }
     }
 }
 

@@ -76,8 +76,13 @@ impl fmt::Display for Failure {
 
 /// Why there is no producer: librdkafka's own words.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ProducerError(String);
+#[error("{}{message}", property.as_ref().map(|name| format!("\"{name}\": ")).unwrap_or_default())]
+pub struct ProducerError {
+    /// The property that it does not take, if it names one.
+    pub property: Option<String>,
+    /// What is wrong.
+    pub message: String,
+}
 
 /// What librdkafka reported since the last poll.
 #[derive(Debug, Default)]
@@ -121,7 +126,7 @@ impl Producer {
         let mut config: ClientConfig = properties.iter().cloned().collect();
         let debug = properties.iter().any(|(name, _)| name == "debug");
         config.set_log_level(if debug { RDKafkaLogLevel::Debug } else { RDKafkaLogLevel::Info });
-        let client = config.create_with_context(Context::default()).map_err(|error| ProducerError(text(&error)))?;
+        let client = config.create_with_context(Context::default()).map_err(|error| ProducerError::from(&error))?;
         Ok(Producer { client })
     }
 
@@ -170,11 +175,14 @@ pub(super) fn try_properties(properties: &Properties) -> Result<(), ProducerErro
     Producer::new(&without_brokers).map(drop)
 }
 
-fn text(error: &KafkaError) -> String {
-    match error {
-        KafkaError::ClientConfig(_, description, name, _) => format!("\"{name}\": {description}"),
-        KafkaError::ClientCreation(description) => description.clone(),
-        other => other.to_string(),
+impl From<&KafkaError> for ProducerError {
+    fn from(error: &KafkaError) -> ProducerError {
+        let (property, message) = match error {
+            KafkaError::ClientConfig(_, description, name, _) => (Some(name.clone()), description.clone()),
+            KafkaError::ClientCreation(description) => (None, description.clone()),
+            other => (None, other.to_string()),
+        };
+        ProducerError { property, message }
     }
 }
 
