@@ -195,7 +195,7 @@ pub async fn answer(websocket: &mut WebSocket) -> SendEventResponse {
 /// The code and reason of the close frame that must come next; then the stream must end.
 pub async fn closed(websocket: &mut WebSocket) -> (u16, String) {
     let Message::Close(Some(frame)) = next(websocket).await else { panic!("not a close frame") };
-    while let Some(Ok(message)) = within("end", websocket.next()).await {
+    if let Some(Ok(message)) = within("end", websocket.next()).await {
         panic!("after the close frame: {message:?}");
     }
     (frame.code.into(), frame.reason.as_str().into())
