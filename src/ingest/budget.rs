@@ -1,4 +1,6 @@
 //! Bounds the memory of requests that are still being read, over all connections.
+//!
+//! Bytes are taken as they arrive. Announcing them costs a client nothing, so an announcement takes nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +25,11 @@ pub(super) struct Reservation {
 impl ReadBudget {
     pub fn new(limit: u64) -> ReadBudget {
         ReadBudget(Arc::new(Budget { used: AtomicU64::new(0), limit }))
+    }
+
+    /// Whether `bytes` are there now. They may be gone a moment later.
+    pub fn has(&self, bytes: u64) -> bool {
+        self.0.used.load(Ordering::Relaxed).saturating_add(bytes) <= self.0.limit
     }
 
     /// A reservation of nothing, to be grown.

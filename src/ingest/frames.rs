@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 
 use super::budget::Reservation;
 
-/// A frame with more payload than this takes its memory from the budget.
+/// A message takes its memory from the budget once it has so many bytes and is not complete.
 const UNRESERVED_BYTES_MAX: u64 = 16 * 1024;
 
 /// The client's socket, watched.
@@ -30,8 +30,11 @@ struct Tracker {
     header: [u8; 10],
     header_bytes: usize,
     payload_left: u64,
+    /// Payload of the message that is not complete, as far as it has come.
+    held: u64,
     /// A frame of a message came without the one that ends it.
     fragmented: bool,
+    text: bool,
     /// When the message that is not complete began.
     began: Option<Instant>,
     reservation: Reservation,
@@ -40,16 +43,7 @@ struct Tracker {
 
 impl WatchedStream {
     pub fn new(stream: TcpStream, first: bytes::Bytes, reservation: Reservation) -> WatchedStream {
-        let tracker = Tracker {
-            header: [0; 10],
-            header_bytes: 0,
-            payload_left: 0,
-            fragmented: false,
-            began: None,
-            reservation,
-            over_budget: false,
-        };
-        WatchedStream { stream, first, tracker }
+        WatchedStream { stream, first, tracker: Tracker::new(reservation) }
     }
 
     /// Every byte read so far belongs to a complete message.
@@ -62,7 +56,17 @@ impl WatchedStream {
         self.tracker.began
     }
 
-    /// A message needs more memory than there is for messages that are being read.
+    /// Starts the clock of that message again: it was not read meanwhile.
+    pub fn restart_clock(&mut self) {
+        self.tracker.began = self.tracker.began.map(|_| Instant::now());
+    }
+
+    /// Whether the message that began last is text.
+    pub fn is_text(&self) -> bool {
+        self.tracker.text
+    }
+
+    /// A read failed, because a message needs more memory than there is for messages that are being read.
     pub fn is_over_budget(&self) -> bool {
         self.tracker.over_budget
     }
@@ -74,11 +78,26 @@ impl WatchedStream {
 }
 
 impl Tracker {
+    fn new(reservation: Reservation) -> Tracker {
+        Tracker {
+            header: [0; 10],
+            header_bytes: 0,
+            payload_left: 0,
+            held: 0,
+            fragmented: false,
+            text: false,
+            began: None,
+            reservation,
+            over_budget: false,
+        }
+    }
+
     fn see(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             if self.payload_left > 0 {
                 let seen = self.payload_left.min(bytes.len() as u64);
                 self.payload_left -= seen;
+                self.held += seen;
                 bytes = &bytes[usize::try_from(seen).expect("no more than bytes.len()")..];
             } else {
                 self.header[self.header_bytes] = bytes[0];
@@ -86,7 +105,11 @@ impl Tracker {
                 bytes = &bytes[1..];
                 self.began.get_or_insert_with(Instant::now);
                 let Some(payload) = self.complete_header() else { continue };
-                self.begin_payload(payload);
+                self.payload_left = payload;
+                // A frame of data that continues no other says what the message is.
+                if let opcode @ 1..=7 = self.header[0] & 0x0f {
+                    self.text = opcode == 1;
+                }
             }
             if self.payload_left == 0 && self.header_bytes > 0 {
                 self.end_frame();
@@ -109,11 +132,13 @@ impl Tracker {
         Some(length.saturating_add(masked))
     }
 
-    fn begin_payload(&mut self, bytes: u64) {
-        self.payload_left = bytes;
-        if bytes > UNRESERVED_BYTES_MAX || self.fragmented {
-            self.over_budget |= !self.reservation.grow(bytes);
+    /// Takes what is held of an incomplete message from the budget. False: it is not there.
+    fn reserve(&mut self) -> bool {
+        if self.held > UNRESERVED_BYTES_MAX {
+            let missing = self.held.saturating_sub(self.reservation.bytes());
+            self.over_budget |= !self.reservation.grow(missing);
         }
+        !self.over_budget
     }
 
     fn end_frame(&mut self) {
@@ -124,6 +149,7 @@ impl Tracker {
         }
         if !self.fragmented {
             self.began = None;
+            self.held = 0;
             self.reservation.clear();
         }
     }
@@ -140,7 +166,7 @@ impl AsyncRead for WatchedStream {
             buffer.put_slice(&taken);
         }
         this.tracker.see(&buffer.filled()[before..]);
-        Poll::Ready(Ok(()))
+        Poll::Ready(if this.tracker.reserve() { Ok(()) } else { Err(io::ErrorKind::OutOfMemory.into()) })
     }
 }
 
@@ -167,17 +193,7 @@ mod tests {
     use tokio_tungstenite::tungstenite::protocol::frame::{Frame, FrameHeader};
 
     fn tracker(limit: u64) -> Tracker {
-        let reservation = ReadBudget::new(limit).reservation();
-        let header = [0; 10];
-        Tracker {
-            header,
-            header_bytes: 0,
-            payload_left: 0,
-            fragmented: false,
-            began: None,
-            reservation,
-            over_budget: false,
-        }
+        Tracker::new(ReadBudget::new(limit).reservation())
     }
 
     fn frame(payload: usize, last: bool) -> Vec<u8> {
@@ -207,6 +223,8 @@ mod tests {
             for piece in bytes.chunks(step) {
                 tracker.see(piece);
                 seen += piece.len();
+                prop_assert!(tracker.reserve());
+                prop_assert!(tracker.reservation.bytes() <= tracker.held);
                 prop_assert_eq!(tracker.began.is_none(), ends.contains(&seen));
             }
             prop_assert!(tracker.began.is_some() || tracker.reservation.bytes() == 0);
@@ -214,14 +232,16 @@ mod tests {
     }
 
     #[test]
-    fn a_large_message_takes_from_the_budget_as_soon_as_its_length_is_known() {
+    fn a_message_takes_from_the_budget_what_has_come_of_it() {
         let mut tracker = tracker(100_000);
-        tracker.see(&frame(90_000, true)[..14]);
-        assert_eq!(tracker.reservation.bytes(), 90_004);
-        assert!(!tracker.over_budget);
-        tracker.see(&frame(90_000, true)[14..]);
+        let message = frame(1 << 20, true);
+        tracker.see(&message[..14]);
+        assert!(tracker.reserve());
         assert_eq!(tracker.reservation.bytes(), 0);
-        tracker.see(&frame(100_001, true)[..10]);
-        assert!(tracker.over_budget);
+        tracker.see(&message[14..90_014]);
+        assert!(tracker.reserve());
+        assert_eq!(tracker.reservation.bytes(), tracker.held);
+        tracker.see(&message[90_014..110_014]);
+        assert!(!tracker.reserve());
     }
 }

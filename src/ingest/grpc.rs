@@ -35,10 +35,10 @@ const STREAMS_MAX: u32 = 128;
 /// See [`super::serve_grpc`].
 pub(super) async fn serve(ingest: Arc<Ingest>, listener: TcpListener, stop: CancellationToken) {
     let shared = ingest.clone();
-    listener::serve(ingest, listener, stop, move |stream, _| connection(shared.clone(), stream)).await;
+    listener::serve(ingest, listener, stop, move |stream, slot, _| connection(shared.clone(), stream, slot)).await;
 }
 
-async fn connection(ingest: Arc<Ingest>, stream: TcpStream) {
+async fn connection(ingest: Arc<Ingest>, stream: TcpStream, _slot: listener::Slot) {
     ingest.opened(Protocol::Grpc);
     let service = hyper::service::service_fn(|request| {
         let ingest = ingest.clone();

@@ -1,7 +1,7 @@
 //! REST, and the upgrade to WebSocket, on one port.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
@@ -23,16 +23,18 @@ use tokio_util::task::TaskTracker;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use super::connections::{self, ConnectionRefusal};
+use super::listener::{self, Slot};
 use super::rejection::{RETRY_AFTER_SECONDS, RejectReason, Rejection, refusal, success};
-use super::{CloseReason, Ingest, Protocol, json, listener, websocket};
+use super::stream::BoundedStream;
+use super::{CloseReason, Ingest, Protocol, json, websocket};
 use crate::batch::Request;
 use crate::config::HttpConfig;
 use crate::proto::SendEventResponse;
 
-/// A client must send the head of a request within this time.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes of a request's head.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
+/// Most bytes of a refused body that are still read, to be dropped.
+const DISCARD_BYTES_MAX: usize = 64 << 20;
 
 /// Form of a REST request, and so of its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,24 +43,34 @@ enum Form {
     Protobuf,
 }
 
+/// What the requests of one connection share.
 #[derive(Clone)]
 struct Server {
     ingest: Arc<Ingest>,
     tasks: TaskTracker,
+    slot: Slot,
+    /// Why the connection ends, when it is a request that knows.
+    closing: Arc<OnceLock<CloseReason>>,
 }
 
 /// See [`super::serve_http`].
 pub(super) async fn serve(ingest: Arc<Ingest>, listener: TcpListener, stop: CancellationToken) {
     let shared = ingest.clone();
-    listener::serve(ingest, listener, stop, move |stream, tasks| connection(shared.clone(), stream, tasks)).await;
+    listener::serve(ingest, listener, stop, move |stream, slot, tasks| {
+        let closing = Arc::default();
+        connection(Server { ingest: shared.clone(), tasks, slot, closing }, stream)
+    })
+    .await;
 }
 
-async fn connection(ingest: Arc<Ingest>, stream: TcpStream, tasks: TaskTracker) {
+async fn connection(server: Server, stream: TcpStream) {
+    let (ingest, closing) = (server.ingest.clone(), server.closing.clone());
     ingest.opened(Protocol::Rest);
-    let service = TowerToHyperService::new(router(Server { ingest: ingest.clone(), tasks }));
+    let stream = BoundedStream::new(stream, ingest.config.write_timeout);
+    let service = TowerToHyperService::new(router(server));
     let mut connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
+        .header_read_timeout(ingest.config.read_timeout)
         .max_buf_size(HEADER_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
@@ -72,13 +84,26 @@ async fn connection(ingest: Arc<Ingest>, stream: TcpStream, tasks: TaskTracker) 
             }
         }
     };
-    let reason = match result {
+    let reason = match (closing.get(), result) {
+        (Some(reason), _) => *reason,
         _ if stopping => CloseReason::Stopping,
-        Ok(()) => CloseReason::Client,
-        Err(error) if error.is_timeout() => CloseReason::ReadTimeout,
-        Err(_) => CloseReason::Error,
+        (None, Ok(())) => CloseReason::Client,
+        (None, Err(error)) => close_reason(&error),
     };
     ingest.closed(Protocol::Rest, reason);
+}
+
+fn close_reason(error: &hyper::Error) -> CloseReason {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    if source.is_some_and(|source| source.kind() == std::io::ErrorKind::TimedOut) {
+        CloseReason::WriteTimeout
+    } else if error.is_timeout() {
+        CloseReason::ReadTimeout
+    } else if error.is_parse() {
+        CloseReason::Protocol
+    } else {
+        CloseReason::Error
+    }
 }
 
 fn router(server: Server) -> Router {
@@ -99,9 +124,13 @@ fn cors(config: &HttpConfig) -> Option<CorsLayer> {
     if !config.cors_enabled {
         return None;
     }
-    let any = config.cors_allowed_origins.iter().any(|origin| origin == "*");
+    let any = |list: &[String]| list.iter().any(|entry| entry == "*");
+    let any_origin = any(&config.cors_allowed_origins);
     let origins = config.cors_allowed_origins.iter().filter_map(|origin| origin.parse().ok());
-    let origins = if any { AllowOrigin::any() } else { AllowOrigin::list(origins.collect::<Vec<HeaderValue>>()) };
+    let origins =
+        if any_origin { AllowOrigin::any() } else { AllowOrigin::list(origins.collect::<Vec<HeaderValue>>()) };
+    // Browsers take no wildcard together with credentials, and tower-http panics on it.
+    let wildcard = any_origin || any(&config.cors_allowed_methods) || any(&config.cors_allowed_headers);
     let methods: Vec<Method> = config.cors_allowed_methods.iter().filter_map(|method| method.parse().ok()).collect();
     let headers: Vec<_> = config.cors_allowed_headers.iter().filter_map(|name| name.parse().ok()).collect();
     Some(
@@ -109,7 +138,7 @@ fn cors(config: &HttpConfig) -> Option<CorsLayer> {
             .allow_origin(origins)
             .allow_methods(methods)
             .allow_headers(headers)
-            .allow_credentials(config.cors_allow_credentials)
+            .allow_credentials(config.cors_allow_credentials && !wildcard)
             .max_age(config.cors_max_age),
     )
 }
@@ -133,8 +162,14 @@ async fn rest(State(server): State<Server>, request: HttpRequest) -> Response {
         }
         Err((rejection, req_guid)) => {
             ingest.admission.count_rejection(Protocol::Rest, &rejection);
+            if rejection.reason == RejectReason::Slow {
+                let _ = server.closing.set(CloseReason::ReadTimeout);
+            }
             let answer = refusal(&rejection, req_guid.as_deref());
             let mut response = respond(rejection.reason.answer().0, form, &answer);
+            if matches!(rejection.reason, RejectReason::Slow | RejectReason::TooLarge) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             if rejection.reason.is_retryable() {
                 response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_SECONDS.into());
             }
@@ -150,9 +185,18 @@ async fn receive(ingest: &Ingest, request: HttpRequest, form: Form) -> Result<St
     // Base64 takes a third more than the bytes that it stands for.
     let bytes_max = ingest.admission.batch_bytes_max;
     let body_bytes_max = if form == Form::Json { bytes_max.saturating_mul(2) } else { bytes_max };
-    let body = read_body(ingest, request.into_body(), body_bytes_max);
-    let body = match timeout(ingest.config.read_timeout, body).await {
-        Ok(body) => body.map_err(|rejection| (rejection, None))?,
+    let asks_first = request.headers().contains_key(header::EXPECT);
+    let mut body = request.into_body();
+    let read = timeout(ingest.config.read_timeout, read_body(ingest, &mut body, body_bytes_max)).await;
+    let body = match read {
+        Ok(Ok(body)) => body,
+        Ok(Err(rejection)) => {
+            if !asks_first {
+                // A client that sends everything before it reads would find the connection reset, and no answer.
+                let _ = timeout(ingest.config.read_timeout, discard(&mut body)).await;
+            }
+            return Err((rejection, None));
+        }
         Err(_) => return Err((Rejection::new(RejectReason::Slow, "the request took too long to arrive"), None)),
     };
     let decoded = match form {
@@ -172,7 +216,7 @@ async fn receive(ingest: &Ingest, request: HttpRequest, form: Form) -> Result<St
 /// Reads a whole body, within `bytes_max` and the read budget.
 async fn read_body(
     ingest: &Ingest,
-    mut body: Body,
+    body: &mut Body,
     bytes_max: usize,
 ) -> Result<(bytes::Bytes, super::budget::Reservation), Rejection> {
     let mut reservation = ingest.read_budget.reservation();
@@ -180,10 +224,10 @@ async fn read_body(
     if announced > bytes_max {
         return Err(Rejection::too_large(ingest.admission.batch_bytes_max));
     }
-    if !reservation.grow(announced as u64) {
+    if !ingest.read_budget.has(announced as u64) {
         return Err(Rejection::overloaded());
     }
-    let mut read = bytes::BytesMut::with_capacity(announced);
+    let mut read = bytes::BytesMut::new();
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|error| Rejection::new(RejectReason::BadRequest, format!("the body broke off: {error}")))?;
@@ -198,6 +242,17 @@ async fn read_body(
         read.extend_from_slice(&data);
     }
     Ok((read.freeze(), reservation))
+}
+
+/// Reads what is left of a body and drops it.
+async fn discard(body: &mut Body) {
+    let mut left = DISCARD_BYTES_MAX;
+    while let Some(Ok(frame)) = body.frame().await {
+        left = left.saturating_sub(frame.data_ref().map_or(0, bytes::Bytes::len));
+        if left == 0 {
+            return;
+        }
+    }
 }
 
 fn form(headers: &HeaderMap) -> Option<Form> {
@@ -239,11 +294,13 @@ async fn upgrade(State(server): State<Server>, mut request: HttpRequest) -> Resp
     }
     let connection = server.ingest.connections.open(&client);
     let on_upgrade = hyper::upgrade::on(&mut request);
-    let ingest = server.ingest.clone();
+    let _ = server.closing.set(CloseReason::Upgraded);
+    let (ingest, slot) = (server.ingest.clone(), server.slot.clone());
     server.tasks.spawn(async move {
+        let _slot = slot;
         let Ok(upgraded) = on_upgrade.await else { return };
-        let parts = upgraded.downcast::<TokioIo<TcpStream>>().expect("connections are served on a TcpStream");
-        let stream = parts.io.into_inner();
+        let parts = upgraded.downcast::<TokioIo<BoundedStream>>().expect("connections are served on a BoundedStream");
+        let stream = parts.io.into_inner().into_inner();
         ingest.opened(Protocol::WebSocket);
         let reason = match connection {
             Ok(connection) => websocket::serve(&ingest, connection, stream, parts.read_buf).await,
@@ -284,6 +341,6 @@ fn same_or_allowed_origin(config: &HttpConfig, headers: &HeaderMap) -> bool {
     let Ok(origin) = origin.to_str() else { return false };
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let origin_host = origin.split_once("://").map(|(_, host)| host);
-    origin_host.is_some() && origin_host == host
+    host.zip(origin_host).is_some_and(|(host, origin)| host.eq_ignore_ascii_case(origin))
         || config.cors_allowed_origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin))
 }

@@ -1,33 +1,51 @@
-//! The JSON form of a request, in every form that real clients send, and of an answer.
+//! The JSON form of a request → its protobuf bytes, and of an answer.
 //!
-//! Names are matched case-insensitively, in snake case or lowerCamel; unknown ones are ignored; `null` is an absent value.
-//! A payload is base64 (standard or URL-safe, padded or not) or an array of numbers 0–255. `sent_time` is an object or an
-//! RFC 3339 string. The request is re-encoded as protobuf, so that the log holds one form only.
+//! Go's `encoding/json` on the generated structs is the de-facto schema, so names match case-insensitively and `null` leaves
+//! a field at its default; lowerCamel names, base64 in any alphabet, arrays of numbers and RFC 3339 times are taken as
+//! well. Unknown fields are ignored. A field given twice must say the same twice, so that no payload is dropped silently.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use base64::Engine;
+use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
 use prost::Message;
-use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use prost_types::Timestamp;
+use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::batch::{DecodeError, Request};
 use crate::proto::{Event, SendEventRequest, SendEventResponse};
 
-const LENIENT: GeneralPurposeConfig =
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-const STANDARD: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::STANDARD, LENIENT);
-const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&base64::alphabet::URL_SAFE, LENIENT);
+/// Go's decoder takes trailing bits that are not zero, so this does too.
+const LENIENT: GeneralPurposeConfig = GeneralPurposeConfig::new()
+    .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+    .with_decode_allow_trailing_bits(true);
+const STANDARD: GeneralPurpose = GeneralPurpose::new(&alphabet::STANDARD, LENIENT);
+const URL_SAFE: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIENT);
+
+/// Bytes reserved for an array before any of its elements has been seen.
+const PREALLOCATED_MAX: usize = 4096;
+
+/// Longest error message: some quote what they found.
+const MESSAGE_BYTES_MAX: usize = 300;
+
+/// Number of `events` in the request message.
+const EVENTS_TAG: u32 = 3;
 
 /// Decodes a request.
 ///
 /// # Errors
-/// [`DecodeError::Json`] says what is wrong, and where.
+/// [`DecodeError::Json`] says what is wrong and where.
 pub(super) fn decode(text: &[u8]) -> Result<Request, DecodeError> {
-    let request: JsonRequest = serde_json::from_slice(text).map_err(|error| DecodeError::Json(error.to_string()))?;
-    Request::parse(Bytes::from(request.0.encode_to_vec()))
+    let request: JsonRequest = serde_json::from_slice(text).map_err(|error| {
+        let mut message = error.to_string();
+        let end = message.char_indices().map(|(at, _)| at).find(|at| *at >= MESSAGE_BYTES_MAX);
+        message.truncate(end.unwrap_or(message.len()));
+        DecodeError::Json(message)
+    })?;
+    Request::parse(request.0.into())
 }
 
 /// Encodes an answer as Go's `encoding/json` would: enums as numbers, zero fields omitted.
@@ -60,274 +78,270 @@ fn is_zero(value: &i64) -> bool {
     *value == 0
 }
 
-/// A field's name without case and underscores: `event_bytes`, `eventBytes` and `EventBytes` are one.
-fn canonical(name: &str) -> String {
-    name.chars().filter(|character| *character != '_').flat_map(char::to_lowercase).collect()
-}
-
-struct JsonRequest(SendEventRequest);
+/// The protobuf form. Events are encoded one by one as they are read: a list of small ones would take many times the
+/// memory of its text.
+struct JsonRequest(Vec<u8>);
 
 impl<'de> Deserialize<'de> for JsonRequest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = JsonRequest;
+        deserializer.deserialize_any(RequestVisitor).map(JsonRequest)
+    }
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object with req_guid, sent_time and events")
-            }
+struct RequestVisitor;
 
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<JsonRequest, M::Error> {
-                let mut request = SendEventRequest::default();
-                while let Some(name) = map.next_key::<String>()? {
-                    match canonical(&name).as_str() {
-                        "reqguid" => request.req_guid = map.next_value::<Option<String>>()?.unwrap_or_default(),
-                        "senttime" => request.sent_time = map.next_value::<Option<JsonTime>>()?.map(|time| time.0),
-                        "events" => {
-                            let events = map.next_value::<Option<Vec<Option<JsonEvent>>>>()?.unwrap_or_default();
-                            // Go turns null into an empty message.
-                            let events = events.into_iter().map(|event| event.map(|event| event.0).unwrap_or_default());
-                            request.events = events.collect();
-                        }
-                        _ => drop(map.next_value::<IgnoredAny>()?),
-                    }
-                }
-                Ok(JsonRequest(request))
+impl<'de> Visitor<'de> for RequestVisitor {
+    type Value = Vec<u8>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a request object")
+    }
+
+    fn visit_unit<E>(self) -> Result<Vec<u8>, E> {
+        Ok(Vec::new())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vec<u8>, A::Error> {
+        let (mut req_guid, mut sent_time, mut events) = (None, None, None);
+        while let Some(index) = map.next_key_seed(Name(&[&["req_guid", "reqguid"], SENT_TIME, &["events"]]))? {
+            match index {
+                Some(0) => set(&mut req_guid, "req_guid", map.next_value::<Option<String>>()?)?,
+                Some(1) => set(&mut sent_time, "sent_time", map.next_value::<Option<Time>>()?)?,
+                Some(2) => set(&mut events, "events", map.next_value::<Option<JsonEvents>>()?)?,
+                _ => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        deserializer.deserialize_map(Fields)
+        let mut bytes = events.map(|events| events.0).unwrap_or_default();
+        let rest = SendEventRequest {
+            req_guid: req_guid.unwrap_or_default(),
+            sent_time: sent_time.map(|time| time.0),
+            events: Vec::new(),
+        };
+        rest.encode(&mut bytes).expect("a Vec grows");
+        Ok(bytes)
     }
+}
+
+/// `events`, encoded as fields of the request.
+#[derive(PartialEq)]
+struct JsonEvents(Vec<u8>);
+
+impl<'de> Deserialize<'de> for JsonEvents {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(EventsVisitor).map(JsonEvents)
+    }
+}
+
+struct EventsVisitor;
+
+impl<'de> Visitor<'de> for EventsVisitor {
+    type Value = Vec<u8>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array of events")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u8>, A::Error> {
+        let mut bytes = Vec::new();
+        while let Some(event) = seq.next_element::<JsonEvent>()? {
+            prost::encoding::message::encode(EVENTS_TAG, &event.0, &mut bytes);
+        }
+        Ok(bytes)
+    }
+}
+
+const SENT_TIME: &[&str] = &["sent_time", "senttime"];
+
+/// Keeps the value of a field that may stand twice only if it says the same.
+fn set<T: PartialEq, E: de::Error>(slot: &mut Option<T>, name: &'static str, value: Option<T>) -> Result<(), E> {
+    match (slot.as_ref(), value) {
+        (_, None) => {}
+        (Some(known), Some(value)) if *known != value => {
+            return Err(E::custom(format_args!("{name} is given twice with different values")));
+        }
+        (_, Some(value)) => *slot = Some(value),
+    }
+    Ok(())
 }
 
 struct JsonEvent(Event);
 
 impl<'de> Deserialize<'de> for JsonEvent {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = JsonEvent;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object with event_bytes and type")
-            }
-
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<JsonEvent, M::Error> {
-                let mut event = Event::default();
-                while let Some(name) = map.next_key::<String>()? {
-                    match canonical(&name).as_str() {
-                        "eventbytes" => {
-                            let payload = map.next_value::<Option<Payload>>()?;
-                            event.event_bytes = payload.map(|payload| payload.0.into()).unwrap_or_default();
-                        }
-                        "type" => event.r#type = map.next_value::<Option<String>>()?.unwrap_or_default(),
-                        _ => drop(map.next_value::<IgnoredAny>()?),
-                    }
-                }
-                Ok(JsonEvent(event))
-            }
-        }
-        deserializer.deserialize_map(Fields)
+        deserializer.deserialize_any(EventVisitor).map(JsonEvent)
     }
 }
 
-struct Payload(Vec<u8>);
+struct EventVisitor;
+
+impl<'de> Visitor<'de> for EventVisitor {
+    type Value = Event;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an event object")
+    }
+
+    fn visit_unit<E>(self) -> Result<Event, E> {
+        Ok(Event::default())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Event, A::Error> {
+        let (mut payload, mut event_type) = (None, None);
+        while let Some(index) = map.next_key_seed(Name(&[&["event_bytes", "eventbytes"], &["type"]]))? {
+            match index {
+                Some(0) => set(&mut payload, "event_bytes", map.next_value::<Option<Payload>>()?)?,
+                Some(1) => set(&mut event_type, "type", map.next_value::<Option<String>>()?)?,
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(Event {
+            event_bytes: payload.map(|payload| payload.0).unwrap_or_default(),
+            r#type: event_type.unwrap_or_default(),
+        })
+    }
+}
+
+/// `event_bytes`: base64 or an array of numbers.
+#[derive(PartialEq)]
+struct Payload(Bytes);
 
 impl<'de> Deserialize<'de> for Payload {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
-        impl<'de> Visitor<'de> for Form {
-            type Value = Payload;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("event bytes as base64 or as an array of numbers from 0 to 255")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Payload, E> {
-                let engine = if text.contains(['-', '_']) { URL_SAFE } else { STANDARD };
-                engine.decode(text).map(Payload).map_err(|error| E::custom(format_args!("event bytes: {error}")))
-            }
-
-            fn visit_seq<S: SeqAccess<'de>>(self, mut numbers: S) -> Result<Payload, S::Error> {
-                let mut payload = Vec::new();
-                while let Some(byte) = numbers.next_element::<u8>()? {
-                    payload.push(byte);
-                }
-                Ok(Payload(payload))
-            }
-        }
-        deserializer.deserialize_any(Form)
+        deserializer.deserialize_any(PayloadVisitor).map(|bytes| Payload(bytes.into()))
     }
 }
 
-struct JsonTime(prost_types::Timestamp);
+struct PayloadVisitor;
 
-impl<'de> Deserialize<'de> for JsonTime {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
-        impl<'de> Visitor<'de> for Form {
-            type Value = JsonTime;
+impl<'de> Visitor<'de> for PayloadVisitor {
+    type Value = Vec<u8>;
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a time as {\"seconds\", \"nanos\"} or as an RFC 3339 string")
-            }
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("event_bytes as base64 or an array of numbers from 0 to 255")
+    }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<JsonTime, E> {
-                text.parse().map(JsonTime).map_err(|error| E::custom(format_args!("sent_time: {error}")))
-            }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Vec<u8>, E> {
+        let url_safe = text.bytes().any(|byte| matches!(byte, b'-' | b'_'));
+        let engine = if url_safe { &URL_SAFE } else { &STANDARD };
+        let decoded = if text.bytes().any(|byte| matches!(byte, b'\r' | b'\n')) {
+            engine.decode(text.replace(['\r', '\n'], ""))
+        } else {
+            engine.decode(text)
+        };
+        decoded.map_err(|error| E::custom(format_args!("event_bytes is not base64: {error}")))
+    }
 
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<JsonTime, M::Error> {
-                let mut time = prost_types::Timestamp::default();
-                while let Some(name) = map.next_key::<String>()? {
-                    match canonical(&name).as_str() {
-                        "seconds" => time.seconds = map.next_value::<Option<Whole>>()?.map_or(0, |whole| whole.0),
-                        "nanos" => {
-                            let nanos = map.next_value::<Option<Whole>>()?.map_or(0, |whole| whole.0);
-                            time.nanos = i32::try_from(nanos).map_err(|_| de::Error::custom("nanos out of range"))?;
-                        }
-                        _ => drop(map.next_value::<IgnoredAny>()?),
-                    }
-                }
-                Ok(JsonTime(time))
-            }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<u8>, A::Error> {
+        let mut bytes = Vec::with_capacity(seq.size_hint().unwrap_or(0).min(PREALLOCATED_MAX));
+        while let Some(byte) = seq.next_element::<u8>()? {
+            bytes.push(byte);
         }
-        deserializer.deserialize_any(Form)
+        Ok(bytes)
     }
 }
 
-/// A whole number, or a string that holds one.
-struct Whole(i64);
+/// `sent_time`: an object or an RFC 3339 string.
+#[derive(PartialEq)]
+struct Time(Timestamp);
 
-impl<'de> Deserialize<'de> for Whole {
+impl<'de> Deserialize<'de> for Time {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
-        impl Visitor<'_> for Form {
-            type Value = Whole;
+        deserializer.deserialize_any(TimeVisitor).map(Time)
+    }
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a whole number")
-            }
+struct TimeVisitor;
 
-            fn visit_i64<E: de::Error>(self, value: i64) -> Result<Whole, E> {
-                Ok(Whole(value))
-            }
+impl<'de> Visitor<'de> for TimeVisitor {
+    type Value = Timestamp;
 
-            fn visit_u64<E: de::Error>(self, value: u64) -> Result<Whole, E> {
-                i64::try_from(value).map(Whole).map_err(|_| E::custom("number out of range"))
-            }
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("sent_time as an object of seconds and nanos or an RFC 3339 string")
+    }
 
-            fn visit_f64<E: de::Error>(self, value: f64) -> Result<Whole, E> {
-                // 2^53: beyond it a float no longer names one whole number.
-                if value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0 {
-                    Ok(Whole(value as i64))
-                } else {
-                    Err(E::custom("not a whole number"))
-                }
-            }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Timestamp, E> {
+        text.parse().map_err(|_| E::custom("sent_time is not an RFC 3339 time"))
+    }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Whole, E> {
-                text.parse().map(Whole).map_err(|_| E::custom("not a whole number"))
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Timestamp, A::Error> {
+        let (mut seconds, mut nanos) = (None, None);
+        while let Some(index) = map.next_key_seed(Name(&[&["seconds"], &["nanos"]]))? {
+            match index {
+                Some(0) => set(&mut seconds, "seconds", map.next_value::<Option<Integer>>()?)?,
+                Some(1) => set(&mut nanos, "nanos", map.next_value::<Option<Integer>>()?)?,
+                _ => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        deserializer.deserialize_any(Form)
+        let nanos = nanos.map_or(Ok(0), |nanos| i32::try_from(nanos.0));
+        let nanos = nanos.map_err(|_| de::Error::custom("nanos does not fit 32 bits"))?;
+        Ok(Timestamp { seconds: seconds.map_or(0, |seconds| seconds.0), nanos })
+    }
+}
+
+/// A 64-bit number; canonical proto3 JSON writes it as a string.
+#[derive(PartialEq)]
+struct Integer(i64);
+
+impl<'de> Deserialize<'de> for Integer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(IntegerVisitor).map(Integer)
+    }
+}
+
+struct IntegerVisitor;
+
+impl Visitor<'_> for IntegerVisitor {
+    type Value = i64;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number of 64 bits")
+    }
+
+    fn visit_i64<E: de::Error>(self, value: i64) -> Result<i64, E> {
+        Ok(value)
+    }
+
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<i64, E> {
+        i64::try_from(value).map_err(|_| E::invalid_value(de::Unexpected::Unsigned(value), &self))
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<i64, E> {
+        // 2^53: beyond it a float no longer names one whole number.
+        if value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0 {
+            Ok(value as i64)
+        } else {
+            Err(E::invalid_value(de::Unexpected::Float(value), &self))
+        }
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<i64, E> {
+        text.parse().map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+    }
+}
+
+/// Finds a key, whatever its case, among the names of each field; none when it is unknown.
+struct Name(&'static [&'static [&'static str]]);
+
+impl<'de> DeserializeSeed<'de> for Name {
+    type Value = Option<usize>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Name {
+    type Value = Option<usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a field name")
+    }
+
+    fn visit_str<E: de::Error>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(self.0.iter().position(|names| names.iter().any(|name| name.eq_ignore_ascii_case(key))))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn decoded(text: &str) -> SendEventRequest {
-        let request = decode(text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"));
-        SendEventRequest::decode(request.as_bytes().clone()).unwrap()
-    }
-
-    fn expected() -> SendEventRequest {
-        SendEventRequest {
-            req_guid: "r1".into(),
-            sent_time: Some(prost_types::Timestamp { seconds: 1_638_154_927, nanos: 376_499_000 }),
-            events: vec![Event { event_bytes: vec![251, 255, 1, 2].into(), r#type: "click".into() }],
-        }
-    }
-
-    #[test]
-    fn every_form_that_clients_send() {
-        let time = r#"{"seconds": 1638154927, "nanos": 376499000}"#;
-        for payload in ["\"+/8BAg==\"", "\"-_8BAg==\"", "\"-_8BAg\"", "\"+/8BAg\"", "[251,255,1,2]"] {
-            for (guid, sent, bytes) in [
-                ("req_guid", "sent_time", "event_bytes"),
-                ("reqGuid", "sentTime", "eventBytes"),
-                ("REQ_GUID", "Sent_Time", "EVENTBYTES"),
-            ] {
-                let event = format!(r#"{{"{bytes}": {payload}, "type": "click", "more": [1, {{}}]}}"#);
-                let text = format!(r#"{{"{guid}": "r1", "{sent}": {time}, "events": [{event}], "other": null}}"#);
-                assert_eq!(decoded(&text), expected(), "{text}");
-            }
-        }
-    }
-
-    #[test]
-    fn every_form_of_a_time() {
-        for time in [
-            r#"{"seconds": "1638154927", "nanos": 376499000}"#,
-            r#""2021-11-29T03:02:07.376499Z""#,
-            r#""2021-11-29T05:02:07.376499+02:00""#,
-            r#"{"Seconds": 1638154927.0, "Nanos": 376499000}"#,
-        ] {
-            let text = format!(r#"{{"sent_time": {time}}}"#);
-            assert_eq!(decoded(&text).sent_time, expected().sent_time, "{text}");
-        }
-        assert_eq!(decoded(r#"{"sent_time": null, "events": null, "req_guid": null}"#), SendEventRequest::default());
-        assert_eq!(decoded("{}"), SendEventRequest::default());
-    }
-
-    #[test]
-    fn bad_input_is_refused() {
-        let deep = format!("{{\"x\":{}", "[".repeat(10_000));
-        for text in [
-            "",
-            "null",
-            "[]",
-            "{",
-            "{} {}",
-            r#"{"events": {}}"#,
-            r#"{"events": [{"event_bytes": "!"}]}"#,
-            r#"{"events": [{"event_bytes": [256]}]}"#,
-            r#"{"events": [{"event_bytes": [-1]}]}"#,
-            r#"{"events": [{"event_bytes": 7}]}"#,
-            r#"{"events": [{"type": 7}]}"#,
-            r#"{"req_guid": 7}"#,
-            r#"{"sent_time": "yesterday"}"#,
-            r#"{"sent_time": {"nanos": 99999999999}}"#,
-            r#"{"sent_time": {"seconds": 1e300}}"#,
-            &deep,
-        ] {
-            assert!(decode(text.as_bytes()).is_err(), "{text}");
-        }
-        assert!(decode(b"{\"req_guid\": \"\xff\"}").is_err());
-    }
-
-    #[test]
-    fn answers_are_what_strict_clients_parse() {
-        let data = HashMap::from([("req_guid".to_string(), "r".to_string())]);
-        let answer = SendEventResponse { status: 1, code: 1, sent_time: 5, reason: String::new(), data };
-        assert_eq!(encode(&answer), r#"{"status":1,"code":1,"sent_time":5,"data":{"req_guid":"r"}}"#);
-        assert_eq!(encode(&SendEventResponse::default()), "{}");
-    }
-
-    proptest! {
-        #[test]
-        fn payloads_arrive_byte_for_byte(payload in proptest::collection::vec(any::<u8>(), 0..64), url in any::<bool>(), pad in any::<bool>()) {
-            let config = GeneralPurposeConfig::new().with_encode_padding(pad);
-            let alphabet = if url { &base64::alphabet::URL_SAFE } else { &base64::alphabet::STANDARD };
-            let text = GeneralPurpose::new(alphabet, config).encode(&payload);
-            let request = decoded(&format!(r#"{{"events":[{{"event_bytes":"{text}"}}]}}"#));
-            prop_assert_eq!(&request.events[0].event_bytes[..], &payload[..]);
-        }
-
-        #[test]
-        fn noise_never_panics(noise in ".{0,60}") {
-            let _ = decode(noise.as_bytes());
-        }
-    }
-}
+#[path = "json_tests.rs"]
+mod tests;

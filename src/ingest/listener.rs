@@ -4,19 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Ingest;
 
-/// Connections that are not WebSockets, on top of `connections_max`.
+/// Connections of a port on top of `connections_max`: REST, and WebSockets that are about to be refused.
 const CONNECTIONS_HEADROOM: usize = 1024;
 /// How long to wait when a connection cannot be accepted, for lack of file descriptors say.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long connections have to drain, on top of `write_timeout`.
 const DRAIN_MIN: Duration = Duration::from_secs(5);
+
+/// A connection's place among those that may be open; whoever holds its socket holds this.
+pub(super) type Slot = Arc<OwnedSemaphorePermit>;
 
 /// Accepts until `stop` fires. `connect` makes the task of one connection, which must end soon after
 /// [`Ingest::stopping`] has fired.
@@ -24,7 +27,7 @@ pub(super) async fn serve<F>(
     ingest: Arc<Ingest>,
     listener: TcpListener,
     stop: CancellationToken,
-    connect: impl Fn(TcpStream, TaskTracker) -> F,
+    connect: impl Fn(TcpStream, Slot, TaskTracker) -> F,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -40,11 +43,7 @@ pub(super) async fn serve<F>(
                     failing = false;
                     // Answers are small and written whole; a stream without NODELAY still works.
                     let _ = stream.set_nodelay(true);
-                    let connection = connect(stream, tasks.clone());
-                    tasks.spawn(async move {
-                        connection.await;
-                        drop(slot);
-                    });
+                    tasks.spawn(connect(stream, Arc::new(slot), tasks.clone()));
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut failing, true) {

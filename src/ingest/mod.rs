@@ -5,8 +5,8 @@
 //! and answer by the table in `rejection.rs`.
 //!
 //! # Limits
-//! Memory is bounded by bytes, not by requests: `ingest.in_flight_bytes_max` once for requests that are being read
-//! (`budget.rs`) and once for batches that wait for their commit (in the log). Connections are bounded by
+//! Memory is bounded by bytes, not by requests: `ingest.in_flight_bytes_max`, or one message if that is more, for requests
+//! that are being read (`budget.rs`), and the same again for batches that wait for their commit (in the log). Connections are bounded by
 //! `ingest.connections_max`.
 
 mod admission;
@@ -19,6 +19,7 @@ mod json;
 mod listener;
 mod rejection;
 mod session;
+mod stream;
 mod websocket;
 
 use std::sync::Arc;
@@ -56,7 +57,7 @@ impl Ingest {
             config: config.clone(),
             admission: Admission::new(config, wal, metrics.clone(), stopping.clone()),
             connections: Connections::new(config.connections_max),
-            read_budget: ReadBudget::new(config.in_flight_bytes_max.as_u64()),
+            read_budget: ReadBudget::new(config.in_flight_bytes_max.as_u64().max(longest_message(config))),
             metrics,
             open: Default::default(),
             stopping,
@@ -82,6 +83,12 @@ impl Ingest {
         metrics.connections_closed(reason).increment(1);
         tracing::debug!(protocol = protocol.as_str(), reason = reason.as_str(), "connection closed");
     }
+}
+
+/// The longest message must fit when nothing else is read, or "try again" would never end: JSON text may be twice the
+/// limit of a batch, and its frames have headers.
+fn longest_message(config: &IngestConfig) -> u64 {
+    config.batch_bytes_max.as_u64().saturating_mul(2).saturating_add(64 * 1024)
 }
 
 /// Serves WebSocket and REST until `stop` fires and every connection has drained: batches that were admitted get their

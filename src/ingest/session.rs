@@ -1,22 +1,23 @@
 //! A WebSocket connection while it has something to do: decodes messages, submits batches, writes answers.
 
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{SinkExt, Stream};
 use tokio::net::TcpStream;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_util::sync::WaitForCancellationFuture;
 
 use super::admission::Ticket;
 use super::frames::WatchedStream;
-use super::rejection::{Rejection, refusal, success};
+use super::rejection::{RejectReason, Rejection, refusal, success};
 use super::websocket::{WebSocket, binary, close_frame};
 use super::{CloseReason, Protocol, json};
 use crate::batch::{DecodeError, Request};
@@ -42,8 +43,21 @@ pub(super) struct Session<'a, 'b> {
     waiting_bytes: u64,
     answers: Vec<Message>,
     acks: Vec<Instant>,
+    /// A pong is to be written: tungstenite has made it, but may not have got rid of it.
+    pong_due: bool,
+    /// The socket is not read, because too much waits.
+    paused: bool,
     /// Set once: what is still waiting is answered, then the session ends so.
     ending: Option<SessionEnd>,
+}
+
+enum Wake {
+    /// There is something to write, or nothing to do any more.
+    Turn {
+        idle: bool,
+    },
+    Stopping,
+    Time,
 }
 
 /// A batch on its way to the disk.
@@ -82,6 +96,8 @@ impl<'a, 'b> Session<'a, 'b> {
             waiting_bytes: 0,
             answers: Vec::new(),
             acks: Vec::new(),
+            pong_due: false,
+            paused: false,
             ending: None,
         }
     }
@@ -92,32 +108,56 @@ impl<'a, 'b> Session<'a, 'b> {
 
     pub async fn run(&mut self) -> SessionEnd {
         let stopping = self.socket.ingest.stopping.clone();
+        let mut stopping = pin!(stopping.cancelled());
+        let mut timer = pin!(sleep_until(self.deadline().into()));
         loop {
-            let deadline = self.deadline();
-            tokio::select! {
-                // In this order: what is ready is answered before time is looked at.
-                biased;
-                idle = poll_fn(|context| self.turn(context)) => {
+            match poll_fn(|context| self.next(context, stopping.as_mut(), timer.as_mut())).await {
+                Wake::Turn { idle } => {
                     if let Err(reason) = self.write_answers().await {
                         return SessionEnd::Closed(reason);
                     }
-                    if self.waiting.is_empty() && let Some(end) = self.ending.take() {
+                    if self.waiting.is_empty()
+                        && let Some(end) = self.ending.take()
+                    {
                         return end;
                     }
                     if idle {
                         return SessionEnd::Idle;
                     }
                 }
-                () = stopping.cancelled(), if self.ending.is_none() => self.end_when_settled(SessionEnd::Close {
+                Wake::Stopping => self.end_when_settled(SessionEnd::Close {
                     reason: CloseReason::Stopping,
                     answer: None,
                     frame: close_frame(CloseCode::Away, "the server is stopping"),
                 }),
-                () = sleep_until(deadline.into()) => if let Err(end) = self.time_is_up().await {
-                    return end;
-                },
+                Wake::Time => {
+                    if let Err(end) = self.time_is_up().await {
+                        return end;
+                    }
+                }
             }
         }
+    }
+
+    /// What to do next. In this order: what is ready is handled before time is looked at, and a turn may set a deadline.
+    fn next(
+        &mut self,
+        context: &mut Context<'_>,
+        stopping: Pin<&mut WaitForCancellationFuture<'_>>,
+        mut timer: Pin<&mut Sleep>,
+    ) -> Poll<Wake> {
+        if let Poll::Ready(idle) = self.turn(context) {
+            return Poll::Ready(Wake::Turn { idle });
+        }
+        if self.ending.is_none() && stopping.poll(context).is_ready() {
+            return Poll::Ready(Wake::Stopping);
+        }
+        // A deadline that moved back is looked at when the timer fires: most do, once a message.
+        let deadline = self.deadline().into();
+        if deadline < timer.deadline() || timer.is_elapsed() {
+            timer.as_mut().reset(deadline);
+        }
+        timer.poll(context).map(|()| Wake::Time)
     }
 
     /// Does all that can be done now. Ready when there is something to write, or nothing to do any more (true).
@@ -128,7 +168,13 @@ impl<'a, 'b> Session<'a, 'b> {
         let mut blocked = false;
         for _ in 0..MESSAGES_PER_TURN {
             if self.ending.is_some() || !self.may_read() {
+                self.paused = true;
                 break;
+            }
+            if std::mem::take(&mut self.paused) {
+                // Neither a pong nor the rest of a message could be seen meanwhile.
+                self.socket.liveness.hear(Instant::now());
+                self.websocket.get_mut().restart_clock();
             }
             match Pin::new(&mut self.websocket).poll_next(context) {
                 Poll::Ready(message) => self.handle(message),
@@ -138,15 +184,12 @@ impl<'a, 'b> Session<'a, 'b> {
                 }
             }
         }
-        if self.ending.is_none() && self.websocket.get_ref().is_over_budget() {
-            self.over_budget();
-        }
         // What was submitted in this turn must be polled once, to be told of its commit.
         while let Poll::Ready(Some(settled)) = Pin::new(&mut self.waiting).poll_next(context) {
             self.settle(settled);
         }
         let ended = self.ending.is_some() && self.waiting.is_empty();
-        if !self.answers.is_empty() || ended {
+        if !self.answers.is_empty() || self.pong_due || ended {
             return Poll::Ready(false);
         }
         if blocked && self.waiting.is_empty() && self.websocket.get_ref().is_between_messages() {
@@ -167,16 +210,18 @@ impl<'a, 'b> Session<'a, 'b> {
     }
 
     fn handle(&mut self, message: Option<Result<Message, Error>>) {
-        self.socket.liveness.heard = Instant::now();
+        self.socket.liveness.hear(Instant::now());
         match message {
             Some(Ok(Message::Binary(bytes))) => self.submit(Request::parse(bytes), false),
             Some(Ok(Message::Text(text))) => self.submit(json::decode(text.as_bytes()), true),
-            // tungstenite answers a ping, and a close, by itself when it is polled next.
+            Some(Ok(Message::Ping(_))) => self.pong_due = true,
+            // tungstenite answers a close by itself when it is polled next.
             Some(Ok(_)) => {}
             None | Some(Err(Error::ConnectionClosed)) => self.ending = Some(SessionEnd::Closed(CloseReason::Client)),
             Some(Err(Error::Capacity(_))) => {
                 let rejection = Rejection::too_large(self.socket.ingest.admission.batch_bytes_max);
-                self.reject_and_close(&rejection, CloseCode::Size, CloseReason::Protocol);
+                let text = self.websocket.get_ref().is_text();
+                self.reject_and_close(&rejection, "", text, CloseCode::Size, CloseReason::Protocol);
             }
             Some(Err(Error::Protocol(error))) => {
                 let reset =
@@ -191,6 +236,10 @@ impl<'a, 'b> Session<'a, 'b> {
             Some(Err(Error::Utf8(_))) => {
                 let frame = close_frame(CloseCode::Invalid, "text is not UTF-8");
                 self.end_when_settled(SessionEnd::Close { reason: CloseReason::Protocol, answer: None, frame });
+            }
+            Some(Err(_)) if self.websocket.get_ref().is_over_budget() => {
+                let text = self.websocket.get_ref().is_text();
+                self.reject_and_close(&Rejection::overloaded(), "", text, CloseCode::Again, CloseReason::Overloaded);
             }
             Some(Err(_)) => self.ending = Some(SessionEnd::Closed(CloseReason::Error)),
         }
@@ -208,6 +257,9 @@ impl<'a, 'b> Session<'a, 'b> {
             Ok(ticket) => {
                 self.waiting_bytes += bytes;
                 self.waiting.push(Waiting { ticket, req_guid, text, bytes, began });
+            }
+            Err(rejection) if rejection.reason == RejectReason::TooLarge => {
+                self.reject_and_close(&rejection, &req_guid, text, CloseCode::Size, CloseReason::Protocol);
             }
             Err(rejection) => self.reject(&rejection, &req_guid, text),
         }
@@ -230,17 +282,19 @@ impl<'a, 'b> Session<'a, 'b> {
     }
 
     fn answer(&mut self, answer: &crate::proto::SendEventResponse, text: bool) {
-        let message = if text { Message::Text(json::encode(answer).into()) } else { binary(answer) };
-        self.answers.push(message);
+        self.answers.push(message(answer, text));
     }
 
-    fn over_budget(&mut self) {
-        self.reject_and_close(&Rejection::overloaded(), CloseCode::Again, CloseReason::Overloaded);
-    }
-
-    fn reject_and_close(&mut self, rejection: &Rejection, code: CloseCode, reason: CloseReason) {
+    fn reject_and_close(
+        &mut self,
+        rejection: &Rejection,
+        req_guid: &str,
+        text: bool,
+        code: CloseCode,
+        reason: CloseReason,
+    ) {
         self.socket.ingest.admission.count_rejection(Protocol::WebSocket, rejection);
-        let answer = Some(binary(&refusal(rejection, Some(""))));
+        let answer = Some(message(&refusal(rejection, Some(req_guid)), text));
         let frame = close_frame(code, &rejection.message);
         self.end_when_settled(SessionEnd::Close { reason, answer, frame });
     }
@@ -252,9 +306,10 @@ impl<'a, 'b> Session<'a, 'b> {
 
     /// Writes every answer that is ready, at once.
     async fn write_answers(&mut self) -> Result<(), CloseReason> {
-        if self.answers.is_empty() {
+        if self.answers.is_empty() && !std::mem::take(&mut self.pong_due) {
             return Ok(());
         }
+        self.pong_due = false;
         let write = async {
             for answer in self.answers.drain(..) {
                 self.websocket.feed(answer).await?;
@@ -291,11 +346,11 @@ impl<'a, 'b> Session<'a, 'b> {
         if now < self.socket.liveness.ping_at {
             return Ok(());
         }
-        if !self.may_read() {
-            // The client's pong may wait in a socket that is not read.
-            self.socket.liveness.heard = now;
+        if self.paused || self.websocket.get_ref().message_began().is_some() {
+            // Its pong may wait in a socket that is not read, or behind the rest of a message, which has its own limit.
+            self.socket.liveness.hear(now);
         }
-        self.socket.liveness.ping_due(self.socket.ingest).map_err(SessionEnd::Closed)?;
+        self.socket.liveness.ping_due(config).map_err(SessionEnd::Closed)?;
         let ping = self.websocket.send(Message::Ping(bytes::Bytes::new()));
         match timeout(config.write_timeout, ping).await {
             Err(_) => Err(SessionEnd::Closed(CloseReason::WriteTimeout)),
@@ -303,4 +358,9 @@ impl<'a, 'b> Session<'a, 'b> {
             Ok(Ok(())) => Ok(()),
         }
     }
+}
+
+/// An answer in the form of its request.
+fn message(answer: &crate::proto::SendEventResponse, text: bool) -> Message {
+    if text { Message::Text(json::encode(answer).into()) } else { binary(answer) }
 }

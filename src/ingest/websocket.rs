@@ -27,18 +27,21 @@ use super::frames::WatchedStream;
 use super::rejection::connection_refusal;
 use super::session::{Session, SessionEnd};
 use super::{CloseReason, Ingest};
+use crate::config::IngestConfig;
 use crate::proto::{Code, SendEventResponse};
 
 /// An empty ping: the server's frames carry no mask.
 const PING: [u8; 2] = [0x89, 0x00];
 /// How long, and how many bytes, a closed connection is still read so that the client gets the last answer.
 const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES_MAX: usize = 8 << 20;
+const LINGER_BYTES_MAX: usize = 64 << 20;
 
 /// When the client is pinged, and when it was last heard.
 pub(super) struct Liveness {
-    pub heard: Instant,
+    heard: Instant,
     pub ping_at: Instant,
+    /// When the first ping was sent since.
+    pinged: Option<Instant>,
 }
 
 /// A connection between messages.
@@ -62,25 +65,25 @@ pub(super) async fn serve(
     mut first: bytes::Bytes,
 ) -> CloseReason {
     let now = Instant::now();
-    let liveness = Liveness { heard: now, ping_at: now + ingest.config.ping_interval };
+    let liveness = Liveness { heard: now, ping_at: now + ingest.config.ping_interval, pinged: None };
     let mut socket = WebSocket { ingest, connection, liveness };
     loop {
         if first.is_empty() {
             match socket.idle(&mut stream).await {
                 Ok(()) => {}
                 Err(CloseReason::Stopping) => {
-                    let close = close_frame(CloseCode::Away, "the server is stopping");
+                    let frame = close_frame(CloseCode::Away, "the server is stopping");
+                    let end = SessionEnd::Close { reason: CloseReason::Stopping, answer: None, frame };
                     // Boxed, like everything rare here: an idle connection pays for the largest state it may be in.
-                    Box::pin(socket.close(stream, None, close)).await;
-                    return CloseReason::Stopping;
+                    return Box::pin(socket.end(stream, end)).await;
                 }
-                Err(reason) => return reason,
+                Err(reason) => return Box::pin(socket.end(stream, SessionEnd::Closed(reason))).await,
             }
         }
         let bytes = std::mem::take(&mut first);
         match Box::pin(socket.session(stream, bytes)).await {
-            Ok(idle) => stream = idle,
-            Err(reason) => return reason,
+            (SessionEnd::Idle, idle) => stream = idle,
+            (end, stream) => return Box::pin(socket.end(stream, end)).await,
         }
     }
 }
@@ -90,6 +93,8 @@ impl WebSocket<'_> {
     async fn idle(&mut self, stream: &mut TcpStream) -> Result<(), CloseReason> {
         loop {
             let wake = tokio::select! {
+                // In this order: what has come in is read before its sender is given up.
+                biased;
                 ready = stream.ready(Interest::READABLE) => ready.map(|_| Wake::Readable),
                 () = sleep_until(self.liveness.ping_at.into()) => Ok(Wake::PingDue),
                 () = self.ingest.stopping.cancelled() => Ok(Wake::Stopping),
@@ -98,7 +103,8 @@ impl WebSocket<'_> {
                 Wake::Readable => return Ok(()),
                 Wake::Stopping => return Err(CloseReason::Stopping),
                 Wake::PingDue => {
-                    self.liveness.ping_due(self.ingest)?;
+                    self.liveness.ping_due(&self.ingest.config)?;
+                    // All of it or nothing: a decoder would not know of the half that was written.
                     let written = timeout(self.ingest.config.write_timeout, stream.write_all(&PING)).await;
                     written.map_err(|_| CloseReason::WriteTimeout)?.map_err(|_| CloseReason::Error)?;
                 }
@@ -107,18 +113,24 @@ impl WebSocket<'_> {
     }
 
     /// Reads messages and answers them until there is nothing more to do.
-    async fn session(&mut self, stream: TcpStream, first: bytes::Bytes) -> Result<TcpStream, CloseReason> {
+    async fn session(&mut self, stream: TcpStream, first: bytes::Bytes) -> (SessionEnd, TcpStream) {
         let watched = WatchedStream::new(stream, first, self.ingest.read_budget.reservation());
         let websocket = WebSocketStream::from_raw_socket(watched, Role::Server, Some(self.config())).await;
         let mut session = Session::new(self, websocket);
         let end = session.run().await;
-        let stream = session.into_stream();
+        (end, session.into_stream())
+    }
+
+    /// Closes the connection. Its id is free before the client can know: it may come back at once.
+    async fn end(self, stream: TcpStream, end: SessionEnd) -> CloseReason {
+        let WebSocket { ingest, connection, .. } = self;
+        drop(connection);
         match end {
-            SessionEnd::Idle => Ok(stream),
-            SessionEnd::Closed(reason) => Err(reason),
+            SessionEnd::Idle => CloseReason::Client,
+            SessionEnd::Closed(reason) => reason,
             SessionEnd::Close { reason, answer, frame } => {
-                self.close(stream, answer, frame).await;
-                Err(reason)
+                close(stream, answer, frame, ingest.config.write_timeout).await;
+                reason
             }
         }
     }
@@ -132,23 +144,30 @@ impl WebSocket<'_> {
             .max_message_size(Some(message_bytes_max))
             .max_frame_size(Some(message_bytes_max))
     }
-
-    /// Sends a last answer and a close frame, and gives the client time to read them.
-    async fn close(&self, stream: TcpStream, answer: Option<Message>, frame: CloseFrame) {
-        close(stream, answer, frame, self.ingest.config.write_timeout).await;
-    }
 }
 
 impl Liveness {
-    /// A ping is due: so the client must have been heard since.
-    pub fn ping_due(&mut self, ingest: &Ingest) -> Result<(), CloseReason> {
-        if self.heard.elapsed() >= ingest.config.pong_timeout {
+    /// The client sent something.
+    pub fn hear(&mut self, now: Instant) {
+        self.heard = now;
+        self.pinged = None;
+    }
+
+    /// A ping is due: so the client must not have been silent for too long. It had the chance to answer a ping meanwhile;
+    /// a process that was stopped, or a machine that slept, gives it one before it gives it up.
+    pub fn ping_due(&mut self, config: &IngestConfig) -> Result<(), CloseReason> {
+        let now = Instant::now();
+        let chance = config.pong_timeout.saturating_sub(config.ping_interval);
+        let had_chance = self.pinged.is_some_and(|pinged| now >= pinged + chance);
+        let expires = self.heard + config.pong_timeout;
+        if now >= expires && had_chance {
             return Err(CloseReason::PongTimeout);
         }
+        let pinged = *self.pinged.get_or_insert(now);
         // No later than the moment at which its silence is too long.
-        let expires = self.heard + ingest.config.pong_timeout;
-        let next = Instant::now() + ingest.config.ping_interval;
-        self.ping_at = if expires > Instant::now() { next.min(expires) } else { next };
+        let expires = expires.max(pinged + chance);
+        let next = now + config.ping_interval;
+        self.ping_at = if expires > now { next.min(expires) } else { next };
         Ok(())
     }
 }
@@ -198,4 +217,31 @@ async fn close(stream: TcpStream, answer: Option<Message>, frame: CloseFrame, wr
         }
     };
     let _ = timeout(LINGER, linger).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A process that was stopped for long finds every client silent for long, though it asked none of them.
+    #[test]
+    fn nobody_is_given_up_without_the_chance_to_answer_a_ping() {
+        let config = IngestConfig::default();
+        let ago = |duration| Instant::now().checked_sub(duration).expect("the machine is up for a minute");
+        let long_ago = ago(config.pong_timeout);
+        let mut liveness = Liveness { heard: long_ago, ping_at: long_ago, pinged: None };
+        assert_eq!(liveness.ping_due(&config), Ok(()));
+        assert_eq!(liveness.ping_due(&config), Ok(()));
+        assert!(liveness.ping_at > Instant::now());
+        liveness.pinged = Some(ago(config.pong_timeout - config.ping_interval));
+        assert_eq!(liveness.ping_due(&config), Err(CloseReason::PongTimeout));
+        liveness.hear(Instant::now());
+        assert_eq!(liveness.ping_due(&config), Ok(()));
+    }
+
+    #[test]
+    fn a_close_frame_is_cut_between_characters() {
+        let frame = close_frame(CloseCode::Policy, &"é".repeat(100));
+        assert_eq!(frame.reason.len(), 122);
+    }
 }
