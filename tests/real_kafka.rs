@@ -123,11 +123,24 @@ fn topic_key_and_value_are_exactly_what_was_sent() {
 
 #[test]
 fn what_is_too_large_for_its_topic_is_parked_and_the_rest_arrives_in_order() {
-    let kafka = Kafka::start();
+    park_what_is_too_large(false);
+}
+
+/// Here small events fail as well: together they are too large for the topic.
+#[test]
+fn what_is_too_large_in_a_backlog_is_parked_and_the_rest_arrives_in_order() {
+    park_what_is_too_large(true);
+}
+
+fn park_what_is_too_large(outage: bool) {
+    let mut kafka = Kafka::start();
     let narrow = topic("narrow");
     kafka.create_topic(&narrow, 1, &[("max.message.bytes", "2000")]);
     let mut service = Service::start(&kafka.bootstrap(), "");
     let oversize = vec![7; 5000];
+    if outage {
+        kafka.stop();
+    }
     let number = |number: u32| number.to_be_bytes().to_vec();
     for batch in 0..10u32 {
         let numbers: Vec<Vec<u8>> = (batch * 50..batch * 50 + 50).map(number).collect();
@@ -137,6 +150,9 @@ fn what_is_too_large_for_its_topic_is_parked_and_the_rest_arrives_in_order() {
             events.insert(40, ("narrow", &oversize));
         }
         send(&service, Scheme::WebSocket, "one", &events);
+    }
+    if outage {
+        kafka.restart();
     }
     service.wait_until_drained(PATIENCE);
 
@@ -156,6 +172,9 @@ fn what_is_too_large_for_its_topic_is_parked_and_the_rest_arrives_in_order() {
         assert_eq!(event["key"], "one");
         assert_eq!(event["payload_bytes"], 5000);
     }
+    let failures = service.metric("ringtail_forward_delivery_failures_total", "reason=\"too_large\"");
+    println!("{failures} attempts were too large");
+    assert!(failures >= 3.0);
     assert_eq!(service.metric("ringtail_forward_parked_events", ""), 3.0);
     assert_eq!(service.metric("ringtail_forward_parked_events_total", "reason=\"too_large\""), 3.0);
     assert_eq!(assert_books_balance(&service), 1003.0);
@@ -224,13 +243,15 @@ fn a_clean_stop_under_traffic_loses_nothing() {
     }
     let before = traffic.acked();
     service.wait_for("traffic", PATIENCE, |_| traffic.acked() >= before + 5000);
-    let ledger = traffic.stop();
+    let mut ledger = traffic.stop();
     service.wait_until_drained(PATIENCE);
     assert_books_balance(&service);
     let findings = ledger.check(&kafka);
     println!("{findings:?}");
     assert_eq!((findings.lost, findings.out_of_order), (0, 0));
     assert!(findings.acked >= 20_000);
+    ledger.claim_one_more();
+    assert_eq!(ledger.check(&kafka).lost, 1, "the oracle sees a loss");
 }
 
 #[test]
