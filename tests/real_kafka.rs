@@ -18,7 +18,7 @@ use ringtail::proto::{Event, SendEventRequest};
 use service::{Scheme, Service};
 use traffic::{Load, Traffic, topic};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Sends one batch of (type, payload), which must be acked. On a connection of its own: while the service still knows
 /// the one before, it refuses it, to be tried again.
