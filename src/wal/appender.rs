@@ -33,6 +33,7 @@ pub(super) struct Queue {
 
 struct Waiting {
     batch: Batch,
+    /// Bytes of its record.
     bytes: usize,
     done: oneshot::Sender<Result<Sequence, CommitError>>,
 }
@@ -52,7 +53,7 @@ impl Future for Commit {
 
 /// Queues a batch for the next commit.
 pub(super) fn append(shared: &Shared, batch: Batch) -> Result<Commit, AppendError> {
-    let bytes = record_bytes(&batch);
+    let (bytes, request_bytes) = (record_bytes(&batch), batch.request.as_bytes().len() as u64);
     if shared.log().full_since.is_some() {
         return Err(AppendError::Full);
     }
@@ -65,10 +66,10 @@ pub(super) fn append(shared: &Shared, batch: Batch) -> Result<Commit, AppendErro
     if queue.closing {
         return Err(AppendError::Stopping);
     }
-    if queue.bytes + bytes as u64 > shared.queue_bytes_max {
+    if queue.bytes + request_bytes > shared.queue_bytes_max {
         return Err(AppendError::Overloaded { queued_bytes: queue.bytes, limit: shared.queue_bytes_max });
     }
-    queue.bytes += bytes as u64;
+    queue.bytes += request_bytes;
     queue.waiting.push_back(Waiting { batch, bytes, done });
     if queue.waiting.len() == 1 {
         shared.queue_changed.notify_one();
@@ -232,13 +233,11 @@ impl Appender {
             log.active = Some((active.id, active.slots_used));
         }
         self.shared.log_changed.notify_all();
-        let mut bytes = 0;
         for (sequence, waiting) in (before.sequence..).zip(chunks.into_iter().flatten()) {
-            bytes += waiting.bytes as u64;
             // The client may be gone; its batch is durable all the same.
             let _ = waiting.done.send(Ok(Sequence(sequence)));
         }
-        self.shared.queue().bytes -= bytes;
+        self.shared.queue().bytes -= tail.bytes - before.bytes;
         let metrics = &self.shared.metrics.wal;
         metrics.committed_batches.increment(tail.sequence - before.sequence);
         metrics.committed_events.increment(tail.events - before.events);
@@ -283,7 +282,7 @@ impl Appender {
     fn refuse_waiting(&self, error: &CommitError) {
         let mut queue = self.shared.queue();
         let waiting: Vec<_> = queue.waiting.drain(..).collect();
-        queue.bytes -= waiting.iter().map(|waiting| waiting.bytes as u64).sum::<u64>();
+        queue.bytes -= waiting.iter().map(|waiting| waiting.batch.request.as_bytes().len() as u64).sum::<u64>();
         drop(queue);
         refuse(waiting, error);
     }
