@@ -91,7 +91,7 @@ impl Server {
         let mut records = Vec::new();
         let deadline = std::time::Instant::now() + PATIENCE;
         loop {
-            while let Some(record) = reader.next().unwrap() {
+            while let Some(record) = reader.next_record().unwrap() {
                 records.push(record);
             }
             if records.len() >= count {

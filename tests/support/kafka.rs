@@ -182,6 +182,14 @@ impl Kafka {
     }
 
     fn read(&self, topic: &str, committed: bool) -> Vec<ConsumedRecord> {
+        let mut records = Vec::new();
+        self.read_each(topic, committed, READ_PATIENCE, |record| records.push(record));
+        records.sort_by_key(|record| (record.partition, record.offset));
+        records
+    }
+
+    /// Gives every record of a topic up to the high watermarks to `take`, each partition in order.
+    pub fn read_each(&self, topic: &str, committed: bool, patience: Duration, mut take: impl FnMut(ConsumedRecord)) {
         let consumer = self.consumer(committed);
         let mut open = self.partitions(&consumer, topic);
         let mut assignment = TopicPartitionList::new();
@@ -189,15 +197,14 @@ impl Kafka {
             assignment.add_partition_offset(topic, *partition, Offset::Beginning).expect("a valid offset");
         }
         consumer.assign(&assignment).expect("assign partitions");
-        let deadline = Instant::now() + READ_PATIENCE;
-        let mut records = Vec::new();
+        let deadline = Instant::now() + patience;
         while !open.is_empty() {
-            assert!(Instant::now() < deadline, "reading {topic} takes too long, {} records so far", records.len());
+            assert!(Instant::now() < deadline, "reading {topic} takes longer than {patience:?}");
             match consumer.poll(Duration::from_millis(200)) {
                 None => {}
                 Some(Err(KafkaError::PartitionEOF(ended))) => open.retain(|partition| *partition != ended),
                 Some(Err(error)) => panic!("read {topic}: {error}"),
-                Some(Ok(message)) => records.push(ConsumedRecord {
+                Some(Ok(message)) => take(ConsumedRecord {
                     partition: message.partition(),
                     offset: message.offset(),
                     key: message.key().map(<[u8]>::to_vec),
@@ -205,8 +212,6 @@ impl Kafka {
                 }),
             }
         }
-        records.sort_by_key(|record| (record.partition, record.offset));
-        records
     }
 
     /// Partitions of a topic that have a leader.
@@ -309,7 +314,7 @@ impl Drop for Kafka {
 }
 
 /// A port that nobody uses and that no other call in this process has returned.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
     let size = PORTS.end - PORTS.start;
     let next = NEXT.get_or_init(|| AtomicU16::new(rand::random_range(0..size)));

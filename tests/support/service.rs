@@ -1,0 +1,266 @@
+//! The service as a process of its own, for tests: started, killed, stopped, asked over HTTP.
+//!
+//! A [`Service`] keeps its ports and its directory over all its lives. `RINGTAIL_BINARY` names another binary to run.
+
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use ringtail::client::ClientOptions;
+use tempfile::TempDir;
+
+use crate::kafka::free_port;
+
+/// Longest that the service may take to start or to stop.
+const SERVICE_PATIENCE: Duration = Duration::from_secs(60);
+/// Longest that one HTTP answer may take.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Lines of a log that are shown when something failed.
+const LOG_END_LINES: usize = 40;
+
+/// A protocol's URL scheme.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    WebSocket,
+    Rest,
+    Grpc,
+}
+
+impl Scheme {
+    pub const ALL: [Scheme; 3] = [Scheme::WebSocket, Scheme::Rest, Scheme::Grpc];
+}
+
+/// Where the service listens.
+#[derive(Debug, Clone, Copy)]
+pub struct Ports {
+    pub http: u16,
+    pub grpc: u16,
+    pub admin: u16,
+}
+
+impl Ports {
+    /// How a client called `id` connects.
+    pub fn options(&self, scheme: Scheme, id: &str) -> ClientOptions {
+        let (scheme, port) = match scheme {
+            Scheme::WebSocket => ("ws", self.http),
+            Scheme::Rest => ("http", self.http),
+            Scheme::Grpc => ("grpc", self.grpc),
+        };
+        let mut options = ClientOptions::new(format!("{scheme}://127.0.0.1:{port}").parse().expect("a URL"), id);
+        // Slow is not gone: a batch whose answer was not awaited could be committed after its successor.
+        options.answer_timeout = Duration::from_secs(120);
+        options
+    }
+}
+
+/// The service, running or not.
+pub struct Service {
+    directory: TempDir,
+    ports: Ports,
+    child: Option<Child>,
+    /// Where the log of this life begins.
+    log_from: usize,
+    peak_rss_kib: u64,
+}
+
+impl Service {
+    /// Starts the service on an empty directory and waits until it is ready. `forward` is more lines for `[forward]`.
+    pub fn start(brokers: &str, forward: &str) -> Service {
+        let directory = tempfile::Builder::new().prefix("ringtail-service-").tempdir().expect("make a directory");
+        let ports = Ports { http: free_port(), grpc: free_port(), admin: free_port() };
+        let Ports { http, grpc, admin } = ports;
+        let wal = directory.path().join("wal");
+        let config = format!(
+            "[ingest.http]\nlisten = \"127.0.0.1:{http}\"\n[ingest.grpc]\nlisten = \"127.0.0.1:{grpc}\"\n\
+             [admin]\nlisten = \"127.0.0.1:{admin}\"\n[wal]\ndirectory = \"{}\"\n\
+             [forward]\nbrokers = [\"{brokers}\"]\n{forward}\n",
+            wal.display()
+        );
+        let mut service = Service { directory, ports, child: None, log_from: 0, peak_rss_kib: 0 };
+        fs::write(service.config_path(), config).expect("write the configuration");
+        service.restart();
+        service
+    }
+
+    /// Starts a killed or stopped service again, on the same directory and ports, and waits until it is ready.
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "the service runs");
+        self.log_from = self.log().len();
+        let log = OpenOptions::new().create(true).append(true).open(self.log_path()).expect("open the log");
+        let mut command = self.command();
+        command.arg("serve").arg("--config").arg(self.config_path());
+        command.stdin(Stdio::null()).stdout(File::open("/dev/null").expect("open /dev/null")).stderr(log);
+        self.child = Some(command.spawn().expect("start the service"));
+        let ready = format!(" ready http=127.0.0.1:{} ", self.ports.http);
+        self.wait_for("the service to be ready", SERVICE_PATIENCE, |service| {
+            let ended = service.child.as_mut().and_then(|child| child.try_wait().expect("wait for the service"));
+            assert!(ended.is_none(), "the service ended, {ended:?}");
+            service.life_log().contains(&ready)
+        });
+    }
+
+    /// Where clients connect to.
+    pub fn ports(&self) -> Ports {
+        self.ports
+    }
+
+    /// Ends the service with SIGKILL.
+    pub fn kill(&mut self) {
+        self.sample_memory();
+        let mut child = self.child.take().expect("the service was stopped");
+        child.kill().expect("kill the service");
+        child.wait().expect("wait for the service");
+    }
+
+    /// Ends the service as systemd does, and gives back how it ended.
+    pub fn stop(&mut self) -> ExitStatus {
+        self.sample_memory();
+        let child = self.child.as_mut().expect("the service was stopped");
+        let pid = i32::try_from(child.id()).expect("a process id is an i32");
+        // SAFETY: kill has no preconditions; the child has not been waited for, so the id is still its own.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "signal the service");
+        let mut status = None;
+        self.wait_for("the service to stop", SERVICE_PATIENCE, |service| {
+            let child = service.child.as_mut().expect("it was there above");
+            status = child.try_wait().expect("wait for the service");
+            status.is_some()
+        });
+        self.child = None;
+        status.expect("it was waited for")
+    }
+
+    /// Runs another command of the binary with the service's configuration, and gives back what it printed.
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let output = self.command().args(arguments).arg("--config").arg(self.config_path()).output();
+        let output = output.expect("run ringtail");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("it prints text")
+    }
+
+    /// Waits until `condition` holds, or fails with the end of the log.
+    pub fn wait_for(&mut self, what: &str, patience: Duration, mut condition: impl FnMut(&mut Service) -> bool) {
+        let deadline = Instant::now() + patience;
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "waited {patience:?} for {what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until everything is delivered or parked.
+    pub fn wait_until_drained(&mut self, patience: Duration) {
+        self.wait_for("the backlog to drain", patience, |service| service.backlog().0 == 0);
+    }
+
+    /// The backlog in events and bytes, by `/status`.
+    pub fn backlog(&self) -> (u64, u64) {
+        let status = self.status();
+        let number = |name: &str| status["wal"][name].as_u64().expect("the status has numbers");
+        (number("pending_events"), number("pending_bytes"))
+    }
+
+    /// `/status`
+    pub fn status(&self) -> serde_json::Value {
+        let (code, body) = self.get("/status");
+        assert_eq!(code, 200, "{body}");
+        serde_json::from_str(&body).expect("the status is JSON")
+    }
+
+    /// `/metrics`
+    pub fn metrics(&self) -> String {
+        let (code, body) = self.get("/metrics");
+        assert_eq!(code, 200, "{body}");
+        body
+    }
+
+    /// The sum over all series of a metric whose labels contain `labels`.
+    pub fn metric(&self, name: &str, labels: &str) -> f64 {
+        let metrics = self.metrics();
+        let series = metrics.lines().filter_map(|line| line.strip_prefix(name));
+        let series = series.filter(|rest| rest.starts_with(['{', ' ']) && rest.contains(labels));
+        let values = series.map(|rest| rest.rsplit(' ').next().expect("a value").parse::<f64>().expect("a number"));
+        let values: Vec<f64> = values.collect();
+        assert!(!values.is_empty(), "{name}{{{labels}}} is not there:\n{metrics}");
+        values.into_iter().sum()
+    }
+
+    /// Status code and body of an admin path.
+    pub fn get(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.ports.admin)).expect("connect to the admin port");
+        stream.set_read_timeout(Some(ANSWER_PATIENCE)).expect("set a timeout");
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("ask");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("read the answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status code");
+        (code, body.to_owned())
+    }
+
+    /// Takes note of the most memory that this life has used, by the kernel's count.
+    pub fn sample_memory(&mut self) {
+        let pid = self.child.as_ref().expect("the service was stopped").id();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the service runs");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("it uses memory");
+        let peak = peak.trim().trim_end_matches(" kB").parse().expect("a number");
+        self.peak_rss_kib = self.peak_rss_kib.max(peak);
+    }
+
+    /// The most memory that any life has used.
+    pub fn peak_rss_kib(&self) -> u64 {
+        self.peak_rss_kib
+    }
+
+    /// What this life has logged.
+    pub fn life_log(&self) -> String {
+        self.log().split_off(self.log_from)
+    }
+
+    /// Lines that this life has logged and that contain `text`.
+    pub fn logged(&self, text: &str) -> usize {
+        self.life_log().lines().filter(|line| line.contains(text)).count()
+    }
+
+    /// What all lives have logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn command(&self) -> Command {
+        let binary = std::env::var_os("RINGTAIL_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_ringtail").into());
+        let mut command = Command::new(binary);
+        // They would be taken for configuration.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"RINGTAIL_")) {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.directory.path().join("ringtail.toml")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.directory.path().join("ringtail.log")
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let end = lines[lines.len().saturating_sub(LOG_END_LINES)..].join("\n");
+            eprintln!("the service's log ends with:\n{end}");
+        }
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
