@@ -15,6 +15,7 @@ use super::config::LogArgs;
 
 /// Look at the backlog: what is durable and not yet delivered
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  ringtail backlog status")]
 pub struct BacklogArgs {
     #[command(subcommand)]
     command: BacklogCommand,

@@ -13,6 +13,7 @@ pub const EXIT_USAGE: u8 = 64;
 
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  ringtail config check")]
 pub struct ConfigArgs {
     #[command(subcommand)]
     command: ConfigCommand,

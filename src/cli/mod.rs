@@ -69,9 +69,16 @@ mod tests {
         let mut command = Cli::command();
         command.build();
         command.clone().debug_assert();
-        for command in command.get_subcommands().filter(|command| command.get_name() != "help") {
-            let example = command.get_after_help().map(|help| help.to_string()).unwrap_or_default();
-            assert!(example.contains(&format!("ringtail {}", command.get_name())), "{}", command.get_name());
+        command.get_subcommands().for_each(|command| check_example(command, "ringtail"));
+    }
+
+    fn check_example(command: &clap::Command, parent: &str) {
+        if command.get_name() == "help" {
+            return;
         }
+        let path = format!("{parent} {}", command.get_name());
+        let example = command.get_after_help().map(|help| help.to_string()).unwrap_or_default();
+        assert!(example.contains(&path), "{path} has no example");
+        command.get_subcommands().for_each(|command| check_example(command, &path));
     }
 }

@@ -16,6 +16,7 @@ use super::config::LogArgs;
 
 /// Look at the dead letters: events that Kafka can never take, kept with the reason
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  ringtail parked list")]
 pub struct ParkedArgs {
     #[command(subcommand)]
     command: ParkedCommand,

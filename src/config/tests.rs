@@ -248,7 +248,7 @@ fn limits() {
 fn what_the_kafka_client_does_not_take_is_refused_where_it_was_set() {
     for (property, value, words) in [
         ("lingre.ms", "5", "lingre.ms"),
-        ("linger.ms", "\"soon\"", "linger.ms"),
+        ("linger.ms", "\"soon\"", "Invalid value"),
         ("enable.idempotence", "false", "cannot be set"),
         ("max.in.flight", "6", "1 to 5"),
     ] {

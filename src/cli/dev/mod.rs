@@ -44,20 +44,29 @@ pub async fn run(args: DevArgs) -> anyhow::Result<ExitCode> {
     config.wal.directory = directory.path().into();
     let app = App::start(config).await?;
     let (addresses, wal) = (app.addresses(), app.wal());
-    let service = tokio::spawn(app.run(stop.clone()));
+    let mut service = tokio::spawn(app.run(stop.clone()));
 
     println!("ringtail {}, everything in one process:", env!("CARGO_PKG_VERSION"));
     println!("  clients → ws/http {} · grpc {}", addresses.http, addresses.grpc);
     println!("  log     → {}", directory.path().display());
     println!("  broker  → {} (embedded, in memory)", broker.address());
     let demo = Demo::new(addresses, wal, &broker, args.quiet);
-    let told = stop.run_until_cancelled(demo.run(&mut arrivals)).await.transpose()?;
-    if told.is_some() {
+    let show = async {
+        demo.run(&mut arrivals).await?;
         print_invitation(addresses);
         show_arrivals(&mut arrivals, args.quiet, &stop).await;
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        shown = stop.run_until_cancelled(show) => {
+            shown.transpose()?;
+            println!("\nstopping");
+            service.await
+        }
+        // Before Ctrl-C only by a failure of the log.
+        ended = &mut service => ended,
     }
-    println!("\nstopping");
-    service.await.context("the service panicked")??;
+    .context("the service panicked")??;
     Ok(ExitCode::SUCCESS)
 }
 
