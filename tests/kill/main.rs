@@ -23,6 +23,7 @@ use rand::{Rng, SeedableRng};
 use load::{Clients, Load};
 use oracle::Oracle;
 use process::{Options, Process};
+use tempfile::TempDir;
 
 /// Lives after which the log is checked.
 const LIVES_BETWEEN_CHECKS: u64 = 20;
@@ -41,10 +42,12 @@ fn number_from_environment(name: &str) -> Option<u64> {
 async fn every_acked_batch_survives_kill_9() {
     let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(|| rand::rng().random());
     let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(100);
+    // What the log says while the test itself opens it.
+    tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_ansi(false).init();
     println!("RINGTAIL_SEED={seed} RINGTAIL_KILLS={kills}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let directory = tempfile::tempdir().unwrap();
-    let options = Options::small(&directory.path().join("wal"));
+    let directory = KeptOnPanic(tempfile::tempdir().unwrap());
+    let options = Options::small(&directory.0.path().join("wal"));
     let load = Load::new(&mut rng);
     let oracle = Arc::new(Mutex::new(Oracle::default()));
     let mut clients = Clients::new(&load, &oracle);
@@ -63,6 +66,9 @@ async fn every_acked_batch_survives_kill_9() {
         // Not a wait for something to happen: the random moment of the kill is the fault that is injected.
         tokio::time::sleep(rng.random_range(Duration::ZERO..=time_max)).await;
         process.kill();
+        let complaints = process.complaints();
+        let expected = |line: &String| line.contains("forward.brokers is empty");
+        assert!(complaints.iter().all(expected), "life {life} met damage: {complaints:#?}");
         if let Some(running) = running {
             clients.finish(running).await;
         }
@@ -77,4 +83,16 @@ async fn every_acked_batch_survives_kill_9() {
     let oracle = oracle.lock().unwrap();
     println!("{} batches acked, {} in the log unacked, in {:?}", oracle.acked, oracle.unacked, began.elapsed());
     assert!(kills < LIVES_BETWEEN_CHECKS || oracle.acked > kills, "there was hardly any load");
+}
+
+/// The log's directory, left for whoever looks into a failure.
+struct KeptOnPanic(TempDir);
+
+impl Drop for KeptOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.disable_cleanup(true);
+            eprintln!("the log is kept in {}", self.0.path().display());
+        }
+    }
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -50,6 +51,8 @@ pub struct Process {
     child: Option<Child>,
     ready: Receiver<Addresses>,
     log: Arc<Mutex<VecDeque<String>>>,
+    /// Reads the log to its end.
+    drain: Option<JoinHandle<()>>,
     /// Holds the configuration.
     _directory: TempDir,
 }
@@ -72,9 +75,14 @@ impl Process {
         let log = Arc::new(Mutex::new(VecDeque::new()));
         let (ready_sender, ready) = channel();
         let lines = log.clone();
-        let drain = move || drain(stderr, &lines, &|addresses| drop(ready_sender.send(addresses)));
-        std::thread::Builder::new().name("ringtail-log".into()).spawn(drain).expect("the system has room for a thread");
-        Process { child: Some(child), ready, log, _directory: directory }
+        let drain = move || {
+            drain(stderr, &lines, &|addresses| {
+                let _ = ready_sender.send(addresses);
+            })
+        };
+        let thread = std::thread::Builder::new().name("ringtail-log".into());
+        let drain = Some(thread.spawn(drain).expect("the system has room for a thread"));
+        Process { child: Some(child), ready, log, drain, _directory: directory }
     }
 
     /// Waits for the `ready` line.
@@ -114,6 +122,17 @@ impl Process {
             assert!(Instant::now() < deadline, "the process does not stop");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Lines of the log of an ended process that say WARN or ERROR, among its last ones.
+    pub fn complaints(&mut self) -> Vec<String> {
+        assert!(self.child.is_none(), "the process runs");
+        if let Some(drain) = self.drain.take() {
+            drain.join().expect("reading the log does not panic");
+        }
+        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let complains = |line: &&String| line.contains(" WARN ") || line.contains(" ERROR ");
+        lines.iter().filter(complains).cloned().collect()
     }
 
     /// The last lines of its log.
