@@ -46,7 +46,13 @@ struct Chunk {
 /// What a slot holds.
 enum Slot {
     Empty,
-    Chunk { header: ChunkHeader, body: Bytes, next_slot: u32 },
+    Chunk {
+        header: ChunkHeader,
+        body: Bytes,
+        next_slot: u32,
+    },
+    /// The first parts of a chunk, and nothing after them: the process ended while it wrote. Nobody got an ack.
+    Torn,
     Damaged(String),
 }
 
@@ -176,6 +182,10 @@ impl Reader {
         while self.at.slot < slots {
             match read_slot(file, self.at.slot, slots)? {
                 Slot::Empty => self.at.slot += 1,
+                Slot::Torn => {
+                    tracing::info!(segment = self.at.segment, slot = self.at.slot, "unfinished chunk, never acked");
+                    self.at.slot = slots;
+                }
                 Slot::Damaged(reason) => {
                     self.report_damage(self.at.segment, self.at.slot, &reason);
                     self.at.slot += 1;
@@ -271,11 +281,22 @@ fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, Stor
     for part in 1..header.parts {
         match read_part(file, slot + u32::from(part))? {
             Ok(Some((other, piece))) if other == (ChunkHeader { part, ..header }) => body.extend_from_slice(&piece),
+            Ok(None) if is_empty(file, slot + u32::from(part)..slots)? => return Ok(Slot::Torn),
             Ok(_) => return Ok(Slot::Damaged(ChunkError::Part.to_string())),
             Err(reason) => return Ok(Slot::Damaged(reason)),
         }
     }
     Ok(Slot::Chunk { header, body: body.into(), next_slot })
+}
+
+/// Whether nothing was written to any of `slots`.
+fn is_empty(file: &dyn SegmentFile, slots: std::ops::Range<u32>) -> Result<bool, StoreError> {
+    for slot in slots {
+        if !matches!(read_part(file, slot)?, Ok(None)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The checked value of one slot; none if it is empty; the reason if it is damaged.

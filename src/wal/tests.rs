@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::memory::{Faults, MemoryStore, small_shape};
-use super::store::SegmentShape;
+use super::store::{SegmentShape, Store};
 use super::{AppendError, Commit, CommitError, Reader, Wal};
 use crate::batch::{Batch, Client, Request};
 use crate::config::WalConfig;
@@ -224,6 +224,32 @@ fn damage_is_passed_and_counted() {
     assert!(metrics.handle().render().contains("ringtail_forward_dropped_events_total{reason=\"damaged\"} 2"));
     wal.close();
     assert_eq!(store.quarantined(), [1]);
+}
+
+#[test]
+fn a_batch_cut_short_by_a_crash_is_not_damage() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    for number in 1..=3 {
+        wait(wal.append(batch(number, 10)).unwrap()).unwrap();
+    }
+    // Four slots, of which the process wrote two before it died.
+    wait(wal.append(batch(4, 1500)).unwrap()).unwrap();
+    wal.close();
+    store.damage(1, 5, Vec::clear);
+    store.damage(1, 6, Vec::clear);
+    store.forget_state("meta");
+    let wal = open_memory(&store);
+    assert_eq!(wait(wal.append(batch(5, 10)).unwrap()), Ok(4));
+    let mut reader = wal.reader();
+    for expected in [1, 2, 3, 5] {
+        let record = reader.next().unwrap().unwrap();
+        assert_eq!(number(&record.batch), expected);
+        wal.deliver(record.end);
+    }
+    until("the first segment is trimmed", || !store.segments().unwrap().contains(&1));
+    wal.close();
+    assert!(store.quarantined().is_empty());
 }
 
 /// Random histories of append, commit, read, deliver, trim, rotate, power cut at any sync and reopen, against a model: every
