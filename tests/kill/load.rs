@@ -141,7 +141,7 @@ impl Clients {
     }
 }
 
-/// Sends one batch after the other until one fails for another reason than a full log.
+/// Sends one batch after the other until one fails.
 async fn one_by_one(mut sending: Sending, url: String) -> Sending {
     let options = ClientOptions::new(url.parse().expect("a URL"), Load::id(sending.client));
     let Ok(client) = Client::connect(&options).await else { return sending };
