@@ -1,141 +1,138 @@
-//! The order of system calls: the write that carries an ack begins after the `fdatasync` that covers its batch returned.
+//! The order of system calls behind an ack: the request is read, written to a segment, synced, and only then acked.
 //!
-//! Batches are sent one at a time under `strace`, so between two acks there must be an `fdatasync` of a segment of the log
-//! that began after the first one's ack and returned before the second one's is written.
+//! Runs the binary under `strace`, which must be installed: part of the feature `real-kafka`, whose tools `.ci/run` installs.
+
+#[path = "support/process.rs"]
+mod process;
+#[path = "support/trace.rs"]
+mod trace;
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use process::{Options, Process};
 use ringtail::client::{Client, ClientOptions};
 use ringtail::proto::{Event, SendEventRequest};
+use trace::{Flaw, check, parse};
 
-const DEADLINE: Duration = Duration::from_secs(60);
-const BATCHES: usize = 5;
+/// Batches sent over each protocol.
+const BATCHES: u32 = 10;
+/// Longest that strace may take to write the rest of the trace.
+const PATIENCE: Duration = Duration::from_secs(30);
 
-#[test]
-fn an_ack_is_written_after_its_sync() {
-    let directory = tempfile::tempdir().unwrap();
-    let trace = directory.path().join("trace");
-    let mut strace = start(directory.path(), &trace);
-    let ready = wait_until_ready(&directory.path().join("log.txt"));
-    let guids = tokio::runtime::Runtime::new().unwrap().block_on(send(&ready));
-    // SAFETY: kill has no preconditions. strace ends when the service that it runs does, which is its child.
-    unsafe { libc::kill(service_of(&strace), libc::SIGTERM) };
-    strace.wait().unwrap();
-    let trace = std::fs::read_to_string(trace).unwrap();
-    check(&trace, &guids).unwrap_or_else(|guid| panic!("the ack of {guid} was written before its sync:\n{trace}"));
+fn strace(output: &Path) -> Vec<String> {
+    let calls = "trace=fdatasync,pwrite64,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg";
+    // -D: the traced process stays our child, with the id that we know.
+    let arguments = ["strace", "-D", "-f", "-y", "-ttt", "-s", "1000000", "-e", "signal=none", "-e", calls, "-o"];
+    arguments.into_iter().map(String::from).chain([output.display().to_string()]).collect()
 }
 
-#[test]
-fn a_trace_with_an_early_ack_is_recognised() {
-    let sync = "7 fdatasync(9</d/wal/000000000001/db>) = 0\n";
-    let ack = |guid: &str| format!("8 sendto(12<socket:[1]>, \"..{guid}..\", 30, MSG_NOSIGNAL, NULL, 0) = 30\n");
-    let begun = "7 fdatasync(9</d/wal/000000000001/db> <unfinished ...>\n";
-    let ended = "7 <... fdatasync resumed>) = 0\n";
-    let failed = "7 fdatasync(9</d/wal/000000000001/db>) = -1 EIO (Input/output error)\n";
-    let meta = "7 fdatasync(9</d/meta/db>) = 0\n";
-    let guids = ["g1".to_string(), "g2".to_string()];
-    let (g1, g2) = (ack("g1"), ack("g2"));
-    assert_eq!(check(&[sync, &g1, sync, &g2].concat(), &guids), Ok(()));
-    assert_eq!(check(&[begun, ended, &g1, begun, ended, &g2].concat(), &guids), Ok(()));
-    for bad in [
-        [sync, &g1, &g2, sync].concat(),
-        [sync, &g1, failed, &g2].concat(),
-        [sync, &g1, meta, &g2].concat(),
-        [sync, &g1, begun, &g2, ended].concat(),
-        [sync, begun, &g1, ended, &g2].concat(),
-        [sync, &g1, sync].concat(),
-    ] {
-        assert_eq!(check(&bad, &guids), Err("g2".to_string()), "{bad}");
-    }
-}
-
-/// Whether each ack, in the order of `guids`, has a sync of its own before it. The name of the first that has not.
-fn check(trace: &str, guids: &[String]) -> Result<(), String> {
-    let mut guids = guids.iter();
-    let Some(mut wanted) = guids.next() else { return Ok(()) };
-    let (mut synced, mut began_by) = (false, Vec::<&str>::new());
-    for line in trace.lines() {
-        let (thread, call) = line.split_once(' ').unwrap_or_default();
-        let call = call.trim_start();
-        if call.starts_with("fdatasync(") && call.contains("/wal/") && call.contains("/db>") {
-            synced |= call.ends_with("= 0");
-            if call.contains("<unfinished") {
-                began_by.push(thread);
-            }
-        } else if call.starts_with("<... fdatasync resumed>") && began_by.contains(&thread) {
-            began_by.retain(|other| *other != thread);
-            synced |= call.ends_with("= 0");
-        } else if call.contains(wanted.as_str()) {
-            if !synced {
-                return Err(wanted.clone());
-            }
-            // A sync that has begun by now does not count for the next one.
-            (synced, began_by) = (false, Vec::new());
-            match guids.next() {
-                Some(next) => wanted = next,
-                None => return Ok(()),
-            }
-        }
-    }
-    Err(wanted.clone())
-}
-
-fn start(directory: &Path, trace: &Path) -> Child {
-    let config = directory.join("ringtail.toml");
-    let wal = directory.join("log");
-    let text = format!(
-        "ingest.http.listen = \"127.0.0.1:0\"\ningest.grpc.listen = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
-         forward.brokers = []\nwal.directory = {wal:?}\nwal.free_bytes_min = \"0B\"\n"
-    );
-    std::fs::write(&config, text).unwrap();
-    let log = std::fs::File::create(directory.join("log.txt")).unwrap();
-    let mut command = Command::new("strace");
-    command.args(["-f", "-y", "-s", "400", "-e", "trace=fdatasync,write,writev,sendto,sendmsg", "-o"]).arg(trace);
-    command.arg(env!("CARGO_BIN_EXE_ringtail")).args(["serve", "--config"]).arg(config);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    command.spawn().expect("strace is installed")
-}
-
-fn wait_until_ready(log: &Path) -> String {
-    let deadline = Instant::now() + DEADLINE;
+/// The trace, once strace has seen the end of process `pid`.
+async fn read_trace(output: &Path, pid: i32) -> String {
+    let deadline = Instant::now() + PATIENCE;
     loop {
-        let text = std::fs::read_to_string(log).unwrap();
-        if let Some(line) = text.lines().find(|line| line.contains(" ready ")) {
-            return line.to_string();
+        let trace = String::from_utf8_lossy(&std::fs::read(output).unwrap()).into_owned();
+        let ended = |line: &str| line.starts_with(&format!("{pid} ")) && line.ends_with("+++ exited with 0 +++");
+        if trace.lines().any(ended) {
+            return trace;
         }
-        assert!(Instant::now() < deadline, "the service is not ready in time:\n{text}");
-        std::thread::yield_now();
+        assert!(Instant::now() < deadline, "strace does not end:\n{}", trace.lines().last().unwrap_or_default());
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-fn service_of(strace: &Child) -> i32 {
-    let id = strace.id();
-    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-    children.split(' ').next().and_then(|child| child.parse().ok()).expect("strace runs the service")
-}
-
-/// Sends batches one at a time over each protocol. Returns their names, in the order of their acks.
-async fn send(ready: &str) -> Vec<String> {
-    let address =
-        |name: &str| ready.split(&format!(" {name}=")).nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
-    let urls = [
-        format!("ws://{}", address("http")),
-        format!("http://{}", address("http")),
-        format!("grpc://{}", address("grpc")),
-    ];
+#[tokio::test]
+async fn every_ack_follows_the_sync_of_its_batch() {
+    let found = std::process::Command::new("strace").arg("-V").output();
+    assert!(found.is_ok_and(|output| output.status.success()), "strace is not installed: apt-get install strace");
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("trace");
+    let options = Options { wrapper: strace(&output), ..Options::small(&directory.path().join("data")) };
+    let (mut process, addresses) = Process::start(&options);
     let mut guids = Vec::new();
-    for (url, protocol) in urls.iter().zip(["websocket", "rest", "grpc"]) {
-        let client = Client::connect(&ClientOptions::new(url.parse().unwrap(), protocol)).await.unwrap();
+    for url in
+        [format!("ws://{}", addresses.http), format!("http://{}", addresses.http), format!("grpc://{}", addresses.grpc)]
+    {
+        let options = ClientOptions::new(url.parse().unwrap(), "device-7");
+        let client = Client::connect(&options).await.unwrap();
         for number in 0..BATCHES {
-            let req_guid = format!("guid-{protocol}-{number}-end");
-            let event = Event { event_bytes: vec![7; 100].into(), r#type: "t".into() };
+            let event = Event { event_bytes: "payload".into(), r#type: "click".into() };
+            let req_guid = format!("batch-{}-{number}-end", url.split(':').next().unwrap());
             let request = SendEventRequest { req_guid: req_guid.clone(), sent_time: None, events: vec![event] };
             client.send(request).await.unwrap();
             guids.push(req_guid);
         }
         client.close().await;
     }
-    guids
+    let pid = process.pid();
+    assert!(process.stop().success());
+    let trace = read_trace(&output, pid).await;
+    if let Ok(path) = std::env::var("TRACE_OUTPUT") {
+        std::fs::write(path, &trace).unwrap();
+    }
+    let calls = parse(&trace);
+    for req_guid in &guids {
+        let proof = check(&calls, req_guid).unwrap_or_else(|flaw| panic!("{flaw}"));
+        println!("{req_guid}: {proof:?}");
+    }
+}
+
+const GOOD: &str = r#"10 1.0 recvfrom(11<socket:[7]>,  <unfinished ...>
+12 1.1 fdatasync(9</d/wal/000000000001/db>) = 0
+10 1.2 <... recvfrom resumed>"\n\3g-1", 8192, 0, NULL, NULL) = 5
+13 1.3 pwrite64(8</d/wal/000000000001/db>, "\0\0g-1", 5, 0) = 5
+12 1.4 fdatasync(9</d/wal/000000000001/db> <unfinished ...>
+10 1.5 recvfrom(11<socket:[7]>, 0x7f, 8192, 0, NULL, NULL) = -1 EAGAIN (Resource temporarily unavailable)
+12 1.6 <... fdatasync resumed>) = 0
+10 1.7 sendto(11<socket:[7]>, "\202\5\10\1g-1", 7, MSG_NOSIGNAL, NULL, 0) = 7
+"#;
+
+/// [`GOOD`] with its lines in another order, by number from 1.
+fn reordered(order: &[usize]) -> String {
+    let lines: Vec<&str> = GOOD.lines().collect();
+    order.iter().map(|number| format!("{}\n", lines[number - 1])).collect()
+}
+
+#[test]
+fn the_checker_accepts_a_good_trace() {
+    let proof = check(&parse(GOOD), "g-1").unwrap();
+    assert_eq!((proof.read, proof.write, proof.sync_began, proof.sync_ended, proof.ack), (3, 4, 5, 7, 8));
+}
+
+#[test]
+fn the_checker_refuses_an_ack_before_the_sync() {
+    for (what, trace) in [
+        ("acked while the sync runs", reordered(&[1, 2, 3, 4, 5, 6, 8, 7])),
+        ("acked before the sync began", reordered(&[1, 2, 3, 4, 8, 5, 6, 7])),
+        ("synced before the write", reordered(&[1, 2, 3, 5, 6, 7, 4, 8])),
+        ("the write is not over when the sync begins", {
+            let write = "13 1.3 pwrite64(8</d/wal/000000000001/db>, \"\\0\\0g-1\", 5, 0 <unfinished ...>\n";
+            let lines = reordered(&[1, 2, 3]) + write + &reordered(&[5, 6, 7]);
+            lines + "13 1.6 <... pwrite64 resumed>) = 5\n" + &reordered(&[8])
+        }),
+        ("only the sync before the request", reordered(&[1, 2, 3, 4, 6, 8])),
+        ("the sync failed", GOOD.replace("resumed>) = 0", "resumed>) = -1 EIO (Input/output error)")),
+        ("another file was synced", GOOD.replace("9</d/wal/000000000001/db> <", "9</d/wal/000000000002/db> <")),
+    ] {
+        let flaw = check(&parse(&trace), "g-1").unwrap_err();
+        assert!(matches!(flaw, Flaw::AckBeforeSync { .. }), "{what}: {flaw}\n{trace}");
+    }
+}
+
+#[test]
+fn the_checker_refuses_a_trace_with_a_gap() {
+    for without in [3, 4, 8] {
+        let order: Vec<usize> = (1..=8).filter(|number| *number != without).collect();
+        let flaw = check(&parse(&reordered(&order)), "g-1").unwrap_err();
+        assert!(matches!(flaw, Flaw::Missing { .. }), "without line {without}: {flaw}");
+    }
+}
+
+#[test]
+fn the_checker_unmasks_websocket_frames() {
+    let masked: String =
+        b"\x0a\x03g-1".iter().zip([1, 2, 3, 4, 1]).map(|(byte, mask)| format!("\\{:03o}", byte ^ mask)).collect();
+    let trace = GOOD.replace("\"\\n\\3g-1\"", &format!("\"\\202\\205\\1\\2\\3\\4{masked}\""));
+    assert_ne!(trace, GOOD);
+    check(&parse(&trace), "g-1").unwrap();
 }

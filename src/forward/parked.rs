@@ -98,8 +98,15 @@ pub struct ParkedStore(Arc<Inner>);
 
 struct Inner {
     db: Arc<dyn StateDb>,
-    next_id: Mutex<u64>,
+    ids: Mutex<Ids>,
     count: AtomicU64,
+}
+
+/// Ids that are given out.
+struct Ids {
+    next: u64,
+    /// All below are durable.
+    synced: u64,
 }
 
 impl ParkedStore {
@@ -110,7 +117,11 @@ impl ParkedStore {
     /// [`ParkedError::Store`]
     pub fn open(db: Arc<dyn StateDb>) -> Result<ParkedStore, ParkedError> {
         let last_id = db.last_key()?.and_then(|key| split_key(&key)).map_or(0, |(id, _)| id);
-        let store = ParkedStore(Arc::new(Inner { db, next_id: Mutex::new(last_id + 1), count: AtomicU64::new(0) }));
+        let store = ParkedStore(Arc::new(Inner {
+            db,
+            ids: Mutex::new(Ids { next: last_id + 1, synced: last_id + 1 }),
+            count: AtomicU64::new(0),
+        }));
         let mut ids = store.entries(0);
         let mut count = 0;
         while let Some((_, part, _)) = ids.next_entry()? {
@@ -123,16 +134,16 @@ impl ParkedStore {
     /// Adds an event, under the id it returns. Durable only once [`ParkedStore::sync`] has returned.
     ///
     /// # Errors
-    /// [`ParkedError::Store`], [`ParkedError::TooLarge`]. The event is not in the store then.
+    /// [`ParkedError::TooLarge`]: the event is not in the store. [`ParkedError::Store`]: neither is anything that was parked
+    /// since the last sync; park it again.
     pub fn park(&self, about: &ParkedAbout, payload: &[u8]) -> Result<u64, ParkedError> {
         let bytes = encode(about, payload)?;
-        // The id is used up by success alone: a retry overwrites what a failed attempt left.
-        let mut next_id = self.0.next_id.lock().unwrap_or_else(PoisonError::into_inner);
-        let id = *next_id;
+        let mut ids = self.0.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = ids.next;
         for (part, value) in bytes.chunks(STATE_VALUE_BYTES_MAX).enumerate().rev() {
-            self.0.db.put(&key(id, part as u16), value)?;
+            self.0.db.put(&key(id, part as u16), value).inspect_err(|_| self.forget_unsynced(&mut ids))?;
         }
-        *next_id += 1;
+        ids.next += 1;
         self.0.count.fetch_add(1, Ordering::Relaxed);
         Ok(id)
     }
@@ -140,9 +151,19 @@ impl ParkedStore {
     /// Makes everything parked and removed so far durable.
     ///
     /// # Errors
-    /// [`ParkedError::Store`]; nothing of it counts as durable then.
+    /// [`ParkedError::Store`]; nothing that was parked since the last sync is in the store then: park it again.
     pub fn sync(&self) -> Result<(), ParkedError> {
-        Ok(self.0.db.sync()?)
+        let mut ids = self.0.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.db.sync().inspect_err(|_| self.forget_unsynced(&mut ids))?;
+        ids.synced = ids.next;
+        Ok(())
+    }
+
+    /// A store that failed may have lost all that was not synced. The ids are given out again, so that what it did keep
+    /// is overwritten.
+    fn forget_unsynced(&self, ids: &mut Ids) {
+        self.0.count.fetch_sub(ids.next - ids.synced, Ordering::Relaxed);
+        ids.next = ids.synced;
     }
 
     /// Events held now.
@@ -336,7 +357,10 @@ pub(super) mod tests {
     #[derive(Default)]
     pub(in crate::forward) struct MemoryDb {
         map: Mutex<BTreeMap<Vec<u8>, Vec<u8>>>,
+        synced: Mutex<BTreeMap<Vec<u8>, Vec<u8>>>,
         pub(in crate::forward) full: AtomicBool,
+        /// Syncs fail and lose what was not synced, as the real one does.
+        pub(in crate::forward) sync_fails: AtomicBool,
     }
 
     impl MemoryDb {
@@ -369,7 +393,14 @@ pub(super) mod tests {
             Ok(self.map.lock().unwrap().keys().next_back().cloned())
         }
         fn sync(&self) -> Result<(), StoreError> {
-            self.check("sync")
+            self.check("sync")?;
+            let (mut map, mut synced) = (self.map.lock().unwrap(), self.synced.lock().unwrap());
+            if self.sync_fails.load(Ordering::SeqCst) {
+                *map = synced.clone();
+                return Err(StoreError::Io { operation: "sync", source: std::io::Error::other("lost") });
+            }
+            *synced = map.clone();
+            Ok(())
         }
     }
 

@@ -8,9 +8,8 @@ use std::time::Instant;
 use rand::rngs::SmallRng;
 use tracing::{error, info};
 
-use super::ParkReason;
 use super::backoff::Retry;
-use super::in_flight::{EventRef, InFlight, Walk};
+use super::in_flight::{InFlight, Walk};
 use super::lanes::ToPark;
 use super::parked::{ParkedAbout, ParkedError, ParkedStore};
 use super::router::Router;
@@ -30,8 +29,7 @@ pub(super) struct Parking {
 
 /// An event in the store, not yet durable.
 struct Written {
-    event: EventRef,
-    reason: ParkReason,
+    to_park: ToPark,
     payload_bytes: u64,
 }
 
@@ -73,6 +71,10 @@ impl Parking {
                 error!(error = &error as &dyn std::error::Error, "events cannot be parked, retrying");
             }
             self.storing.failed(now, &mut self.rng);
+            // The store forgets what was not durable, so all of it is written again.
+            for written in self.written.drain(..).rev() {
+                self.waiting.push_front(written.to_park);
+            }
             return true;
         }
         if self.storing.is_failing() {
@@ -80,7 +82,8 @@ impl Parking {
             info!("events can be parked again");
         }
         for written in self.written.drain(..) {
-            in_flight.parked(written.event, written.reason, written.payload_bytes, now_ms());
+            let ToPark { event, reason, .. } = written.to_park;
+            in_flight.parked(event, reason, written.payload_bytes, now_ms());
         }
         true
     }
@@ -88,7 +91,8 @@ impl Parking {
     fn write(&mut self, in_flight: &InFlight, router: &Router) -> Result<(), ParkedError> {
         let mut walk = Walk::new(in_flight);
         while self.written.len() < EVENTS_MAX {
-            let Some(ToPark { event, reason, failure }) = self.waiting.front().copied() else { break };
+            let Some(to_park) = self.waiting.front().copied() else { break };
+            let ToPark { event, reason, failure } = to_park;
             let (live, found) = walk.find(event);
             let batch = &live.batch;
             let topic = router.topic(found.event_type);
@@ -108,7 +112,7 @@ impl Parking {
             };
             self.store.park(&about, found.payload)?;
             self.waiting.pop_front();
-            self.written.push(Written { event, reason, payload_bytes: found.payload.len() as u64 });
+            self.written.push(Written { to_park, payload_bytes: found.payload.len() as u64 });
         }
         Ok(())
     }
@@ -122,6 +126,7 @@ mod tests {
 
     use rand::SeedableRng;
 
+    use super::super::ParkReason;
     use super::super::backoff::Backoff;
     use super::super::in_flight::tests::{open_events, records};
     use super::super::parked::tests::MemoryDb;
@@ -149,7 +154,11 @@ mod tests {
         assert!(!parking.run(&mut in_flight, &router, now), "the backoff is kept");
         assert_eq!((in_flight.events(), store.count()), (2, 0));
         db.full.store(false, Ordering::SeqCst);
+        db.sync_fails.store(true, Ordering::SeqCst);
         assert!(parking.run(&mut in_flight, &router, now + second));
+        assert_eq!((in_flight.events(), store.count()), (2, 0), "what the store lost is not parked");
+        db.sync_fails.store(false, Ordering::SeqCst);
+        assert!(parking.run(&mut in_flight, &router, now + second * 2));
         assert_eq!((in_flight.events(), store.count()), (0, 2));
         assert_eq!(in_flight.advance(|_| {}).parked[reason as usize], 2);
         assert_eq!(parking.due(now), None);

@@ -91,6 +91,12 @@ struct Active {
     bytes_used: u64,
 }
 
+/// Refuses everything that waits; for when nothing is committed any more.
+pub(super) fn refuse_all(queue: &mut Queue) {
+    queue.bytes = 0;
+    refuse(queue.waiting.drain(..), &CommitError::Poisoned);
+}
+
 /// State of the commit thread.
 pub(super) struct Appender {
     shared: Arc<Shared>,
@@ -124,7 +130,6 @@ impl Appender {
         let mut queue = self.shared.queue();
         loop {
             if self.shared.failed.is_cancelled() {
-                refuse(queue.waiting.drain(..), &CommitError::Poisoned);
                 return false;
             }
             if !queue.waiting.is_empty() {
@@ -237,7 +242,10 @@ impl Appender {
             // The client may be gone; its batch is durable all the same.
             let _ = waiting.done.send(Ok(Sequence(sequence)));
         }
-        self.shared.queue().bytes -= tail.bytes - before.bytes;
+        let mut queue = self.shared.queue();
+        // Already 0 if the log failed meanwhile.
+        queue.bytes = queue.bytes.saturating_sub(tail.bytes - before.bytes);
+        drop(queue);
         let metrics = &self.shared.metrics.wal;
         metrics.committed_batches.increment(tail.sequence - before.sequence);
         metrics.committed_events.increment(tail.events - before.events);
@@ -282,7 +290,8 @@ impl Appender {
     fn refuse_waiting(&self, error: &CommitError) {
         let mut queue = self.shared.queue();
         let waiting: Vec<_> = queue.waiting.drain(..).collect();
-        queue.bytes -= waiting.iter().map(|waiting| waiting.batch.request.as_bytes().len() as u64).sum::<u64>();
+        let bytes: u64 = waiting.iter().map(|waiting| waiting.batch.request.as_bytes().len() as u64).sum();
+        queue.bytes = queue.bytes.saturating_sub(bytes);
         drop(queue);
         refuse(waiting, error);
     }
@@ -299,7 +308,8 @@ fn parts(bytes: usize, body_bytes_max: usize) -> u32 {
     u32::try_from(bytes.div_ceil(body_bytes_max)).expect("a batch is limited to 16 MiB")
 }
 
-struct FailOnPanic<'a>(&'a Shared);
+/// Fails the log when the thread that holds it panics: others would wait for it for ever.
+pub(super) struct FailOnPanic<'a>(pub &'a Shared);
 
 impl Drop for FailOnPanic<'_> {
     fn drop(&mut self) {

@@ -110,6 +110,16 @@ impl StoreError {
         move |source| StoreError::Io { operation, source }
     }
 
+    /// What is on disk is wrong, and trying again will not mend it.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            StoreError::Io { source, .. } => {
+                matches!(source.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::InvalidData)
+            }
+            StoreError::Sled { .. } | StoreError::Panicked { .. } => true,
+        }
+    }
+
     /// The file system or a quota has no room: freeing some mends it.
     pub fn is_full(&self) -> bool {
         let StoreError::Io { source, .. } = self else { return false };

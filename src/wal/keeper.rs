@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::appender::FailOnPanic;
 use super::cursor;
 use super::error::StoreError;
 use super::log::Shared;
@@ -31,6 +32,8 @@ impl Keeper {
 
     /// Keeps the log until it is closed.
     pub fn run(mut self) {
+        let shared = self.shared.clone();
+        let _fail_on_panic = FailOnPanic(&shared);
         while !self.wait() {
             let result = self.pass();
             self.report(result);
@@ -64,13 +67,13 @@ impl Keeper {
         self.last_pass = Some(Instant::now());
         // The active segment's successor comes first: commits may wait for it.
         let prepared = self.prepare_spares();
-        self.seal()?;
-        self.save_cursor()?;
-        self.trim()?;
+        let sealed = self.seal();
+        let trimmed = self.save_cursor().and_then(|()| self.trim());
         self.shared.pool.close_unused();
         let space = self.shared.store.space()?;
         self.shared.log().space = space;
-        prepared
+        // One that fails does not keep the others from their work.
+        prepared.and(sealed).and(trimmed)
     }
 
     fn prepare_spares(&self) -> Result<(), StoreError> {
@@ -99,7 +102,7 @@ impl Keeper {
                         tracing::info!(full_for = ?since.elapsed(), "log free again, accepting batches");
                     }
                 }
-                Err(error) if error.is_full() => return self.space_is_short(),
+                Err(error) if error.is_full() || self.is_disk_full() => return self.space_is_short(),
                 Err(error) => {
                     // Commits would soon wait for a segment that never comes.
                     self.shared.fail();
@@ -110,6 +113,11 @@ impl Keeper {
             let space = self.shared.store.space()?;
             self.shared.log().space = space;
         }
+    }
+
+    /// sled does not always say that it failed for lack of space.
+    fn is_disk_full(&self) -> bool {
+        self.shared.store.space().is_ok_and(|space| space.free_bytes < self.shared.shape.reserved_bytes)
     }
 
     fn space_is_short(&self) -> Result<(), StoreError> {

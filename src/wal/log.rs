@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
-use super::appender::Queue;
+use super::appender::{Queue, refuse_all};
 use super::error::StoreError;
 use super::record::Totals;
 use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
@@ -188,8 +188,8 @@ impl Shared {
     /// Ends acking for good. Wakes everybody.
     pub fn fail(&self) {
         self.failed.cancel();
-        // The locks are taken so that nobody is between its check and its wait.
-        drop(self.queue());
+        refuse_all(&mut self.queue());
+        // The lock is taken so that nobody is between its check and its wait.
         drop(self.log());
         self.queue_changed.notify_all();
         self.log_changed.notify_all();

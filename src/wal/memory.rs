@@ -85,11 +85,6 @@ impl MemoryStore {
         synced.insert(slot, value.into());
     }
 
-    /// Ids of the segments set aside.
-    pub fn quarantined(&self) -> Vec<u64> {
-        self.disk().quarantined.clone()
-    }
-
     /// Loses the content of a small map.
     pub fn forget_state(&self, name: &str) {
         self.disk().states.remove(name);
@@ -114,6 +109,14 @@ impl MemoryStore {
 impl Store for MemoryStore {
     fn segments(&self) -> Result<Vec<u64>, StoreError> {
         Ok(self.disk().segments.keys().copied().collect())
+    }
+
+    fn remove_unfinished(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn quarantined(&self) -> Result<Vec<u64>, StoreError> {
+        Ok(self.disk().quarantined.clone())
     }
 
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
@@ -189,6 +192,10 @@ impl SegmentFile for MemorySegment {
         // A reader may still hold a segment that was delivered and removed, as it may a removed file.
         let Some(slots) = disk.segments.get(&self.id) else { return Ok(Bytes::new()) };
         Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
+    }
+
+    fn slots(&self) -> u32 {
+        small_shape().slots
     }
 }
 

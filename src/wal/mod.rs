@@ -50,6 +50,7 @@ use crate::batch::Batch;
 use crate::config::WalConfig;
 use crate::metrics::Metrics;
 use log::Shared;
+use recovery::Mode;
 use store::{SegmentShape, SledStore, Store};
 
 /// Names of the small maps beside the segments.
@@ -125,7 +126,7 @@ impl Wal {
         lock: Option<File>,
     ) -> Result<Wal, OpenError> {
         let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
-        let log = recovery::recover(&*store, &*meta, shape)?;
+        let log = recovery::recover(&*store, &*meta, Mode::Repair)?;
         let shared = Arc::new(Shared::new(config, queue_bytes_max, shape, store, meta, parked, metrics, log));
         let appender = appender::Appender::new(shared.clone());
         let keeper = keeper::Keeper::new(shared.clone());
@@ -212,7 +213,8 @@ impl Wal {
     }
 }
 
-/// Reads the log's state from a directory that no process has open, without changing it.
+/// Reads the log's state from a directory that no process has open. Segments stay where they are; sled may tidy the files
+/// inside those that it opens, so run it as their owner.
 ///
 /// # Errors
 /// [`OpenError::InUse`] while a process has it open.
@@ -221,7 +223,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let shape = SegmentShape::new(config.segment_bytes.as_u64());
     let store = Arc::new(SledStore::new(&config.directory, shape)?);
     let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
-    let log = recovery::recover(&*store, &*meta, shape)?;
+    let log = recovery::recover(&*store, &*meta, Mode::Inspect)?;
     let shared = Arc::new(Shared::new(config, 0, shape, store, meta, parked, Metrics::new(), log));
     let threads = Threads { appender: None, keeper: None, _lock: Some(lock) };
     Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) }.status())

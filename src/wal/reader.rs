@@ -33,6 +33,8 @@ pub struct Reader {
     at: Position,
     open: Option<(u64, Arc<dyn SegmentFile>)>,
     chunk: Option<Chunk>,
+    /// Where the last loss began, and where it ended: what is read again after a rewind is not counted again.
+    lost: (u64, Totals),
 }
 
 /// What is left of the chunk that is being read.
@@ -53,13 +55,15 @@ enum Slot {
     },
     /// The first parts of a chunk, and nothing after them: the process ended while it wrote. Nobody got an ack.
     Torn,
+    /// A later part of a chunk, without the ones before it.
+    Part,
     Damaged(String),
 }
 
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None }
+        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO) }
     }
 
     /// The next committed record, or none at the end of the log.
@@ -128,19 +132,20 @@ impl Reader {
                 )
             };
             if self.at.totals.sequence >= tail.sequence {
+                self.deliver_loss();
                 return Ok(false);
             }
             let Some((id, segment)) = next else {
                 // Everything that was committed and is not here is gone.
                 self.lose_until(tail);
-                return Ok(false);
+                continue;
             };
             if id != self.at.segment {
                 (self.at.segment, self.at.slot) = (id, 0);
             }
             let Some(file) = self.open(id)? else { continue };
             let active_slots = active.filter(|(active, _)| *active == id).map(|(_, slots)| slots);
-            let slots = active_slots.unwrap_or(self.shared.shape.slots);
+            let slots = active_slots.unwrap_or(file.slots());
             if self.find_chunk(&*file, slots)? {
                 return Ok(true);
             }
@@ -165,7 +170,7 @@ impl Reader {
                 self.open = Some((id, file.clone()));
                 Ok(Some(file))
             }
-            Err(error @ StoreError::Io { .. }) => Err(error),
+            Err(error) if !error.is_damage() => Err(error),
             Err(error) => {
                 self.shared.store.quarantine(id)?;
                 tracing::error!(segment = id, %error, "segment does not open, set aside");
@@ -185,6 +190,10 @@ impl Reader {
                 Slot::Torn => {
                     tracing::info!(segment = self.at.segment, slot = self.at.slot, "unfinished chunk, never acked");
                     self.at.slot = slots;
+                }
+                Slot::Part => {
+                    self.report_damage(self.at.segment, self.at.slot, &ChunkError::Part.to_string());
+                    self.at.slot += 1;
                 }
                 Slot::Damaged(reason) => {
                     self.report_damage(self.at.segment, self.at.slot, &reason);
@@ -243,16 +252,30 @@ impl Reader {
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
-        let events = until.events.saturating_sub(self.at.totals.events);
+        let first_sequence = self.at.totals.sequence;
+        let counted = self.at.totals.events.max(self.lost.1.events);
+        let events = until.events.saturating_sub(counted);
+        self.lost = (first_sequence, until);
+        self.at.totals = until;
+        if events == 0 {
+            return;
+        }
         tracing::error!(
-            first_sequence = self.at.totals.sequence,
+            first_sequence,
             last_sequence = until.sequence - 1,
             events,
             segment = self.at.segment,
             "committed records are missing from the log"
         );
         self.shared.metrics.forward.dropped_events_damaged.increment(events);
-        self.at.totals = until;
+    }
+
+    /// At the end of the log no record follows a loss whose delivery would take the cursor past it.
+    fn deliver_loss(&self) {
+        let mut log = self.shared.log();
+        if log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
+            log.deliver(self.at);
+        }
     }
 
     fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
@@ -271,7 +294,10 @@ fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, Stor
         Err(reason) => return Ok(Slot::Damaged(reason)),
     };
     let next_slot = slot + u32::from(header.parts);
-    if header.part != 0 || next_slot > slots {
+    if header.part != 0 {
+        return Ok(Slot::Part);
+    }
+    if next_slot > slots {
         return Ok(Slot::Damaged(ChunkError::Part.to_string()));
     }
     if header.parts == 1 {
@@ -306,13 +332,14 @@ fn read_part(file: &dyn SegmentFile, slot: u32) -> Result<Part, StoreError> {
     match file.read(slot) {
         Ok(value) if value.is_empty() => Ok(Ok(None)),
         Ok(value) => Ok(decode_chunk(value).map(Some).map_err(|error| error.to_string())),
-        Err(error @ StoreError::Io { .. }) => Err(error),
+        Err(error) if !error.is_damage() => Err(error),
         Err(error) => Ok(Err(error.to_string())),
     }
 }
 
 /// The first chunk of a segment at slot `from` or after it, for recovery: its totals and when its first record was received.
-pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32, slots: u32) -> Result<Option<(Totals, u64)>, StoreError> {
+pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32) -> Result<Option<(Totals, u64)>, StoreError> {
+    let slots = file.slots();
     for slot in from..slots {
         if let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? {
             let received_at_ms = decode_record(&mut body).map_or(0, |batch| batch.received_at_ms);
@@ -322,13 +349,33 @@ pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32, slots: u32) -> Resu
     Ok(None)
 }
 
-/// The totals after the last chunk of a segment, for recovery; none if it holds no chunk.
+/// What a segment holds, for recovery.
+pub(super) enum Content {
+    /// Nothing was ever written to it.
+    Nothing,
+    /// Records, up to these totals.
+    Records(Totals),
+    /// Something, but no chunk that is whole.
+    Damaged,
+}
+
+/// The totals after the last chunk of a segment, for recovery.
 ///
 /// Looks at every slot from the last one down, because a disk that lost a write may have kept the one after it: new
 /// sequences must come after both.
-pub(super) fn last_totals(file: &dyn SegmentFile, slots: u32) -> Result<Option<Totals>, StoreError> {
+pub(super) fn last_totals(file: &dyn SegmentFile) -> Result<Content, StoreError> {
+    let slots = file.slots();
+    let mut content = Content::Nothing;
     for slot in (0..slots).rev() {
-        let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? else { continue };
+        let (header, mut body) = match read_slot(file, slot, slots)? {
+            Slot::Chunk { header, body, .. } => (header, body),
+            // A batch that was cut short was never acked.
+            Slot::Empty | Slot::Torn | Slot::Part => continue,
+            Slot::Damaged(_) => {
+                content = Content::Damaged;
+                continue;
+            }
+        };
         let mut totals = header.before;
         for _ in 0..header.records {
             match decode_record(&mut body) {
@@ -336,7 +383,7 @@ pub(super) fn last_totals(file: &dyn SegmentFile, slots: u32) -> Result<Option<T
                 Err(_) => totals.sequence += 1,
             }
         }
-        return Ok(Some(totals));
+        return Ok(Content::Records(totals));
     }
-    Ok(None)
+    Ok(content)
 }

@@ -8,21 +8,35 @@ use std::collections::{BTreeMap, VecDeque};
 use super::cursor;
 use super::error::StoreError;
 use super::log::{Log, Position, Segment};
-use super::reader::{first_chunk, last_totals};
+use super::reader::{Content, first_chunk, last_totals};
 use super::record::Totals;
-use super::store::{SegmentShape, StateDb, Store};
+use super::store::{StateDb, Store};
+
+/// Whether recovery may change what it finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Remove what is empty, set aside what does not open.
+    Repair,
+    /// Leave every segment where it is.
+    Inspect,
+}
 
 /// Recovers the state of the log.
-pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, shape: SegmentShape) -> Result<Log, StoreError> {
+pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
+    if mode == Mode::Repair {
+        store.remove_unfinished()?;
+    }
     let ids = store.segments()?;
-    let next_segment = ids.last().map_or(1, |last| last + 1);
+    // Not one that was used before, even if it is gone: the cursor may still point into it.
+    let used = ids.last().copied().max(store.quarantined()?.last().copied());
+    let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
     let saved = cursor::load(meta)?;
-    let found_tail = find_tail(store, &mut segments, shape)?;
-    let oldest = if saved.is_some() { None } else { find_head(store, &segments, shape)? };
+    let found_tail = find_tail(store, &mut segments, mode)?;
+    let oldest = if saved.is_some() { None } else { find_head(store, &segments)? };
 
     let (cursor, saved_tail) = saved.unwrap_or_else(|| {
-        let (segment, totals) = oldest.unwrap_or((next_segment, found_tail));
+        let (segment, totals) = oldest.unwrap_or((next_segment - 1, found_tail));
         (Position { segment, slot: 0, totals }, found_tail)
     });
     // Sequences are never reused, even if records at the end of the log are gone.
@@ -44,7 +58,7 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, shape: SegmentShape
         segments,
         active: None,
         spares: VecDeque::new(),
-        next_segment: next_segment.max(cursor.segment),
+        next_segment: next_segment.max(cursor.segment + 1),
         tail,
         cursor,
         saved_cursor: cursor,
@@ -56,56 +70,48 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, shape: SegmentShape
         closing: false,
     };
     log.leave_delivered_segments();
-    note_oldest(store, &mut log, shape)?;
+    note_oldest(store, &mut log)?;
     Ok(log)
 }
 
-/// The end of the newest segment that holds records. Newer ones are spares and go; one that does not open is set aside.
-fn find_tail(
-    store: &dyn Store,
-    segments: &mut BTreeMap<u64, Segment>,
-    shape: SegmentShape,
-) -> Result<Totals, StoreError> {
-    while let Some((id, _)) = segments.last_key_value().map(|(id, segment)| (*id, *segment)) {
-        let file = match store.open(id) {
-            Ok(file) => file,
-            Err(error @ StoreError::Io { .. }) => return Err(error),
+/// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
+fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
+    while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
+        let content = match store.open(id) {
+            Ok(file) => last_totals(&*file)?,
+            Err(error) if !error.is_damage() => return Err(error),
             Err(error) => {
-                tracing::error!(segment = id, %error, "segment does not open, set aside");
-                store.quarantine(id)?;
-                segments.remove(&id);
-                continue;
+                tracing::error!(segment = id, %error, "segment does not open");
+                Content::Damaged
             }
         };
-        match last_totals(&*file, shape.slots)? {
-            Some(totals) => {
+        match content {
+            Content::Records(totals) => {
                 segments.get_mut(&id).expect("it is the last").end = Some(totals);
                 return Ok(totals);
             }
-            None => {
-                drop(file);
-                store.remove(id)?;
-                segments.remove(&id);
+            Content::Damaged if mode == Mode::Repair => {
+                store.quarantine(id)?;
+                tracing::error!(segment = id, "segment holds no readable record, set aside");
             }
+            Content::Nothing if mode == Mode::Repair => store.remove(id)?,
+            Content::Damaged | Content::Nothing => {}
         }
+        segments.remove(&id);
     }
     Ok(Totals::ZERO)
 }
 
 /// The beginning of the oldest segment that opens: where to start without a cursor.
-fn find_head(
-    store: &dyn Store,
-    segments: &BTreeMap<u64, Segment>,
-    shape: SegmentShape,
-) -> Result<Option<(u64, Totals)>, StoreError> {
+fn find_head(store: &dyn Store, segments: &BTreeMap<u64, Segment>) -> Result<Option<(u64, Totals)>, StoreError> {
     for id in segments.keys() {
         match store.open(*id) {
             Ok(file) => {
-                if let Some((totals, _)) = first_chunk(&*file, 0, shape.slots)? {
+                if let Some((totals, _)) = first_chunk(&*file, 0)? {
                     return Ok(Some((*id, totals)));
                 }
             }
-            Err(error @ StoreError::Io { .. }) => return Err(error),
+            Err(error) if !error.is_damage() => return Err(error),
             // The reader will meet it again and set it aside.
             Err(_) => {}
         }
@@ -114,14 +120,14 @@ fn find_head(
 }
 
 /// Finds out how old the backlog is.
-fn note_oldest(store: &dyn Store, log: &mut Log, shape: SegmentShape) -> Result<(), StoreError> {
+fn note_oldest(store: &dyn Store, log: &mut Log) -> Result<(), StoreError> {
     if log.pending().sequence == 0 {
         return Ok(());
     }
     let Some(id) = log.segments.range(log.cursor.segment..).next().map(|(id, _)| *id) else { return Ok(()) };
     let from = if id == log.cursor.segment { log.cursor.slot } else { 0 };
     if let Ok(file) = store.open(id)
-        && let Some((_, received_at_ms)) = first_chunk(&*file, from, shape.slots)?
+        && let Some((_, received_at_ms)) = first_chunk(&*file, from)?
     {
         log.note_received(log.cursor.totals.sequence, received_at_ms);
     }

@@ -19,7 +19,7 @@
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -65,8 +65,12 @@ impl SegmentShape {
 
 /// Where segments and small state live. Calls block.
 pub trait Store: Send + Sync {
-    /// Ids of the segments that were completely prepared, ascending. Removes what was left of others.
+    /// Ids of the segments that were completely prepared, ascending.
     fn segments(&self) -> Result<Vec<u64>, StoreError>;
+    /// Removes what is left of segments that were not completely prepared, or not completely removed.
+    fn remove_unfinished(&self) -> Result<(), StoreError>;
+    /// Ids of the segments set aside.
+    fn quarantined(&self) -> Result<Vec<u64>, StoreError>;
     /// Makes a segment with empty slots. It is durable when this returns.
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
     /// Opens a segment, repairing what can be repaired without loss.
@@ -104,6 +108,8 @@ pub trait SegmentFile: Send + Sync {
     fn sync(&self) -> Result<(), StoreError>;
     /// The value of a slot; empty if it was not filled.
     fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
+    /// Number of slots.
+    fn slots(&self) -> u32;
 }
 
 /// Key and value.
@@ -153,11 +159,11 @@ impl SledStore {
         self.wal().join(format!("{id:012}"))
     }
 
-    fn open_db(&self, path: &Path) -> Result<sled::Db, StoreError> {
+    fn open_db(path: &Path, sled_segment_bytes: usize) -> Result<sled::Db, StoreError> {
         let config = sled::Config::new()
             .path(path)
-            .segment_size(self.shape.sled_segment_bytes)
-            .cache_capacity(2 * self.shape.sled_segment_bytes as u64)
+            .segment_size(sled_segment_bytes)
+            .cache_capacity(2 * sled_segment_bytes as u64)
             .flush_every_ms(None);
         guard("open segment", || config.open())
     }
@@ -165,18 +171,22 @@ impl SledStore {
 
 impl Store for SledStore {
     fn segments(&self) -> Result<Vec<u64>, StoreError> {
-        let mut ids = Vec::new();
-        for entry in fs::read_dir(self.wal()).map_err(StoreError::io("list segments"))? {
-            let entry = entry.map_err(StoreError::io("list segments"))?;
-            let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            match id {
-                Some(id) if entry.path().join(READY).exists() => ids.push(id),
-                Some(_) => fs::remove_dir_all(entry.path()).map_err(StoreError::io("remove unfinished segment"))?,
-                None => tracing::warn!(path = %entry.path().display(), "not a segment, left alone"),
+        let mut ids = list(&self.wal())?;
+        ids.retain(|id| self.segment(*id).join(READY).exists());
+        Ok(ids)
+    }
+
+    fn remove_unfinished(&self) -> Result<(), StoreError> {
+        for id in list(&self.wal())? {
+            if !self.segment(id).join(READY).exists() {
+                fs::remove_dir_all(self.segment(id)).map_err(StoreError::io("remove unfinished segment"))?;
             }
         }
-        ids.sort_unstable();
-        Ok(ids)
+        Ok(())
+    }
+
+    fn quarantined(&self) -> Result<Vec<u64>, StoreError> {
+        list(&self.directory.join("quarantine"))
     }
 
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
@@ -191,18 +201,20 @@ impl Store for SledStore {
 
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
+        let (slots, sled_segment_bytes) = self.read_shape(&path)?;
+        let open = || SledStore::open_db(&path, sled_segment_bytes);
         remove_files(&path, |name| name.ends_with(".generating"))?;
-        let db = self.open_db(&path).or_else(|error| {
-            tracing::warn!(segment = id, %error, "segment does not open, trying without its snapshot");
-            remove_files(&path, |name| name.starts_with("snap."))?;
-            self.open_db(&path)
-        });
-        let db = db.or_else(|error| {
-            tracing::warn!(segment = id, %error, "segment does not open, trying without its conf");
-            remove_files(&path, |name| name == "conf")?;
-            self.open_db(&path)
-        })?;
-        Ok(Arc::new(SledSegment { file: own_descriptor(&path)?, db: Some(db) }))
+        let mut db = open();
+        for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
+            let Err(error) = &db else { break };
+            if !error.is_damage() {
+                break;
+            }
+            tracing::warn!(segment = id, %error, "segment does not open, trying without its {what}");
+            remove_files(&path, |name| name.starts_with(prefix))?;
+            db = open();
+        }
+        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db?) }))
     }
 
     fn seal(&self, id: u64) -> Result<(), StoreError> {
@@ -241,8 +253,7 @@ impl Store for SledStore {
             let used = disk_bytes(&self.directory.join(name));
             space.other_bytes += used.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         }
-        let quarantine = fs::read_dir(self.directory.join("quarantine"));
-        space.quarantined_segments = quarantine.map_err(StoreError::io("list quarantine"))?.count() as u64;
+        space.quarantined_segments = self.quarantined()?.len() as u64;
         Ok(space)
     }
 
@@ -254,28 +265,52 @@ impl Store for SledStore {
 impl SledStore {
     fn try_prepare(&self, path: &Path) -> Result<Arc<dyn SegmentFile>, StoreError> {
         fs::create_dir_all(path).map_err(StoreError::io("create segment"))?;
-        let db = self.open_db(path)?;
+        let SegmentShape { slots, sled_segment_bytes, .. } = self.shape;
+        let db = SledStore::open_db(path, sled_segment_bytes)?;
         let file = own_descriptor(path)?;
         reserve(&file, self.shape.reserved_bytes)?;
         guard("prepare slots", || {
-            for slot in 0..self.shape.slots {
+            for slot in 0..slots {
                 db.insert(key(slot), sled::IVec::default())?;
             }
             db.flush()
         })?;
         file.sync_all().map_err(StoreError::io("sync segment"))?;
-        let ready = path.join(READY);
-        let ready = File::create(&ready).and_then(|ready| ready.sync_all());
+        // The marker keeps the segment's shape, so that `wal.segment_bytes` may change while there is a backlog.
+        let ready = File::create(path.join(READY)).and_then(|mut ready| {
+            writeln!(ready, "{slots} {sled_segment_bytes}")?;
+            ready.sync_all()
+        });
         ready.map_err(StoreError::io("mark segment ready"))?;
         let conf = File::open(path.join("conf")).and_then(|conf| conf.sync_all());
         conf.map_err(StoreError::io("sync segment"))?;
         sync_directory(path)?;
         sync_directory(&self.wal())?;
-        Ok(Arc::new(SledSegment { file, db: Some(db) }))
+        Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
+    }
+
+    /// Slots and sled's `segment_size` of a segment, from its marker; those of the configuration if that is damaged.
+    fn read_shape(&self, path: &Path) -> Result<(u32, usize), StoreError> {
+        let marker = fs::read_to_string(path.join(READY)).map_err(StoreError::io("read segment marker"))?;
+        let mut numbers = marker.split_whitespace();
+        let shape = (|| Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?)))();
+        Ok(shape.unwrap_or((self.shape.slots, self.shape.sled_segment_bytes)))
     }
 }
 
+/// Numbers that name directories in `directory`, ascending.
+fn list(directory: &Path) -> Result<Vec<u64>, StoreError> {
+    let mut ids = Vec::new();
+    for entry in fs::read_dir(directory).map_err(StoreError::io("list segments"))? {
+        let entry = entry.map_err(StoreError::io("list segments"))?;
+        ids.extend(entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok()));
+    }
+    ids.sort_unstable();
+    Ok(ids)
+}
+
 struct SledSegment {
+    slots: u32,
     file: File,
     /// Always present; taken by `drop`, because sled may panic there too.
     db: Option<sled::Db>,
@@ -300,6 +335,10 @@ impl SegmentFile for SledSegment {
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
         let value = guard("read slot", || self.db().get(key(slot)))?;
         Ok(value.map(Bytes::from_owner).unwrap_or_default())
+    }
+
+    fn slots(&self) -> u32 {
+        self.slots
     }
 }
 
