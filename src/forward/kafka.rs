@@ -48,7 +48,7 @@ impl Failure {
             }
             Code::TopicAuthorizationFailed => FailureReason::NotAuthorised,
             // The second says that another record of its batch was invalid: sent alone, it is not seen again.
-            Code::InvalidRecord | Code::InvalidDifferentRecord => FailureReason::InvalidRecord,
+            Code::InvalidRecord | Code::InvalidDifferentRecord | Code::InvalidTimestamp => FailureReason::InvalidRecord,
             Code::Fatal => FailureReason::ProducerFatal,
             _ => FailureReason::Other,
         }

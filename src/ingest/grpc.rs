@@ -22,7 +22,7 @@ use tonic::server::{Grpc, UnaryService};
 use tonic::{Request, Response, Status};
 
 use super::budget::Reservation;
-use super::rejection::{Rejection, refusal, success};
+use super::rejection::{RejectReason, Rejection, refusal, success};
 use super::{CloseReason, Ingest, Protocol, connections, listener};
 use crate::batch;
 use crate::proto::SendEventResponse;
@@ -40,6 +40,15 @@ pub(super) async fn serve(ingest: Arc<Ingest>, listener: TcpListener, stop: Canc
 
 async fn connection(ingest: Arc<Ingest>, stream: TcpStream, _slot: listener::Slot) {
     ingest.opened(Protocol::Grpc);
+    // HTTP/2's own keep-alive begins after the handshake: a client that never speaks is not waited for.
+    let spoke = tokio::select! {
+        readable = timeout(ingest.config.read_timeout, stream.readable()) => matches!(readable, Ok(Ok(()))),
+        () = ingest.stopping.cancelled() => false,
+    };
+    if !spoke {
+        let stopping = ingest.stopping.is_cancelled();
+        return ingest.closed(Protocol::Grpc, if stopping { CloseReason::Stopping } else { CloseReason::ReadTimeout });
+    }
     let service = hyper::service::service_fn(|request| {
         let ingest = ingest.clone();
         async move { Ok::<_, Infallible>(call(&ingest, request).await) }
@@ -101,16 +110,16 @@ impl UnaryService<Bytes> for SendEvent {
 async fn send_event(ingest: &Ingest, request: Request<Bytes>) -> Result<SendEventResponse, Status> {
     let began = Instant::now();
     let client = connections::client(&ingest.config, &request.metadata().clone().into_headers());
-    let client = client.map_err(|error| Status::invalid_argument(error.to_string()))?;
-    if client.id.is_empty() {
-        let header = &ingest.config.connection_id_header;
-        return Err(Status::invalid_argument(format!("the metadata has no {header}")));
-    }
-    let decoded = batch::Request::parse(request.into_inner()).map_err(|error| {
-        let rejection = Rejection::from(error);
+    let invalid = |message: String| {
+        let rejection = Rejection::new(RejectReason::BadRequest, message);
         ingest.admission.count_rejection(Protocol::Grpc, &rejection);
         Status::invalid_argument(rejection.message)
-    })?;
+    };
+    let client = client.map_err(|error| invalid(error.to_string()))?;
+    if client.id.is_empty() {
+        return Err(invalid(format!("the metadata has no {}", ingest.config.connection_id_header)));
+    }
+    let decoded = batch::Request::parse(request.into_inner()).map_err(|error| invalid(error.to_string()))?;
     let req_guid = decoded.req_guid().to_string();
     let submitted = ingest.admission.submit(Protocol::Grpc, &client, decoded);
     let result = match submitted {
