@@ -8,9 +8,6 @@ use std::process::ExitCode;
 use anyhow::Context;
 use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE, WalConfig};
 
-/// Exit code of bad usage and of a bad configuration, as in `sysexits.h`.
-pub const EXIT_USAGE: u8 = 64;
-
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ringtail config check")]
@@ -64,7 +61,7 @@ impl ConfigFile {
     pub fn load(&self, overrides: &[Override]) -> Result<Loaded, ExitCode> {
         Config::load(self.config.as_deref(), overrides).map_err(|error| {
             eprintln!("ringtail: {:#}", anyhow::Error::from(error));
-            ExitCode::from(EXIT_USAGE)
+            ExitCode::from(super::EXIT_USAGE)
         })
     }
 }
