@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::appender::FailOnPanic;
-use super::cursor;
 use super::error::StoreError;
 use super::log::Shared;
+use super::{cursor, losses};
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
 const SPARES: usize = 2;
@@ -145,16 +145,21 @@ impl Keeper {
     }
 
     fn save_cursor(&mut self) -> Result<(), StoreError> {
-        let (cursor, tail, saved) = {
+        let (cursor, tail, saved, losses) = {
             let log = self.shared.log();
-            (log.cursor, log.tail, log.saved_cursor)
+            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone())
         };
-        if cursor == saved && tail.sequence == self.saved_tail {
+        if cursor == saved && tail.sequence == self.saved_tail && losses.is_empty() {
             return Ok(());
         }
-        cursor::save(&*self.shared.meta, cursor, tail)?;
+        let meta = &*self.shared.meta;
+        // Before the cursor, which may pass them: a loss that nobody can look up later would be a silent one.
+        losses.iter().try_for_each(|loss| losses::put(meta, loss))?;
+        cursor::save(meta, cursor, tail)?;
         self.saved_tail = tail.sequence;
-        self.shared.log().saved_cursor = cursor;
+        let mut log = self.shared.log();
+        log.saved_cursor = cursor;
+        log.unsaved_losses.drain(..losses.len());
         Ok(())
     }
 

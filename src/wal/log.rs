@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::appender::{Queue, refuse_all};
 use super::error::StoreError;
+use super::losses::Loss;
 use super::record::Totals;
 use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
 use crate::config::WalConfig;
@@ -56,6 +57,10 @@ pub(super) struct Log {
     pub saved_cursor: Position,
     /// When chunks not yet delivered were received: (first sequence, ms since the epoch), ascending.
     pub received: VecDeque<(u64, u64)>,
+    /// Committed records that are missing, by their first sequence.
+    pub losses: BTreeMap<u64, Loss>,
+    /// Losses that are not in the ledger yet.
+    pub unsaved_losses: Vec<Loss>,
     /// No space to prepare another segment.
     pub space_short: bool,
     /// Since when batches are refused for lack of space.
@@ -107,6 +112,12 @@ impl Log {
         if self.received.back().is_none_or(|(last, _)| *last < sequence) {
             self.received.push_back((sequence, received_at_ms));
         }
+    }
+
+    /// Notes that committed records are missing.
+    pub fn note_loss(&mut self, loss: Loss) {
+        self.losses.insert(loss.first_sequence, loss);
+        self.unsaved_losses.push(loss);
     }
 
     /// When the oldest pending record was received, to within a chunk.

@@ -111,7 +111,7 @@ impl Store for MemoryStore {
         Ok(self.disk().segments.keys().copied().collect())
     }
 
-    fn remove_unfinished(&self) -> Result<(), StoreError> {
+    fn remove_unfinished(&self, _first_needed: u64) -> Result<(), StoreError> {
         Ok(())
     }
 

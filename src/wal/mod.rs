@@ -24,11 +24,13 @@ mod cursor;
 mod error;
 mod keeper;
 mod log;
+mod losses;
 #[cfg(test)]
 mod memory;
 mod reader;
 mod record;
 mod recovery;
+mod salvage;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -43,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 pub use appender::Commit;
 pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
 pub use log::Position;
+pub use losses::Loss;
 pub use reader::{Reader, Record};
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
@@ -100,6 +103,10 @@ pub struct WalStatus {
     pub segments: u64,
     /// Damaged segments set aside.
     pub quarantined_segments: u64,
+    /// Batches that were committed and are missing, as long as they stand in the ledger.
+    pub lost_batches: u64,
+    /// The same in events.
+    pub lost_events: u64,
     /// For how long the commit under way has run, in milliseconds.
     pub commit_busy_ms: u64,
 }
@@ -146,6 +153,14 @@ impl Wal {
         appender::append(&self.shared, batch)
     }
 
+    /// Queues a batch that was in the log before (an export, a salvaged segment), even if the log remembers it.
+    ///
+    /// # Errors
+    /// [`AppendError`]: nothing was changed.
+    pub fn restore(&self, batch: Batch) -> Result<Commit, AppendError> {
+        appender::append(&self.shared, batch)
+    }
+
     /// A reader that starts at the cursor.
     pub fn reader(&self) -> Reader {
         Reader::new(self.shared.clone())
@@ -180,6 +195,8 @@ impl Wal {
             failed: self.shared.failed.is_cancelled(),
             segments: (log.segments.len() + log.spares.len()) as u64,
             quarantined_segments: log.space.quarantined_segments,
+            lost_batches: log.losses.values().map(|loss| loss.end_sequence - loss.first_sequence).sum(),
+            lost_events: log.losses.values().map(|loss| loss.events).sum(),
             commit_busy_ms: self.shared.commit_busy_ms(),
         }
     }

@@ -12,9 +12,10 @@ use bytes::Bytes;
 
 use super::error::{ReadError, StoreError};
 use super::log::{Position, Shared};
-use super::record::{ChunkError, ChunkHeader, Totals, decode_chunk, decode_record};
+use super::losses::Loss;
+use super::record::{ChunkError, ChunkHeader, Totals, decode_chunk, split_record};
 use super::store::SegmentFile;
-use crate::batch::{Batch, Sequence};
+use crate::batch::{Batch, Sequence, now_ms};
 
 /// One batch, read back from the log.
 #[derive(Debug, Clone)]
@@ -33,8 +34,10 @@ pub struct Reader {
     at: Position,
     open: Option<(u64, Arc<dyn SegmentFile>)>,
     chunk: Option<Chunk>,
-    /// Where the last loss began, and where it ended: what is read again after a rewind is not counted again.
+    /// First sequence and end of the newest run of losses without a good record between them.
     lost: (u64, Totals),
+    /// Events before the end of the last loss that was counted: what is read again after a rewind is not counted again.
+    counted_events: u64,
 }
 
 /// What is left of the chunk that is being read.
@@ -63,7 +66,7 @@ enum Slot {
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO) }
+        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO), counted_events: 0 }
     }
 
     /// The next committed record, or none at the end of the log.
@@ -98,26 +101,30 @@ impl Reader {
     }
 
     fn next_in_chunk(&mut self) -> Option<Record> {
-        let chunk = self.chunk.as_mut()?;
-        match decode_record(&mut chunk.body) {
-            Ok(batch) => {
-                let sequence = Sequence(self.at.totals.sequence);
-                self.at.totals = self.at.totals.after(&batch);
-                chunk.records_left -= 1;
-                if chunk.records_left == 0 {
-                    self.at.slot = chunk.next_slot;
-                    self.chunk = None;
-                }
-                Some(Record { sequence, batch, end: self.at })
-            }
-            Err(error) => {
-                // The checksum was right, so this was written wrong. What is left of the chunk shows as missing.
+        while let Some(chunk) = &mut self.chunk {
+            let (sequence, before) = (Sequence(self.at.totals.sequence), self.at.totals);
+            let record = split_record(&mut chunk.body);
+            chunk.records_left -= 1;
+            if chunk.records_left == 0 || record.is_err() {
                 self.at.slot = chunk.next_slot;
                 self.chunk = None;
-                self.report_damage(self.at.segment, self.at.slot - 1, &error.to_string());
-                None
+            }
+            let slot = self.at.slot;
+            match record.and_then(|record| Ok((record.after(before), record.decode()))) {
+                Ok((after, Ok(batch))) => {
+                    self.at.totals = after;
+                    return Some(Record { sequence, batch, end: self.at });
+                }
+                // The checksum was right, so this was written wrong; the records after it are whole.
+                Ok((after, Err(error))) => {
+                    self.report_damage(self.at.segment, slot, &error.to_string());
+                    self.lose_until(after);
+                }
+                // What is left of the chunk shows as missing.
+                Err(error) => self.report_damage(self.at.segment, slot - 1, &error.to_string()),
             }
         }
+        None
     }
 
     /// Finds the chunk that holds the record at `self.at`. False: there is none yet.
@@ -219,14 +226,13 @@ impl Reader {
     fn enter(&mut self, header: ChunkHeader, body: Bytes, next_slot: u32) -> bool {
         let mut chunk = Chunk { body, records_left: header.records, next_slot };
         for _ in header.before.sequence..self.at.totals.sequence {
-            if decode_record(&mut chunk.body).is_err() {
+            if split_record(&mut chunk.body).is_err() {
                 break;
             }
             chunk.records_left -= 1;
         }
-        let received_at_ms = decode_record(&mut chunk.body.clone()).map(|batch| batch.received_at_ms);
-        if let Ok(received_at_ms) = received_at_ms {
-            self.shared.log().note_received(self.at.totals.sequence, received_at_ms);
+        if let Ok(record) = split_record(&mut chunk.body.clone()) {
+            self.shared.log().note_received(self.at.totals.sequence, record.received_at_ms);
         }
         self.chunk = Some(chunk);
         true
@@ -252,22 +258,25 @@ impl Reader {
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
-        let first_sequence = self.at.totals.sequence;
-        let counted = self.at.totals.events.max(self.lost.1.events);
-        let events = until.events.saturating_sub(counted);
+        let (from, segment) = (self.at.totals, self.at.segment);
+        let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
-        if events == 0 {
+        if until.events <= self.counted_events {
             return;
         }
+        let events = until.events - from.events.max(self.counted_events);
+        self.counted_events = until.events;
         tracing::error!(
-            first_sequence,
+            first_sequence = from.sequence,
             last_sequence = until.sequence - 1,
             events,
-            segment = self.at.segment,
+            segment,
             "committed records are missing from the log"
         );
         self.shared.metrics.forward.dropped_events_damaged.increment(events);
+        let (first_sequence, end_sequence) = (from.sequence, until.sequence);
+        self.shared.log().note_loss(Loss { first_sequence, end_sequence, events, segment, found_at_ms: now_ms() });
     }
 
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.
@@ -342,7 +351,7 @@ pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32) -> Result<Option<(T
     let slots = file.slots();
     for slot in from..slots {
         if let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? {
-            let received_at_ms = decode_record(&mut body).map_or(0, |batch| batch.received_at_ms);
+            let received_at_ms = split_record(&mut body).map_or(0, |record| record.received_at_ms);
             return Ok(Some((header.before, received_at_ms)));
         }
     }
@@ -378,8 +387,8 @@ pub(super) fn last_totals(file: &dyn SegmentFile) -> Result<Content, StoreError>
         };
         let mut totals = header.before;
         for _ in 0..header.records {
-            match decode_record(&mut body) {
-                Ok(batch) => totals = totals.after(&batch),
+            match split_record(&mut body) {
+                Ok(record) => totals = record.after(totals),
                 Err(_) => totals.sequence += 1,
             }
         }

@@ -18,10 +18,16 @@ use bytes::{Buf, BufMut, Bytes};
 
 use crate::batch::{Batch, Client, Request, Sequence};
 
-const MAGIC: u32 = u32::from_le_bytes(*b"RTC1");
+/// The first bytes of a chunk.
+pub(super) const MAGIC_BYTES: [u8; 4] = *b"RTC1";
+const MAGIC: u32 = u32::from_le_bytes(MAGIC_BYTES);
 const VERSION: u8 = 1;
 /// Bytes of a chunk's header.
 pub(super) const HEADER_BYTES: usize = 48;
+/// Where in a header the length of the body stands.
+const BODY_BYTES_AT: usize = 24;
+/// Most bytes of a slot's value.
+pub(super) const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Bytes of a record before its group, id and request.
 pub(super) const RECORD_HEADER_BYTES: usize = 20;
 
@@ -101,27 +107,55 @@ pub(super) fn encode_record(batch: &Batch, body: &mut Vec<u8>) {
     body.put_slice(batch.request.as_bytes());
 }
 
-/// Takes one record off the front of a chunk's body.
-pub(super) fn decode_record(body: &mut Bytes) -> Result<Batch, ChunkError> {
+/// One record of a chunk, taken off the front of its body and not yet decoded.
+pub(super) struct RawRecord {
+    /// When its request was read, milliseconds since the Unix epoch.
+    pub received_at_ms: u64,
+    /// Its events.
+    pub events: u32,
+    group_bytes: usize,
+    id_bytes: usize,
+    /// Group, id and request.
+    rest: Bytes,
+}
+
+/// Takes one record off the front of a chunk's body. After an error nothing that follows can be found.
+pub(super) fn split_record(body: &mut Bytes) -> Result<RawRecord, ChunkError> {
     let length = if body.len() < RECORD_HEADER_BYTES { 0 } else { body.get_u32_le() as usize };
     if length < RECORD_HEADER_BYTES - 4 || length > body.len() {
         return Err(ChunkError::Malformed);
     }
-    let mut record = body.split_to(length);
-    let received_at_ms = record.get_u64_le();
-    let event_count = record.get_u32_le();
-    let (group_bytes, id_bytes) = (record.get_u16_le() as usize, record.get_u16_le() as usize);
-    if group_bytes + id_bytes > record.len() {
+    let mut rest = body.split_to(length);
+    let received_at_ms = rest.get_u64_le();
+    let events = rest.get_u32_le();
+    let (group_bytes, id_bytes) = (rest.get_u16_le() as usize, rest.get_u16_le() as usize);
+    if group_bytes + id_bytes > rest.len() {
         return Err(ChunkError::Malformed);
     }
-    let text = |bytes: &[u8]| std::str::from_utf8(bytes).map(Into::into).map_err(|_| ChunkError::Malformed);
-    let group = text(&record.split_to(group_bytes))?;
-    let id = text(&record.split_to(id_bytes))?;
-    let request = Request::parse(record).map_err(|_| ChunkError::Malformed)?;
-    if request.event_count() != event_count {
-        return Err(ChunkError::Malformed);
+    Ok(RawRecord { received_at_ms, events, group_bytes, id_bytes, rest })
+}
+
+impl RawRecord {
+    /// The totals after it, even if it does not decode.
+    pub fn after(&self, before: Totals) -> Totals {
+        Totals {
+            sequence: before.sequence + 1,
+            events: before.events + u64::from(self.events),
+            bytes: before.bytes + (self.rest.len() - self.group_bytes - self.id_bytes) as u64,
+        }
     }
-    Ok(Batch { received_at_ms, client: Client { group, id }, request })
+
+    /// The batch in it.
+    pub fn decode(mut self) -> Result<Batch, ChunkError> {
+        let text = |bytes: &[u8]| std::str::from_utf8(bytes).map(Into::into).map_err(|_| ChunkError::Malformed);
+        let group = text(&self.rest.split_to(self.group_bytes))?;
+        let id = text(&self.rest.split_to(self.id_bytes))?;
+        let request = Request::parse(self.rest).map_err(|_| ChunkError::Malformed)?;
+        if request.event_count() != self.events {
+            return Err(ChunkError::Malformed);
+        }
+        Ok(Batch { received_at_ms: self.received_at_ms, client: Client { group, id }, request })
+    }
 }
 
 /// Writes the slot value of one part into `value`, which is cleared first.
@@ -141,6 +175,12 @@ pub(super) fn encode_chunk(header: &ChunkHeader, body: &[u8], value: &mut Vec<u8
     let checksum = checksum(value, body);
     value.put_u32_le(checksum);
     value.put_slice(body);
+}
+
+/// Bytes of the chunk that begins with `header`, as far as that can be believed.
+pub(super) fn chunk_bytes(header: &[u8]) -> Option<usize> {
+    let body_bytes = header.get(BODY_BYTES_AT..)?.first_chunk()?;
+    Some(HEADER_BYTES + u32::from_le_bytes(*body_bytes) as usize)
 }
 
 /// Checks a slot's value and splits it into header and body.
@@ -207,7 +247,10 @@ mod tests {
         fn what_was_written_is_read(group in ".{0,9}", id in ".{0,9}", guid in ".{0,9}", payload in proptest::collection::vec(any::<u8>(), 0..99)) {
             let written = batch(&group, &id, &guid, payload);
             let (header, mut body) = decode_chunk(chunk(&written)).unwrap();
-            let read = decode_record(&mut body).unwrap();
+            let record = split_record(&mut body).unwrap();
+            let after = record.after(Totals::ZERO);
+            let read = record.decode().unwrap();
+            prop_assert_eq!(after, Totals::ZERO.after(&read));
             prop_assert_eq!(header.before, Totals { sequence: 7, events: 8, bytes: 9 });
             prop_assert_eq!(read.client, written.client);
             prop_assert_eq!(read.request, written.request);
@@ -228,7 +271,7 @@ mod tests {
         fn noise_never_panics(noise in proptest::collection::vec(any::<u8>(), 0..200)) {
             let noise = Bytes::from(noise);
             prop_assert!(decode_chunk(noise.clone()).is_err());
-            let _ = decode_record(&mut noise.clone());
+            let _ = split_record(&mut noise.clone()).and_then(RawRecord::decode);
         }
     }
 

@@ -5,12 +5,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::cursor;
 use super::error::StoreError;
 use super::log::{Log, Position, Segment};
 use super::reader::{Content, first_chunk, last_totals};
 use super::record::Totals;
 use super::store::{StateDb, Store};
+use super::{cursor, losses};
 
 /// Whether recovery may change what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,15 +23,15 @@ pub(super) enum Mode {
 
 /// Recovers the state of the log.
 pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
+    let saved = cursor::load(meta)?;
     if mode == Mode::Repair {
-        store.remove_unfinished()?;
+        store.remove_unfinished(saved.map_or(0, |(cursor, _)| cursor.segment))?;
     }
     let ids = store.segments()?;
     // Not one that was used before, even if it is gone: the cursor may still point into it.
     let used = ids.last().copied().max(store.quarantined()?.last().copied());
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
-    let saved = cursor::load(meta)?;
     let found_tail = find_tail(store, &mut segments, mode)?;
     let oldest = if saved.is_some() { None } else { find_head(store, &segments)? };
 
@@ -63,6 +63,8 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
         cursor,
         saved_cursor: cursor,
         received: VecDeque::new(),
+        losses: losses::load(meta)?.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
+        unsaved_losses: Vec::new(),
         space_short: false,
         full_since: None,
         space: store.space()?,

@@ -1,0 +1,88 @@
+//! What the store needs of the file system.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use crate::wal::error::StoreError;
+
+pub(super) fn own_descriptor(path: &Path) -> Result<File, StoreError> {
+    let file = File::options().read(true).write(true).open(path.join("db"));
+    file.map_err(StoreError::io("open segment file"))
+}
+
+pub(super) fn sync_directory(path: &Path) -> Result<(), StoreError> {
+    File::open(path).and_then(|directory| directory.sync_all()).map_err(StoreError::io("sync directory"))
+}
+
+/// Reserves disk without changing the file's size. A file system that cannot reserve is left to run full later.
+pub(super) fn reserve(file: &File, bytes: u64) -> Result<(), StoreError> {
+    let bytes = libc::off_t::try_from(bytes).expect("a segment is limited to 256 MiB");
+    // SAFETY: the descriptor is open for as long as `file` lives, and fallocate touches no memory of ours.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, bytes) };
+    let error = io::Error::last_os_error();
+    if result == 0 || matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) {
+        return Ok(());
+    }
+    Err(StoreError::io("reserve disk for segment")(error))
+}
+
+pub(super) fn remove_files(directory: &Path, matches: impl Fn(&str) -> bool) -> Result<(), StoreError> {
+    for entry in fs::read_dir(directory).map_err(StoreError::io("list segment"))? {
+        let entry = entry.map_err(StoreError::io("list segment"))?;
+        if entry.file_name().to_str().is_some_and(&matches) {
+            fs::remove_file(entry.path()).map_err(StoreError::io("remove segment file"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Disk taken by everything in `directory`.
+pub(super) fn disk_bytes(directory: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut bytes = 0;
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let metadata = match entry.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            metadata => metadata?,
+        };
+        bytes += if metadata.is_dir() {
+            disk_bytes(&entry.path()).or_else(absent_is_default)?
+        } else {
+            metadata.blocks() * 512
+        };
+    }
+    Ok(bytes)
+}
+
+/// What vanished while it was measured takes no space.
+pub(super) fn absent_is_default<T: Default>(error: io::Error) -> io::Result<T> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(T::default()) } else { Err(error) }
+}
+
+pub(super) fn free_bytes(path: &Path) -> Result<u64, StoreError> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).expect("a path holds no NUL");
+    // SAFETY: all zeroes are a valid statvfs, which the call fills in; the path is NUL-terminated.
+    let (result, stat) = unsafe {
+        let mut stat: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &raw mut stat), stat)
+    };
+    if result != 0 {
+        return Err(StoreError::io("measure free space")(io::Error::last_os_error()));
+    }
+    Ok(stat.f_bavail * stat.f_frsize)
+}
+
+/// Numbers that name directories in `directory`, ascending.
+pub(super) fn list(directory: &Path) -> Result<Vec<u64>, StoreError> {
+    let mut ids = Vec::new();
+    for entry in fs::read_dir(directory).map_err(StoreError::io("list segments"))? {
+        let entry = entry.map_err(StoreError::io("list segments"))?;
+        ids.extend(entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok()));
+    }
+    ids.sort_unstable();
+    Ok(ids)
+}

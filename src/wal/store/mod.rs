@@ -1,0 +1,180 @@
+//! The store below the log, and its implementation on sled: the only folder that knows sled.
+//!
+//! # Layout
+//! ```text
+//! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY
+//! meta/               a small Db: the cursor, the ledger of losses
+//! parked/             a small Db: dead letters
+//! quarantine/         what was damaged, set aside: segments under their number, small Dbs as meta-1, parked-1, …
+//! ```
+//!
+//! # Why sled is used this way (0.34.7, pinned: the rules rest on its internals)
+//! - `flush()` hands bytes to the page cache only (`sync_file_range`), so [`SegmentFile::sync`] also calls `fdatasync` on a
+//!   descriptor of our own.
+//! - A segment's keys ("slots", 0, 1, 2, …) are inserted empty when it is prepared: sequential inserts leave 8 keys a leaf,
+//!   below the 16 that split one, and filling 8 slots adds fewer than the 10 fragments that rewrite one. So each value is
+//!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
+//! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
+//! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
+//! - Every call runs under `catch_unwind`: sled panics on some damage.
+//!
+//! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system.
+
+mod files;
+mod segments;
+mod state;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::error::StoreError;
+use files::remove_files;
+pub use segments::SledStore;
+
+/// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.
+pub const STATE_VALUE_BYTES_MAX: usize = 256 * 1024;
+/// Most slots of a segment.
+const SLOTS_MAX: u32 = 4096;
+/// Bounds of sled's `segment_size`.
+const SLED_SEGMENT_BYTES_MIN: u64 = 1 << 20;
+const SLED_SEGMENT_BYTES_MAX: u64 = 8 << 20;
+
+/// Sizes of a segment, all derived from `wal.segment_bytes`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentShape {
+    /// Most bytes of values.
+    pub bytes_max: u64,
+    /// Number of slots.
+    pub slots: u32,
+    /// Largest value of one slot: a sixteenth of sled's segment, so that little of one is left over, and far below the
+    /// quarter at which sled makes blob files.
+    pub value_bytes_max: usize,
+    /// sled's own `segment_size`.
+    pub sled_segment_bytes: usize,
+    /// Disk reserved for the segment: its values, and what sled writes around them.
+    pub reserved_bytes: u64,
+}
+
+impl SegmentShape {
+    /// The shape of segments of `segment_bytes`.
+    pub fn new(segment_bytes: u64) -> SegmentShape {
+        let sled_segment_bytes =
+            (segment_bytes / 8).next_power_of_two().clamp(SLED_SEGMENT_BYTES_MIN, SLED_SEGMENT_BYTES_MAX);
+        SegmentShape {
+            bytes_max: segment_bytes,
+            slots: u32::try_from(segment_bytes / (16 << 10)).unwrap_or(u32::MAX).clamp(512, SLOTS_MAX),
+            value_bytes_max: sled_segment_bytes as usize / 16,
+            sled_segment_bytes: sled_segment_bytes as usize,
+            reserved_bytes: segment_bytes + segment_bytes / 16 + sled_segment_bytes,
+        }
+    }
+}
+
+impl SegmentShape {
+    fn is_sled_segment_bytes(bytes: usize) -> bool {
+        bytes.is_power_of_two() && (SLED_SEGMENT_BYTES_MIN..=SLED_SEGMENT_BYTES_MAX).contains(&(bytes as u64))
+    }
+}
+
+/// Where segments and small state live. Calls block.
+pub trait Store: Send + Sync {
+    /// Ids of the segments that were completely prepared, ascending.
+    fn segments(&self) -> Result<Vec<u64>, StoreError>;
+    /// Removes what is left of segments that were not completely prepared, or not completely removed. `first_needed` is
+    /// the first one that the cursor has not left.
+    fn remove_unfinished(&self, first_needed: u64) -> Result<(), StoreError>;
+    /// Ids of the segments set aside.
+    fn quarantined(&self) -> Result<Vec<u64>, StoreError>;
+    /// Makes a segment with empty slots. It is durable when this returns.
+    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// Opens a segment, repairing what can be repaired without loss.
+    fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// Gives back the disk that was reserved for a segment and not used. No write may follow.
+    fn seal(&self, id: u64) -> Result<(), StoreError>;
+    /// Removes a segment that is not open.
+    fn remove(&self, id: u64) -> Result<(), StoreError>;
+    /// Sets a segment that is not open aside.
+    fn quarantine(&self, id: u64) -> Result<(), StoreError>;
+    /// Disk taken by one segment, in bytes.
+    fn segment_bytes(&self, id: u64) -> Result<u64, StoreError>;
+    /// Disk taken by everything but segments, bytes; segments in quarantine; and bytes free on the file system.
+    fn space(&self) -> Result<Space, StoreError>;
+    /// Opens or makes a small map.
+    fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError>;
+}
+
+/// See [`Store::space`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Space {
+    /// Disk taken by everything but segments, bytes.
+    pub other_bytes: u64,
+    /// Segments in quarantine.
+    pub quarantined_segments: u64,
+    /// Free on the file system, for an unprivileged process.
+    pub free_bytes: u64,
+}
+
+/// One open segment. Slots are filled in order, once.
+pub trait SegmentFile: Send + Sync {
+    /// Fills a slot. Durable only after [`SegmentFile::sync`].
+    fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError>;
+    /// Makes every write so far durable: it survives power loss once this has returned.
+    fn sync(&self) -> Result<(), StoreError>;
+    /// The value of a slot; empty if it was not filled.
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
+    /// Number of slots.
+    fn slots(&self) -> u32;
+}
+
+/// Key and value.
+pub type Entry = (Vec<u8>, Vec<u8>);
+
+/// A small durable map. Nothing is durable before [`StateDb::sync`] has returned.
+pub trait StateDb: Send + Sync {
+    /// The value of `key`.
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
+    /// Sets `key`. `value` holds at most [`STATE_VALUE_BYTES_MAX`] bytes.
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError>;
+    /// Removes `key`.
+    fn remove(&self, key: &[u8]) -> Result<(), StoreError>;
+    /// Up to `limit` entries with keys not below `from`, in the order of their keys.
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<Entry>, StoreError>;
+    /// The greatest key.
+    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError>;
+    /// Makes everything put and removed so far durable.
+    fn sync(&self) -> Result<(), StoreError>;
+}
+
+/// Opens a Db, leaving out what it can do without: sled's log alone recovers everything. An unfinished snapshot (left by a
+/// kill or a full disk) and a damaged snapshot or `conf` would make every later open fail.
+fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) -> Result<sled::Db, StoreError> {
+    remove_files(path, |name| name.ends_with(".generating"))?;
+    let mut db = open();
+    for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
+        let Err(error) = &db else { break };
+        if !error.is_damage() {
+            break;
+        }
+        tracing::warn!(path = %path.display(), %error, "does not open, trying without its {what}");
+        remove_files(path, |name| name.starts_with(prefix))?;
+        db = open();
+    }
+    db
+}
+
+/// Runs a call of sled, turning its errors and panics into ours.
+fn guard<T>(operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StoreError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(sled::Error::Io(source))) => Err(StoreError::Io { operation, source }),
+        Ok(Err(error)) => Err(StoreError::Sled { operation, message: error.to_string() }),
+        Err(panic) => {
+            let message = panic.downcast_ref::<String>().cloned();
+            let message = message.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+            Err(StoreError::Panicked { operation, message: message.unwrap_or_default() })
+        }
+    }
+}

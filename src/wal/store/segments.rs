@@ -1,0 +1,256 @@
+//! The segments on sled: one Db each. See `store/mod.rs` for the rules.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::files::{absent_is_default, disk_bytes, free_bytes, list, own_descriptor, reserve, sync_directory};
+use super::state::SledState;
+use super::{SLOTS_MAX, SegmentFile, SegmentShape, Space, StateDb, Store, guard, open_by_ladder};
+use crate::wal::error::StoreError;
+use crate::wal::salvage;
+
+const READY: &str = "READY";
+
+/// The store on sled, in one directory.
+pub struct SledStore {
+    directory: PathBuf,
+    shape: SegmentShape,
+}
+
+impl SledStore {
+    /// Makes the directories that are missing, durably.
+    pub fn new(directory: &Path, shape: SegmentShape) -> Result<SledStore, StoreError> {
+        for name in ["wal", "quarantine"] {
+            let path = directory.join(name);
+            fs::create_dir_all(&path).map_err(StoreError::io("create directory"))?;
+        }
+        sync_directory(directory)?;
+        if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            sync_directory(parent)?;
+        }
+        Ok(SledStore { directory: directory.to_path_buf(), shape })
+    }
+
+    fn wal(&self) -> PathBuf {
+        self.directory.join("wal")
+    }
+
+    fn segment(&self, id: u64) -> PathBuf {
+        self.wal().join(format!("{id:012}"))
+    }
+
+    fn open_db(path: &Path, sled_segment_bytes: usize) -> Result<sled::Db, StoreError> {
+        let config = sled::Config::new()
+            .path(path)
+            .segment_size(sled_segment_bytes)
+            .cache_capacity(2 * sled_segment_bytes as u64)
+            .flush_every_ms(None);
+        guard("open segment", || config.open())
+    }
+}
+
+impl Store for SledStore {
+    fn segments(&self) -> Result<Vec<u64>, StoreError> {
+        let mut ids = list(&self.wal())?;
+        ids.retain(|id| self.segment(*id).join(READY).exists());
+        Ok(ids)
+    }
+
+    fn remove_unfinished(&self, first_needed: u64) -> Result<(), StoreError> {
+        for id in list(&self.wal())? {
+            let path = self.segment(id);
+            if path.join(READY).exists() {
+                continue;
+            }
+            // Delivered segments lose their marker before they go, new ones get it before they are used. One that is still
+            // needed and holds chunks has lost it to damage.
+            if id >= first_needed && salvage::holds_chunks(&path.join("db"))? {
+                tracing::warn!(segment = id, "segment has lost its marker, marking it anew");
+                let sled_segment_bytes = conf_segment_bytes(&path).unwrap_or(self.shape.sled_segment_bytes);
+                write_marker(&path, SLOTS_MAX, sled_segment_bytes)?;
+                sync_directory(&path)?;
+                continue;
+            }
+            fs::remove_dir_all(path).map_err(StoreError::io("remove unfinished segment"))?;
+        }
+        Ok(())
+    }
+
+    fn quarantined(&self) -> Result<Vec<u64>, StoreError> {
+        list(&self.directory.join("quarantine"))
+    }
+
+    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let path = self.segment(id);
+        let prepared = self.try_prepare(&path);
+        if prepared.is_err() {
+            // Without READY it is nothing; what stays behind now is removed at the next start.
+            let _ = fs::remove_dir_all(&path);
+        }
+        prepared
+    }
+
+    fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let path = self.segment(id);
+        let (slots, sled_segment_bytes) = self.read_marker(&path)?;
+        let db = open_by_ladder(&path, || SledStore::open_db(&path, sled_segment_bytes))?;
+        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
+    }
+
+    fn seal(&self, id: u64) -> Result<(), StoreError> {
+        // Truncating to the present size frees the blocks that were reserved beyond it.
+        let file = own_descriptor(&self.segment(id))?;
+        let length = file.metadata().map_err(StoreError::io("measure segment"))?.len();
+        file.set_len(length).map_err(StoreError::io("release reserved disk"))
+    }
+
+    fn remove(&self, id: u64) -> Result<(), StoreError> {
+        let path = self.segment(id);
+        // READY goes first and durably: a half-removed directory must not look like a segment.
+        match fs::remove_file(path.join(READY)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::io("remove segment marker")(error));
+            }
+            _ => sync_directory(&path)?,
+        }
+        fs::remove_dir_all(&path).map_err(StoreError::io("remove segment"))
+    }
+
+    fn quarantine(&self, id: u64) -> Result<(), StoreError> {
+        let target = self.directory.join("quarantine").join(format!("{id:012}"));
+        fs::rename(self.segment(id), target).map_err(StoreError::io("quarantine segment"))?;
+        sync_directory(&self.directory.join("quarantine"))?;
+        sync_directory(&self.wal())
+    }
+
+    fn segment_bytes(&self, id: u64) -> Result<u64, StoreError> {
+        disk_bytes(&self.segment(id)).map_err(StoreError::io("measure segment"))
+    }
+
+    fn space(&self) -> Result<Space, StoreError> {
+        let mut space = Space { free_bytes: free_bytes(&self.directory)?, ..Space::default() };
+        for name in ["meta", "parked", "quarantine"] {
+            let used = disk_bytes(&self.directory.join(name));
+            space.other_bytes += used.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
+        }
+        space.quarantined_segments = self.quarantined()?.len() as u64;
+        Ok(space)
+    }
+
+    fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
+        Ok(Arc::new(SledState::open(&self.directory, name)?))
+    }
+}
+
+impl SledStore {
+    fn try_prepare(&self, path: &Path) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        fs::create_dir_all(path).map_err(StoreError::io("create segment"))?;
+        let SegmentShape { slots, sled_segment_bytes, .. } = self.shape;
+        let db = SledStore::open_db(path, sled_segment_bytes)?;
+        let file = own_descriptor(path)?;
+        reserve(&file, self.shape.reserved_bytes)?;
+        guard("prepare slots", || {
+            for slot in 0..slots {
+                db.insert(key(slot), sled::IVec::default())?;
+            }
+            db.flush()
+        })?;
+        file.sync_all().map_err(StoreError::io("sync segment"))?;
+        write_marker(path, slots, sled_segment_bytes)?;
+        let conf = File::open(path.join("conf")).and_then(|conf| conf.sync_all());
+        conf.map_err(StoreError::io("sync segment"))?;
+        sync_directory(path)?;
+        sync_directory(&self.wal())?;
+        Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
+    }
+
+    /// Slots and sled's `segment_size` of a segment, from its marker. If that is damaged: every slot there may be, and what
+    /// sled's own note says.
+    fn read_marker(&self, path: &Path) -> Result<(u32, usize), StoreError> {
+        let marker = fs::read(path.join(READY)).map_err(StoreError::io("read segment marker"))?;
+        let numbers = str::from_utf8(&marker).ok().and_then(|marker| {
+            let mut words = marker.split_whitespace();
+            let (slots, bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+            (marker == marker_line(slots, bytes)).then_some((slots, bytes))
+        });
+        Ok(numbers.unwrap_or_else(|| {
+            tracing::warn!(segment = %path.display(), "segment marker is damaged");
+            (SLOTS_MAX, conf_segment_bytes(path).unwrap_or(self.shape.sled_segment_bytes))
+        }))
+    }
+}
+
+/// The marker keeps the segment's shape, so that `wal.segment_bytes` may change while there is a backlog.
+fn write_marker(path: &Path, slots: u32, sled_segment_bytes: usize) -> Result<(), StoreError> {
+    let write = File::create(path.join(READY)).and_then(|mut ready| {
+        ready.write_all(marker_line(slots, sled_segment_bytes).as_bytes())?;
+        ready.sync_all()
+    });
+    write.map_err(StoreError::io("mark segment ready"))
+}
+
+/// Slots, sled's `segment_size`, and a CRC-32C of both.
+fn marker_line(slots: u32, sled_segment_bytes: usize) -> String {
+    let shape = format!("{slots} {sled_segment_bytes}");
+    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, shape.as_bytes());
+    format!("{shape} {crc:08x}\n")
+}
+
+/// The `segment_size` that sled noted in its `conf`: with another one it would take the log for rubbish and empty it.
+fn conf_segment_bytes(path: &Path) -> Option<usize> {
+    let conf = fs::read(path.join("conf")).ok()?;
+    let line = conf.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"segment_size: "))?;
+    let bytes: usize = str::from_utf8(line).ok()?.parse().ok()?;
+    SegmentShape::is_sled_segment_bytes(bytes).then_some(bytes)
+}
+
+fn key(slot: u32) -> [u8; 8] {
+    u64::from(slot).to_be_bytes()
+}
+
+struct SledSegment {
+    slots: u32,
+    file: File,
+    /// Always present; taken by `drop`, because sled may panic there too.
+    db: Option<sled::Db>,
+}
+
+impl SledSegment {
+    fn db(&self) -> &sled::Db {
+        self.db.as_ref().expect("taken by drop only")
+    }
+}
+
+impl SegmentFile for SledSegment {
+    fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
+        guard("write slot", || self.db().insert(key(slot), value)).map(|_| ())
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        guard("flush segment", || self.db().flush())?;
+        self.file.sync_data().map_err(StoreError::io("sync segment"))
+    }
+
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
+        let value = guard("read slot", || self.db().get(key(slot)))?;
+        Ok(value.map(Bytes::from_owner).unwrap_or_default())
+    }
+
+    fn slots(&self) -> u32 {
+        self.slots
+    }
+}
+
+impl Drop for SledSegment {
+    fn drop(&mut self) {
+        let db = self.db.take();
+        if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
+            tracing::warn!("closing a segment panicked");
+        }
+    }
+}

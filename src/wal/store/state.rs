@@ -1,0 +1,110 @@
+//! The small maps on sled.
+
+use std::fs::{self, File};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use super::files::{own_descriptor, sync_directory};
+use super::{Entry, STATE_VALUE_BYTES_MAX, StateDb, guard, open_by_ladder};
+use crate::wal::error::StoreError;
+
+/// A small map on sled. After an error its Db is opened anew, because sled keeps the error for good.
+pub(super) struct SledState {
+    path: PathBuf,
+    open: Mutex<Option<(sled::Db, File)>>,
+}
+
+impl SledState {
+    /// Opens the map called `name`, or makes a new one. One that cannot be read is set aside, and a new one made.
+    pub(super) fn open(directory: &Path, name: &str) -> Result<SledState, StoreError> {
+        let path = directory.join(name);
+        match SledState::open_whole(&path) {
+            Err(error) if error.is_damage() => {
+                let aside = set_aside(directory, name)?;
+                tracing::error!(%error, aside = %aside.display(), "{name} is damaged, set aside; it begins anew");
+                SledState::open_whole(&path)
+            }
+            state => state,
+        }
+    }
+
+    fn open_whole(path: &Path) -> Result<SledState, StoreError> {
+        let existed = path.exists();
+        fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
+        let state = SledState { path: path.to_path_buf(), open: Mutex::new(None) };
+        // Read through once: damage shows now, while it can be set aside, and not when the service rests on it.
+        state.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(drop)))?;
+        if !existed {
+            state.sync()?;
+            for synced in [path, path.parent().expect("it is below wal.directory")] {
+                sync_directory(synced)?;
+            }
+        }
+        Ok(state)
+    }
+
+    fn with<T>(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce(&(sled::Db, File)) -> sled::Result<T>,
+    ) -> Result<T, StoreError> {
+        let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if open.is_none() {
+            let config =
+                sled::Config::new().path(&self.path).segment_size(4 << 20).cache_capacity(8 << 20).flush_every_ms(None);
+            let db = open_by_ladder(&self.path, || guard("open state", || config.open()))?;
+            *open = Some((db, own_descriptor(&self.path)?));
+        }
+        let result = guard(operation, || call(open.as_ref().expect("opened above")));
+        if result.is_err() {
+            let broken = open.take();
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
+        }
+        result
+    }
+}
+
+/// Moves a map into quarantine, under the first free number.
+fn set_aside(directory: &Path, name: &str) -> Result<PathBuf, StoreError> {
+    let quarantine = directory.join("quarantine");
+    let free = |number: &u32| !quarantine.join(format!("{name}-{number}")).exists();
+    let target = quarantine.join(format!("{name}-{}", (1..).find(free).expect("there is always a next number")));
+    fs::rename(directory.join(name), &target).map_err(StoreError::io("set state aside"))?;
+    sync_directory(&quarantine)?;
+    sync_directory(directory)?;
+    Ok(target)
+}
+
+impl StateDb for SledState {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.with("read state", |(db, _)| Ok(db.get(key)?.map(|value| value.to_vec())))
+    }
+
+    fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        assert!(value.len() <= STATE_VALUE_BYTES_MAX, "a larger value would become an unsynced blob file");
+        self.with("write state", |(db, _)| db.insert(key, value)).map(|_| ())
+    }
+
+    fn remove(&self, key: &[u8]) -> Result<(), StoreError> {
+        self.with("remove state", |(db, _)| db.remove(key)).map(|_| ())
+    }
+
+    fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<Entry>, StoreError> {
+        self.with("scan state", |(db, _)| {
+            let entries = db.range(from.to_vec()..).take(limit);
+            entries.map(|entry| entry.map(|(key, value)| (key.to_vec(), value.to_vec()))).collect()
+        })
+    }
+
+    fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.with("read state", |(db, _)| Ok(db.last()?.map(|(key, _)| key.to_vec())))
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        self.with("sync state", |(db, file)| {
+            db.flush()?;
+            file.sync_data().map_err(sled::Error::from)
+        })
+    }
+}
