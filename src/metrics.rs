@@ -46,6 +46,8 @@ pub struct IngestMetrics {
     /// Their bytes, as protobuf.
     pub received_bytes: Counter,
     rejected_batches: Vec<(RejectReason, Counter)>,
+    /// Retries of durable batches, acked and not stored again.
+    pub duplicate_batches: Counter,
     /// From request read to ack written.
     pub ack_duration: Histogram,
 }
@@ -159,6 +161,7 @@ impl IngestMetrics {
                     (reason, counter!("ringtail_ingest_rejected_batches_total", &labels))
                 })
                 .to_vec(),
+            duplicate_batches: counter!("ringtail_ingest_duplicate_batches_total", "protocol" => protocol),
             ack_duration: histogram!("ringtail_ingest_ack_duration_seconds", "protocol" => protocol),
         }
     }
@@ -244,6 +247,10 @@ fn describe() {
     describe_counter!("ringtail_ingest_received_events_total", "Events of decoded requests, before admission.");
     describe_counter!("ringtail_ingest_received_bytes_total", "Bytes of decoded requests, before admission.");
     describe_counter!("ringtail_ingest_rejected_batches_total", "Requests refused and never acked, by reason.");
+    describe_counter!(
+        "ringtail_ingest_duplicate_batches_total",
+        "Retries of batches that were durable before: acked and not stored again."
+    );
     describe_histogram!("ringtail_ingest_ack_duration_seconds", "From request read to ack written.");
     describe_counter!("ringtail_wal_committed_batches_total", "Batches made durable.");
     describe_counter!("ringtail_wal_committed_events_total", "Events made durable.");

@@ -137,6 +137,26 @@ pub struct WalConfig {
     pub free_bytes_min: ByteSize,
     /// What happens to new batches when the log is full.
     pub when_full: WhenFull,
+    /// Batches older than this are not delivered any more; zero: there is no such age.
+    #[serde(with = "humantime_serde")]
+    pub age_max: Duration,
+    /// What happens to what is older than `age_max`.
+    pub when_aged: WhenAged,
+    /// How a retried batch is known again.
+    pub dedup: DedupConfig,
+}
+
+/// `[wal.dedup]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DedupConfig {
+    /// Whether a retry of a durable batch is acked and not stored again.
+    pub enabled: bool,
+    /// Newest batches that are remembered. At least 1, at most 10 million. Each takes up to 100 bytes of memory.
+    pub entries_max: usize,
+    /// For how long. At least 1 s.
+    #[serde(with = "humantime_serde")]
+    pub age_max: Duration,
 }
 
 /// What happens when the log is full.
@@ -145,6 +165,18 @@ pub struct WalConfig {
 pub enum WhenFull {
     /// New batches are refused with "try again"; nothing that was acked is touched.
     Reject,
+    /// The oldest segments go, delivered or not, and every event in them is counted.
+    DropOldest,
+}
+
+/// What happens to batches older than `age_max`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenAged {
+    /// Their events are counted and gone.
+    Drop,
+    /// Their events are kept as dead letters.
+    Park,
 }
 
 /// `[forward]`
@@ -273,7 +305,16 @@ impl Default for WalConfig {
             bytes_max: ByteSize::gib(8),
             free_bytes_min: ByteSize::mib(512),
             when_full: WhenFull::Reject,
+            age_max: Duration::ZERO,
+            when_aged: WhenAged::Drop,
+            dedup: DedupConfig::default(),
         }
+    }
+}
+
+impl Default for DedupConfig {
+    fn default() -> Self {
+        DedupConfig { enabled: true, entries_max: 200_000, age_max: Duration::from_secs(24 * 60 * 60) }
     }
 }
 

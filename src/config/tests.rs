@@ -146,7 +146,7 @@ fn every_problem_is_reported_at_once_with_its_place() {
         "ingest.connections_max: is string \"many\", must be a whole number, not negative (",
         "ringtail.toml:3)",
         "ingest.nonsense: unknown key",
-        "wal.when_full: is \"panic\", must be one of reject (",
+        "wal.when_full: is \"panic\", must be one of reject, drop_oldest (",
         "ringtail.toml:6)",
         "wal.segment_bytes = \"1MiB\": must be at least 8MiB (environment variable RINGTAIL_WAL__SEGMENT_BYTES)",
         "ingest.batch_bytes_max = \"4MiB\": must be at most half of wal.segment_bytes, 1MiB (default)",

@@ -200,6 +200,15 @@ impl WalConfig {
         check.that(self.bytes_max >= min, "wal.bytes_max", || {
             format!("must be at least {SEGMENTS_MIN} times wal.segment_bytes, {}", size::exact(min))
         });
+        let age = self.age_max;
+        check.that(age.is_zero() || age >= Duration::from_secs(1), "wal.age_max", || {
+            "must be at least 1s, or 0s for none".into()
+        });
+        const ENTRIES_MAX: usize = 10_000_000;
+        let entries = self.dedup.entries_max;
+        check.at_least_one(entries as u64, "wal.dedup.entries_max");
+        check.that(entries <= ENTRIES_MAX, "wal.dedup.entries_max", || format!("must be at most {ENTRIES_MAX}"));
+        check.duration_min(self.dedup.age_max, 1000, "wal.dedup.age_max");
     }
 }
 

@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use metrics::Counter;
 use tokio_util::sync::CancellationToken;
 
 use super::Protocol;
@@ -15,7 +16,7 @@ use super::rejection::{RejectReason, Rejection};
 use crate::batch::{Batch, Client, Request, now_ms};
 use crate::config::IngestConfig;
 use crate::metrics::Metrics;
-use crate::wal::{Commit, Wal};
+use crate::wal::{Commit, Stored, Wal};
 
 /// Checks batches and appends them to the log.
 pub(super) struct Admission {
@@ -29,12 +30,16 @@ pub(super) struct Admission {
 }
 
 /// Resolves once the batch is durable, or will not be.
-#[derive(Debug)]
 pub(super) enum Ticket {
     /// A batch without events: there is nothing to keep.
     Empty,
     /// On its way to the disk.
-    Commit(Commit),
+    Commit {
+        /// Resolves once it is there.
+        commit: Commit,
+        /// Counts it, if it was there before.
+        duplicates: Counter,
+    },
 }
 
 impl Future for Ticket {
@@ -43,9 +48,12 @@ impl Future for Ticket {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut *self {
             Ticket::Empty => Poll::Ready(Ok(())),
-            Ticket::Commit(commit) => {
-                Pin::new(commit).poll(context).map(|result| result.map(|_| ()).map_err(Rejection::from))
-            }
+            Ticket::Commit { commit, duplicates } => Pin::new(commit).poll(context).map(|result| {
+                if result? == Stored::Before {
+                    duplicates.increment(1);
+                }
+                Ok(())
+            }),
         }
     }
 }
@@ -77,7 +85,8 @@ impl Admission {
             return Ok(Ticket::Empty);
         }
         let batch = Batch { received_at_ms: now_ms(), client: client.clone(), request };
-        Ok(Ticket::Commit(self.wal.append(batch)?))
+        let commit = self.wal.append(batch)?;
+        Ok(Ticket::Commit { commit, duplicates: metrics.duplicate_batches.clone() })
     }
 
     /// Counts a refusal. Called once for each, by the protocol that sends it.

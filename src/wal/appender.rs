@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
+use super::dedup::{Fingerprint, Known, Window};
 use super::error::{AppendError, CommitError, StoreError};
 use super::log::{Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
@@ -22,46 +23,81 @@ use crate::batch::{Batch, Sequence};
 /// Most bytes of one group commit, unless a single batch is larger.
 const GROUP_BYTES_MAX: usize = 4 << 20;
 
-/// Batches that wait for their commit.
-#[derive(Default)]
+/// Batches that wait for their commit, and those that had it.
 pub(super) struct Queue {
     waiting: VecDeque<Waiting>,
     /// Request bytes waiting or being committed.
     bytes: u64,
     closing: bool,
+    /// Under the same lock, so that of two equal batches one is always the first.
+    pub window: Window,
 }
 
 struct Waiting {
     batch: Batch,
     /// Bytes of its record.
     bytes: usize,
-    done: oneshot::Sender<Result<Sequence, CommitError>>,
+    fingerprint: Option<Fingerprint>,
+    done: oneshot::Sender<Done>,
+}
+
+/// What came of a batch.
+pub(super) type Done = Result<Sequence, CommitError>;
+
+/// How a batch came to be durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// Under this sequence.
+    New(Sequence),
+    /// It is a retry: an earlier call stored it.
+    Before,
 }
 
 /// Resolves once the batch is durable, or will not be.
 #[derive(Debug)]
-pub struct Commit(oneshot::Receiver<Result<Sequence, CommitError>>);
+pub struct Commit {
+    /// None: it was durable before.
+    done: Option<oneshot::Receiver<Done>>,
+    /// The log has, or is just getting, this very batch from an earlier call.
+    is_retry: bool,
+}
 
 impl Future for Commit {
-    type Output = Result<Sequence, CommitError>;
+    type Output = Result<Stored, CommitError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let is_retry = self.is_retry;
+        let Some(done) = &mut self.done else { return Poll::Ready(Ok(Stored::Before)) };
         // The sender is only dropped unused when the commit thread panicked.
-        Pin::new(&mut self.0).poll(context).map(|result| result.unwrap_or(Err(CommitError::Poisoned)))
+        let result = Pin::new(done).poll(context).map(|result| result.unwrap_or(Err(CommitError::Poisoned)));
+        result.map_ok(|sequence| if is_retry { Stored::Before } else { Stored::New(sequence) })
     }
 }
 
-/// Queues a batch for the next commit.
-pub(super) fn append(shared: &Shared, batch: Batch) -> Result<Commit, AppendError> {
-    let (bytes, request_bytes) = (record_bytes(&batch), batch.request.as_bytes().len() as u64);
-    if shared.log().full_since.is_some() {
-        return Err(AppendError::Full);
+impl Queue {
+    pub fn new(window: Window) -> Queue {
+        Queue { waiting: VecDeque::new(), bytes: 0, closing: false, window }
     }
-    let (done, commit) = oneshot::channel();
+}
+
+/// Queues a batch for the next commit, unless the log knows it already by its `fingerprint`.
+pub(super) fn append(shared: &Shared, batch: Batch, fingerprint: Option<Fingerprint>) -> Result<Commit, AppendError> {
+    let (bytes, request_bytes) = (record_bytes(&batch), batch.request.as_bytes().len() as u64);
+    let full = shared.log().full_since.is_some();
     let mut queue = shared.queue();
     // Under the queue's lock, or the commit thread could have looked for the last time already.
     if shared.failed.is_cancelled() {
         return Err(AppendError::Poisoned);
+    }
+    // A retry needs no room: it is acked even when there is none.
+    let known = fingerprint.map(|fingerprint| queue.window.look_up(&fingerprint, batch.received_at_ms));
+    match known {
+        Some(Known::Durable) => return Ok(Commit { done: None, is_retry: true }),
+        Some(Known::Pending(done)) => return Ok(Commit { done: Some(done), is_retry: true }),
+        Some(Known::New) | None => {}
+    }
+    if full {
+        return Err(AppendError::Full);
     }
     if queue.closing {
         return Err(AppendError::Stopping);
@@ -69,12 +105,16 @@ pub(super) fn append(shared: &Shared, batch: Batch) -> Result<Commit, AppendErro
     if queue.bytes + request_bytes > shared.queue_bytes_max {
         return Err(AppendError::Overloaded { queued_bytes: queue.bytes, limit: shared.queue_bytes_max });
     }
+    if let Some(fingerprint) = fingerprint {
+        queue.window.begin(fingerprint);
+    }
+    let (done, commit) = oneshot::channel();
     queue.bytes += request_bytes;
-    queue.waiting.push_back(Waiting { batch, bytes, done });
+    queue.waiting.push_back(Waiting { batch, bytes, fingerprint, done });
     if queue.waiting.len() == 1 {
         shared.queue_changed.notify_one();
     }
-    Ok(Commit(commit))
+    Ok(Commit { done: Some(commit), is_retry: false })
 }
 
 /// No more batches: the commit thread ends once the queue is empty.
@@ -94,6 +134,7 @@ struct Active {
 /// Refuses everything that waits; for when nothing is committed any more.
 pub(super) fn refuse_all(queue: &mut Queue) {
     queue.bytes = 0;
+    queue.window.refuse_all(&CommitError::Poisoned);
     refuse(queue.waiting.drain(..), &CommitError::Poisoned);
 }
 
@@ -238,14 +279,24 @@ impl Appender {
             log.active = Some((active.id, active.slots_used));
         }
         self.shared.log_changed.notify_all();
-        for (sequence, waiting) in (before.sequence..).zip(chunks.into_iter().flatten()) {
-            // The client may be gone; its batch is durable all the same.
-            let _ = waiting.done.send(Ok(Sequence(sequence)));
+        let mut retries = Vec::new();
+        {
+            let mut queue = self.shared.queue();
+            // Already 0 if the log failed meanwhile.
+            queue.bytes = queue.bytes.saturating_sub(tail.bytes - before.bytes);
+            for (sequence, waiting) in (before.sequence..).zip(chunks.iter().flatten()) {
+                if let Some(fingerprint) = waiting.fingerprint {
+                    let waited = queue.window.commit(fingerprint, waiting.batch.received_at_ms);
+                    retries.extend(waited.into_iter().map(|done| (sequence, done)));
+                }
+            }
+            queue.window.committed_until(tail.sequence);
         }
-        let mut queue = self.shared.queue();
-        // Already 0 if the log failed meanwhile.
-        queue.bytes = queue.bytes.saturating_sub(tail.bytes - before.bytes);
-        drop(queue);
+        let firsts = (before.sequence..).zip(chunks.into_iter().flatten().map(|waiting| waiting.done));
+        for (sequence, done) in firsts.chain(retries) {
+            // The client may be gone; its batch is durable all the same.
+            let _ = done.send(Ok(Sequence(sequence)));
+        }
         let metrics = &self.shared.metrics.wal;
         metrics.committed_batches.increment(tail.sequence - before.sequence);
         metrics.committed_events.increment(tail.events - before.events);
@@ -292,6 +343,9 @@ impl Appender {
         let waiting: Vec<_> = queue.waiting.drain(..).collect();
         let bytes: u64 = waiting.iter().map(|waiting| waiting.batch.request.as_bytes().len() as u64).sum();
         queue.bytes = queue.bytes.saturating_sub(bytes);
+        for fingerprint in waiting.iter().filter_map(|waiting| waiting.fingerprint) {
+            queue.window.refuse(&fingerprint, error);
+        }
         drop(queue);
         refuse(waiting, error);
     }

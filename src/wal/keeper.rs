@@ -1,4 +1,4 @@
-//! The keeper thread: prepares spare segments, saves the cursor, removes what was delivered, watches the disk.
+//! The keeper thread: prepares spare segments, saves the cursor and the dedup window, removes what was delivered, watches the disk.
 //!
 //! All of it is off the commit path. A segment is removed as a whole, and only once the cursor that has left it is
 //! durable: a stale cursor costs duplicates, never loss.
@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::appender::FailOnPanic;
+use super::dedup::SavedWindow;
 use super::error::StoreError;
-use super::log::Shared;
+use super::log::{Segment, Shared};
 use super::{cursor, losses};
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
@@ -21,13 +22,21 @@ pub(super) struct Keeper {
     shared: Arc<Shared>,
     /// The tail as saved with the cursor.
     saved_tail: u64,
+    /// The dedup window as saved.
+    saved_window: SavedWindow,
+    /// What recovery found, or what a failed save may have lost, is saved.
+    window_is_saved: bool,
+    /// Batches before this sequence are durable in the saved window.
+    durable_window_end: u64,
     last_pass: Option<Instant>,
     last_error: Option<String>,
 }
 
 impl Keeper {
-    pub fn new(shared: Arc<Shared>) -> Keeper {
-        Keeper { shared, saved_tail: 0, last_pass: None, last_error: None }
+    pub fn new(shared: Arc<Shared>, saved_window: SavedWindow) -> Keeper {
+        let durable_window_end = saved_window.end_sequence;
+        let (window_is_saved, last_pass, last_error) = (false, None, None);
+        Keeper { shared, saved_tail: 0, saved_window, window_is_saved, durable_window_end, last_pass, last_error }
     }
 
     /// Keeps the log until it is closed.
@@ -39,7 +48,7 @@ impl Keeper {
             self.report(result);
         }
         // The cursor is saved last: nothing moves it any more.
-        let result = self.save_cursor().and_then(|()| self.trim());
+        let result = self.save().and_then(|()| self.trim());
         self.report(result);
     }
 
@@ -68,7 +77,7 @@ impl Keeper {
         // The active segment's successor comes first: commits may wait for it.
         let prepared = self.prepare_spares();
         let sealed = self.seal();
-        let trimmed = self.save_cursor().and_then(|()| self.trim());
+        let trimmed = self.save().and_then(|()| self.trim());
         self.shared.pool.close_unused();
         let space = self.shared.store.space()?;
         self.shared.log().space = space;
@@ -144,12 +153,42 @@ impl Keeper {
         Ok(())
     }
 
+    /// Saves what recovery needs: the dedup window, the losses, the cursor. All of it, or it is tried again.
+    fn save(&mut self) -> Result<(), StoreError> {
+        let saved = self.save_window().and_then(|()| self.save_cursor());
+        if saved.is_err() {
+            // What `meta` took before its error may be gone.
+            self.shared.queue().window.save_again();
+            self.window_is_saved = false;
+        }
+        saved
+    }
+
+    /// Saves the dedup window when a segment is full: what is in the segment that is being filled is found there again.
+    /// Durable with the cursor, which is saved next.
+    fn save_window(&mut self) -> Result<(), StoreError> {
+        let saved = self.saved_window.end_sequence;
+        let is_full = |segment: &Segment| segment.end.is_some_and(|end| end.sequence > saved);
+        if !self.shared.dedup || (self.window_is_saved && !self.shared.log().segments.values().any(is_full)) {
+            return Ok(());
+        }
+        let unsaved = self.shared.queue().window.take_unsaved();
+        self.saved_window.save(&*self.shared.meta, &unsaved)?;
+        self.window_is_saved = true;
+        Ok(())
+    }
+
     fn save_cursor(&mut self) -> Result<(), StoreError> {
         let (cursor, tail, saved, losses) = {
             let log = self.shared.log();
             (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone())
         };
-        if cursor == saved && tail.sequence == self.saved_tail && losses.is_empty() {
+        let window_end = self.saved_window.end_sequence;
+        if cursor == saved
+            && tail.sequence == self.saved_tail
+            && losses.is_empty()
+            && window_end == self.durable_window_end
+        {
             return Ok(());
         }
         let meta = &*self.shared.meta;
@@ -157,6 +196,7 @@ impl Keeper {
         losses.iter().try_for_each(|loss| losses::put(meta, loss))?;
         cursor::save(meta, cursor, tail)?;
         self.saved_tail = tail.sequence;
+        self.durable_window_end = window_end;
         let mut log = self.shared.log();
         log.saved_cursor = cursor;
         log.unsaved_losses.drain(..losses.len());
@@ -171,6 +211,10 @@ impl Keeper {
                 log.segments.range(..log.saved_cursor.segment).next().map(|(id, segment)| (*id, *segment))
             };
             let Some((id, segment)) = first else { return Ok(()) };
+            // Its batches are not known again before they are saved. Segments from before the start were saved first of all.
+            if self.shared.dedup && segment.end.is_some_and(|end| end.sequence > self.durable_window_end) {
+                return Ok(());
+            }
             self.shared.pool.close_unused();
             if segment.damaged {
                 self.shared.store.quarantine(id)?;

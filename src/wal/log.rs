@@ -8,6 +8,7 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::appender::{Queue, refuse_all};
+use super::dedup::Window;
 use super::error::StoreError;
 use super::losses::Loss;
 use super::record::Totals;
@@ -143,6 +144,8 @@ pub(super) struct Shared {
     pub metrics: Arc<Metrics>,
     pub pool: Pool,
     pub queue: Mutex<Queue>,
+    /// Remembers batches, and knows retries.
+    pub dedup: bool,
     pub queue_changed: Condvar,
     log: Mutex<Log>,
     /// Any change of [`Log`] that another thread may wait for.
@@ -160,22 +163,24 @@ impl Shared {
         config: &WalConfig,
         queue_bytes_max: u64,
         shape: SegmentShape,
-        store: Arc<dyn Store>,
+        pool: Pool,
         meta: Arc<dyn StateDb>,
         parked: Arc<dyn StateDb>,
         metrics: Arc<Metrics>,
         log: Log,
+        window: Window,
     ) -> Shared {
         Shared {
             config: config.clone(),
             queue_bytes_max,
             shape,
-            pool: Pool::new(store.clone()),
-            store,
+            store: pool.store.clone(),
+            pool,
             meta,
             parked,
             metrics,
-            queue: Mutex::default(),
+            dedup: window.is_on(),
+            queue: Mutex::new(Queue::new(window)),
             queue_changed: Condvar::new(),
             log: Mutex::new(log),
             log_changed: Condvar::new(),
@@ -227,8 +232,13 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    fn new(store: Arc<dyn Store>) -> Pool {
+    pub fn new(store: Arc<dyn Store>) -> Pool {
         Pool { store, open: Mutex::default() }
+    }
+
+    /// Where the segments are.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
     }
 
     /// The segment's handle, opened if it is not.

@@ -21,6 +21,7 @@
 
 mod appender;
 mod cursor;
+mod dedup;
 mod error;
 mod keeper;
 mod log;
@@ -42,7 +43,7 @@ use std::thread::JoinHandle;
 
 use tokio_util::sync::CancellationToken;
 
-pub use appender::Commit;
+pub use appender::{Commit, Stored};
 pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
 pub use log::Position;
 pub use losses::Loss;
@@ -50,9 +51,10 @@ pub use reader::{Reader, Record};
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
 use crate::batch::Batch;
-use crate::config::WalConfig;
+use crate::config::{DedupConfig, WalConfig};
 use crate::metrics::Metrics;
-use log::Shared;
+use dedup::Window;
+use log::{Pool, Shared};
 use recovery::Mode;
 use store::{SegmentShape, SledStore, Store};
 
@@ -133,10 +135,14 @@ impl Wal {
         lock: Option<File>,
     ) -> Result<Wal, OpenError> {
         let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
-        let log = recovery::recover(&*store, &*meta, Mode::Repair)?;
-        let shared = Arc::new(Shared::new(config, queue_bytes_max, shape, store, meta, parked, metrics, log));
+        let pool = Pool::new(store);
+        let log = recovery::recover(&pool, &*meta, Mode::Repair)?;
+        let mut window = Window::new(&config.dedup);
+        let saved_window = recovery::recover_window(&pool, &*meta, &log, &mut window)?;
+        let shared = Shared::new(config, queue_bytes_max, shape, pool, meta, parked, metrics, log, window);
+        let shared = Arc::new(shared);
         let appender = appender::Appender::new(shared.clone());
-        let keeper = keeper::Keeper::new(shared.clone());
+        let keeper = keeper::Keeper::new(shared.clone(), saved_window);
         let threads = Threads {
             appender: Some(spawn("wal-commit", move || appender.run())),
             keeper: Some(spawn("wal-keeper", move || keeper.run())),
@@ -145,12 +151,14 @@ impl Wal {
         Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) })
     }
 
-    /// Queues a batch for the next commit. The order of calls is the order of the log. Does not block on the disk.
+    /// Queues a batch for the next commit. The order of calls is the order of the log. Does not block on the disk. A retry
+    /// of a batch that the log knows (`dedup.rs`) is not stored again: its [`Commit`] resolves once the first one is durable.
     ///
     /// # Errors
     /// [`AppendError`]: nothing was changed.
     pub fn append(&self, batch: Batch) -> Result<Commit, AppendError> {
-        appender::append(&self.shared, batch)
+        let fingerprint = if self.shared.dedup { dedup::fingerprint(&batch) } else { None };
+        appender::append(&self.shared, batch, fingerprint)
     }
 
     /// Queues a batch that was in the log before (an export, a salvaged segment), even if the log remembers it.
@@ -158,7 +166,7 @@ impl Wal {
     /// # Errors
     /// [`AppendError`]: nothing was changed.
     pub fn restore(&self, batch: Batch) -> Result<Commit, AppendError> {
-        appender::append(&self.shared, batch)
+        appender::append(&self.shared, batch, None)
     }
 
     /// A reader that starts at the cursor.
@@ -240,8 +248,10 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let shape = SegmentShape::new(config.segment_bytes.as_u64());
     let store = Arc::new(SledStore::new(&config.directory, shape)?);
     let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
-    let log = recovery::recover(&*store, &*meta, Mode::Inspect)?;
-    let shared = Arc::new(Shared::new(config, 0, shape, store, meta, parked, Metrics::new(), log));
+    let pool = Pool::new(store);
+    let log = recovery::recover(&pool, &*meta, Mode::Inspect)?;
+    let window = Window::new(&DedupConfig { enabled: false, ..DedupConfig::default() });
+    let shared = Arc::new(Shared::new(config, 0, shape, pool, meta, parked, Metrics::new(), log, window));
     let threads = Threads { appender: None, keeper: None, _lock: Some(lock) };
     Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) }.status())
 }

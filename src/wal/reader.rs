@@ -13,7 +13,7 @@ use bytes::Bytes;
 use super::error::{ReadError, StoreError};
 use super::log::{Position, Shared};
 use super::losses::Loss;
-use super::record::{ChunkError, ChunkHeader, Totals, decode_chunk, split_record};
+use super::record::{ChunkError, ChunkHeader, RawRecord, Totals, decode_chunk, split_record};
 use super::store::SegmentFile;
 use crate::batch::{Batch, Sequence, now_ms};
 
@@ -96,7 +96,7 @@ impl Reader {
 
     /// Goes back to the cursor, to read again what was not delivered.
     pub fn rewind(&mut self) {
-        self.chunk = None;
+        (self.chunk, self.open) = (None, None);
         self.at = self.shared.log().cursor;
     }
 
@@ -110,7 +110,7 @@ impl Reader {
                 self.chunk = None;
             }
             let slot = self.at.slot;
-            match record.and_then(|record| Ok((record.after(before), record.decode()))) {
+            match record.map(|record| (record.after(before), record.decode())) {
                 Ok((after, Ok(batch))) => {
                     self.at.totals = after;
                     return Some(Record { sequence, batch, end: self.at });
@@ -356,6 +356,23 @@ pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32) -> Result<Option<(T
         }
     }
     Ok(None)
+}
+
+/// Every record of a segment that can be read, in order, with its sequence; for recovery.
+pub(super) fn for_each_record(file: &dyn SegmentFile, mut each: impl FnMut(u64, RawRecord)) -> Result<(), StoreError> {
+    let (mut slot, slots) = (0, file.slots());
+    while slot < slots {
+        let Slot::Chunk { header, mut body, next_slot } = read_slot(file, slot, slots)? else {
+            slot += 1;
+            continue;
+        };
+        for sequence in header.before.sequence..header.before.sequence + u64::from(header.records) {
+            let Ok(record) = split_record(&mut body) else { break };
+            each(sequence, record);
+        }
+        slot = next_slot;
+    }
+    Ok(())
 }
 
 /// What a segment holds, for recovery.

@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
-use super::log::{Log, Position, Segment};
-use super::reader::{Content, first_chunk, last_totals};
+use super::log::{Log, Pool, Position, Segment};
+use super::reader::{Content, first_chunk, for_each_record, last_totals};
 use super::record::Totals;
-use super::store::{StateDb, Store};
+use super::store::StateDb;
 use super::{cursor, losses};
 
 /// Whether recovery may change what it finds.
@@ -22,7 +23,8 @@ pub(super) enum Mode {
 }
 
 /// Recovers the state of the log.
-pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
+pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
+    let store = pool.store();
     let saved = cursor::load(meta)?;
     if mode == Mode::Repair {
         store.remove_unfinished(saved.map_or(0, |(cursor, _)| cursor.segment))?;
@@ -32,8 +34,8 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
     let used = ids.last().copied().max(store.quarantined()?.last().copied());
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
-    let found_tail = find_tail(store, &mut segments, mode)?;
-    let oldest = if saved.is_some() { None } else { find_head(store, &segments)? };
+    let found_tail = find_tail(pool, &mut segments, mode)?;
+    let oldest = if saved.is_some() { None } else { find_head(pool, &segments)? };
 
     let (cursor, saved_tail) = saved.unwrap_or_else(|| {
         let (segment, totals) = oldest.unwrap_or((next_segment - 1, found_tail));
@@ -72,14 +74,14 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
         closing: false,
     };
     log.leave_delivered_segments();
-    note_oldest(store, &mut log)?;
+    note_oldest(pool, &mut log)?;
     Ok(log)
 }
 
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
-fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
+fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
-        let content = match store.open(id) {
+        let content = match pool.get(id) {
             Ok(file) => last_totals(&*file)?,
             Err(error) if !error.is_damage() => return Err(error),
             Err(error) => {
@@ -93,10 +95,14 @@ fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mod
                 return Ok(totals);
             }
             Content::Damaged if mode == Mode::Repair => {
-                store.quarantine(id)?;
+                pool.close_unused();
+                pool.store().quarantine(id)?;
                 tracing::error!(segment = id, "segment holds no readable record, set aside");
             }
-            Content::Nothing if mode == Mode::Repair => store.remove(id)?,
+            Content::Nothing if mode == Mode::Repair => {
+                pool.close_unused();
+                pool.store().remove(id)?;
+            }
             Content::Damaged | Content::Nothing => {}
         }
         segments.remove(&id);
@@ -105,9 +111,9 @@ fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mod
 }
 
 /// The beginning of the oldest segment that opens: where to start without a cursor.
-fn find_head(store: &dyn Store, segments: &BTreeMap<u64, Segment>) -> Result<Option<(u64, Totals)>, StoreError> {
+fn find_head(pool: &Pool, segments: &BTreeMap<u64, Segment>) -> Result<Option<(u64, Totals)>, StoreError> {
     for id in segments.keys() {
-        match store.open(*id) {
+        match pool.get(*id) {
             Ok(file) => {
                 if let Some((totals, _)) = first_chunk(&*file, 0)? {
                     return Ok(Some((*id, totals)));
@@ -122,16 +128,55 @@ fn find_head(store: &dyn Store, segments: &BTreeMap<u64, Segment>) -> Result<Opt
 }
 
 /// Finds out how old the backlog is.
-fn note_oldest(store: &dyn Store, log: &mut Log) -> Result<(), StoreError> {
+fn note_oldest(pool: &Pool, log: &mut Log) -> Result<(), StoreError> {
     if log.pending().sequence == 0 {
         return Ok(());
     }
     let Some(id) = log.segments.range(log.cursor.segment..).next().map(|(id, _)| *id) else { return Ok(()) };
     let from = if id == log.cursor.segment { log.cursor.slot } else { 0 };
-    if let Ok(file) = store.open(id)
+    if let Ok(file) = pool.get(id)
         && let Some((_, received_at_ms)) = first_chunk(&*file, from)?
     {
         log.note_received(log.cursor.totals.sequence, received_at_ms);
     }
     Ok(())
+}
+
+/// Segments that are read to find batches which the saved window does not know. One is the rule; there are more only if the
+/// keeper could not save for long.
+const WINDOW_SEGMENTS_MAX: usize = 8;
+
+/// Brings the window up to the end of the log: what was saved, and then the batches of the newest segments.
+pub(super) fn recover_window(
+    pool: &Pool,
+    meta: &dyn StateDb,
+    log: &Log,
+    window: &mut Window,
+) -> Result<SavedWindow, StoreError> {
+    if !window.is_on() {
+        return Ok(SavedWindow::default());
+    }
+    let saved = SavedWindow::load(meta, window)?;
+    let mut unknown = Vec::new();
+    for id in log.segments.keys().rev().take(WINDOW_SEGMENTS_MAX) {
+        // One that does not open is the reader's business.
+        let Ok(file) = pool.get(*id) else { continue };
+        let first = first_chunk(&*file, 0)?;
+        unknown.push(file);
+        if first.is_some_and(|(totals, _)| totals.sequence <= saved.end_sequence) {
+            break;
+        }
+    }
+    for file in unknown.iter().rev() {
+        for_each_record(&**file, |sequence, record| {
+            if sequence >= saved.end_sequence
+                && let Ok(batch) = record.decode()
+                && let Some(fingerprint) = fingerprint(&batch)
+            {
+                window.remember(fingerprint, batch.received_at_ms);
+            }
+        })?;
+    }
+    window.committed_until(log.tail.sequence);
+    Ok(saved)
 }

@@ -9,10 +9,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::memory::{Faults, MemoryStore, small_shape};
-use super::store::{SegmentShape, Store};
-use super::{AppendError, Commit, CommitError, Reader, Wal};
+use super::store::{STATE_VALUE_BYTES_MAX, SegmentShape, SledStore, Store};
+use super::{AppendError, Commit, CommitError, Reader, Stored, Wal};
 use crate::batch::{Batch, Client, Request};
-use crate::config::WalConfig;
+use crate::config::{DedupConfig, WalConfig};
 use crate::metrics::Metrics;
 use crate::proto;
 
@@ -47,7 +47,10 @@ fn open_sled(directory: &Path, segment_bytes: u64) -> Wal {
 /// Waits for a commit on a thread that no runtime owns.
 fn wait(commit: Commit) -> Result<u64, CommitError> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    runtime.block_on(commit).map(|sequence| sequence.0)
+    runtime.block_on(commit).map(|stored| match stored {
+        Stored::New(sequence) => sequence.0,
+        Stored::Before => panic!("the batch is not a retry"),
+    })
 }
 
 fn drain(reader: &mut Reader) -> Vec<u64> {
@@ -295,6 +298,143 @@ fn a_batch_cut_short_by_a_crash_is_not_damage() {
     assert!(store.quarantined().unwrap().is_empty());
 }
 
+fn stored(wal: &Wal, batch: Batch) -> Stored {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(wal.append(batch).unwrap()).unwrap()
+}
+
+#[test]
+fn a_retry_is_acked_and_not_stored_again_also_after_restart_delivery_and_trim() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut wal = open_sled(directory.path(), 8 << 20);
+    // Enough to fill and trim segments.
+    for number in 1..=400 {
+        wait(wal.append(batch(number, 100_000)).unwrap()).unwrap();
+    }
+    assert_eq!(stored(&wal, batch(400, 100_000)), Stored::Before);
+    let mut reader = wal.reader();
+    for _ in 0..390 {
+        wal.deliver(reader.next_record().unwrap().unwrap().end);
+    }
+    drop(reader);
+    until("delivered segments are gone", || wal.status().segments <= 4);
+    for _ in 0..2 {
+        for number in [1, 200, 389, 390, 391, 400] {
+            assert_eq!(stored(&wal, batch(number, 100_000)), Stored::Before, "{number}");
+        }
+        wal.close();
+        drop(wal);
+        wal = open_sled(directory.path(), 8 << 20);
+    }
+    // Another name, another client, other events, or no name: not a retry.
+    assert_eq!(stored(&wal, batch(401, 100)), Stored::New(crate::batch::Sequence(401)));
+    assert_eq!(stored(&wal, batch(401, 101)), Stored::New(crate::batch::Sequence(402)));
+    let mut other = batch(401, 100);
+    other.client.id = "other".into();
+    assert_eq!(stored(&wal, other), Stored::New(crate::batch::Sequence(403)));
+    let nameless =
+        proto::SendEventRequest { req_guid: String::new(), sent_time: None, events: vec![Default::default()] };
+    let nameless = Request::parse(nameless.encode_to_vec().into()).unwrap();
+    for sequence in [404, 405] {
+        let batch = Batch { request: nameless.clone(), ..batch(0, 8) };
+        assert_eq!(stored(&wal, batch), Stored::New(crate::batch::Sequence(sequence)));
+    }
+    // An operator who puts a batch back means it.
+    wait(wal.restore(batch(401, 100)).unwrap()).unwrap();
+    assert_eq!(wal.status().next_sequence, 407);
+    wal.close();
+}
+
+#[test]
+fn equal_batches_in_flight_are_stored_once_and_share_their_fate() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    for number in 1..=200 {
+        let commits = [0; 3].map(|_| wal.append(batch(number, 10)).unwrap());
+        let stored = commits.map(|commit| runtime.block_on(commit).unwrap());
+        assert_eq!(stored, [Stored::New(crate::batch::Sequence(number)), Stored::Before, Stored::Before]);
+    }
+    assert_eq!(drain(&mut wal.reader()), (1..=200).collect::<Vec<_>>());
+    store.set_faults(Faults { sync_fails: true, ..Faults::default() });
+    let commits: Vec<_> = (0..3).filter_map(|_| wal.append(batch(201, 10)).ok()).collect();
+    assert!(!commits.is_empty());
+    for commit in commits {
+        assert_eq!(runtime.block_on(commit), Err(CommitError::Poisoned));
+    }
+    wal.close();
+}
+
+#[test]
+fn a_refused_batch_is_not_a_known_one() {
+    let store = MemoryStore::default();
+    store.set_faults(Faults { segments_max: Some(0), ..Faults::default() });
+    let wal = open_memory(&store);
+    assert_eq!(wait(wal.append(batch(1, 10)).unwrap()), Err(CommitError::Full));
+    assert_eq!(wal.append(batch(1, 10)).unwrap_err(), AppendError::Full);
+    store.set_faults(Faults::default());
+    until("there is room", || !wal.status().full);
+    assert_eq!(wait(wal.append(batch(1, 10)).unwrap()), Ok(1));
+    // Nor does a full log refuse a retry, which needs no room.
+    store.set_faults(Faults { segments_max: Some(0), ..Faults::default() });
+    let mut number = 1;
+    while !wal.status().full {
+        number += 1;
+        let _ = wal.append(batch(number, 400)).map(wait);
+    }
+    assert_eq!(stored(&wal, batch(1, 10)), Stored::Before);
+    wal.close();
+}
+
+#[test]
+fn the_window_forgets_by_count_and_by_age() {
+    let store = MemoryStore::default();
+    let dedup = DedupConfig { entries_max: 10, age_max: Duration::from_secs(5), ..DedupConfig::default() };
+    let config = WalConfig { dedup, ..WalConfig::default() };
+    let open = || Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store.clone()), Metrics::new(), None).unwrap();
+    let at = |number: u64, second: u64| Batch { received_at_ms: second * 1000, ..batch(number, 300) };
+    let mut wal = open();
+    for number in 1..=100 {
+        assert_ne!(stored(&wal, at(number, 100)), Stored::Before);
+    }
+    for _ in 0..2 {
+        for number in 91..=100 {
+            assert_eq!(stored(&wal, at(number, 105)), Stored::Before, "{number}");
+        }
+        wal.close();
+        wal = open();
+    }
+    assert_ne!(stored(&wal, at(90, 105)), Stored::Before);
+    assert_eq!(stored(&wal, at(90, 110)), Stored::Before);
+    assert_ne!(stored(&wal, at(100, 106)), Stored::Before);
+    wal.close();
+    let config = WalConfig { dedup: DedupConfig { enabled: false, ..config.dedup }, ..config };
+    let wal = Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store), Metrics::new(), None).unwrap();
+    for _ in 0..2 {
+        assert_ne!(stored(&wal, at(1, 110)), Stored::Before);
+    }
+    wal.close();
+}
+
+#[test]
+fn the_small_maps_make_no_blob_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = SledStore::new(directory.path(), SegmentShape::new(8 << 20)).unwrap();
+    let state = store.state("meta").unwrap();
+    let value = vec![7; STATE_VALUE_BYTES_MAX];
+    for number in 0..400u64 {
+        state.put(&number.to_be_bytes(), &value).unwrap();
+        if number >= 100 {
+            state.remove(&(number - 100).to_be_bytes()).unwrap();
+        }
+        state.sync().unwrap();
+        assert_eq!(std::fs::read_dir(directory.path().join("meta/blobs")).map_or(0, Iterator::count), 0, "{number}");
+    }
+    // What is removed is used again.
+    let bytes = std::fs::metadata(directory.path().join("meta/db")).unwrap().len();
+    assert!(bytes < 64 << 20, "{bytes}");
+}
+
 /// Random histories of append, commit, read, deliver, trim, rotate, power cut at any sync and reopen, against a model: every
 /// acked batch is there once, in order, unless it was delivered before.
 #[test]
@@ -311,6 +451,7 @@ fn no_power_cut_loses_an_acked_batch() {
 fn power_cut_history(rng: &mut StdRng, history: u64) {
     let mut store = MemoryStore::default();
     let (mut next, mut acked, mut delivered) = (1, Vec::new(), 0);
+    let mut batches = std::collections::HashMap::new();
     for _ in 0..rng.random_range(1..5) {
         let wal = open_memory(&store);
         let mut reader = wal.reader();
@@ -321,7 +462,8 @@ fn power_cut_history(rng: &mut StdRng, history: u64) {
         for _ in 0..rng.random_range(0..80) {
             if rng.random_bool(0.7) {
                 let bytes = if rng.random_bool(0.1) { rng.random_range(500..1500) } else { rng.random_range(8..300) };
-                match wal.append(batch(next, bytes)) {
+                batches.insert(next, batch(next, bytes));
+                match wal.append(batches[&next].clone()) {
                     Ok(commit) => flying.push((next, commit)),
                     Err(_) => break,
                 }
@@ -357,6 +499,10 @@ fn power_cut_history(rng: &mut StdRng, history: u64) {
         assert!(read.is_sorted_by(|a, b| a < b), "history {history}: out of order or twice: {read:?}");
         for number in acked.iter().filter(|number| **number > delivered) {
             assert!(read.contains(number), "history {history}: {number} was acked and is gone: {read:?}");
+        }
+        for number in &acked {
+            let retried = stored(&wal, batches[number].clone());
+            assert_eq!(retried, Stored::Before, "history {history}: a retry of {number} was stored again");
         }
         wal.close();
     }

@@ -34,8 +34,9 @@ use super::error::StoreError;
 use files::remove_files;
 pub use segments::SledStore;
 
-/// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.
-pub const STATE_VALUE_BYTES_MAX: usize = 256 * 1024;
+/// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller. A leaf of sled's tree holds up to 17
+/// and is now and then written as one piece, which must stay below a quarter of sled's `segment_size` ([`state`]).
+pub const STATE_VALUE_BYTES_MAX: usize = 48 * 1024;
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
 /// Bounds of sled's `segment_size`.
