@@ -1,5 +1,7 @@
 //! The wire protocol, over real sockets: what clients are promised, and what a hostile one cannot do.
 
+#[path = "protocol/dedup.rs"]
+mod dedup;
 #[path = "protocol/grpc.rs"]
 mod grpc;
 #[path = "protocol/liveness.rs"]

@@ -2,8 +2,8 @@
 //!
 //! A client that saw no ack sends its batch once more, perhaps over another connection, after a restart or a crash of
 //! either side. A batch is known again by its **fingerprint**: who sent it, its `req_guid`, and its events. The events are
-//! part of it so that a client which reuses a `req_guid` for something else loses nothing. A batch without a `req_guid`
-//! has no fingerprint and is always stored.
+//! part of it so that a client which reuses a `req_guid` for something else loses nothing. A batch without a `req_guid`,
+//! or of a client without an id, has no fingerprint and is always stored.
 //!
 //! # What is durable
 //! Batches in the segment that is being written are found there again by recovery. Those in older segments are saved as
@@ -38,10 +38,10 @@ const BLOCK_ENTRIES: usize = (STATE_VALUE_BYTES_MAX - 64) / ENTRY_BYTES;
 /// What a batch is known again by: 128 bits that nobody can choose.
 pub(super) type Fingerprint = [u8; 16];
 
-/// The fingerprint of a batch; none if it has no `req_guid`.
+/// The fingerprint of a batch; none if it has no `req_guid`, or its client no id.
 pub(super) fn fingerprint(batch: &Batch) -> Option<Fingerprint> {
     let req_guid = batch.request.req_guid();
-    if req_guid.is_empty() {
+    if req_guid.is_empty() || batch.client.id.is_empty() {
         return None;
     }
     let mut hash = blake3::Hasher::new();

@@ -339,9 +339,14 @@ fn a_retry_is_acked_and_not_stored_again_also_after_restart_delivery_and_trim() 
         let batch = Batch { request: nameless.clone(), ..batch(0, 8) };
         assert_eq!(stored(&wal, batch), Stored::New(crate::batch::Sequence(sequence)));
     }
+    for sequence in [406, 407] {
+        let mut anonymous = batch(401, 100);
+        anonymous.client.id = "".into();
+        assert_eq!(stored(&wal, anonymous), Stored::New(crate::batch::Sequence(sequence)));
+    }
     // An operator who puts a batch back means it.
     wait(wal.restore(batch(401, 100)).unwrap()).unwrap();
-    assert_eq!(wal.status().next_sequence, 407);
+    assert_eq!(wal.status().next_sequence, 409);
     wal.close();
 }
 

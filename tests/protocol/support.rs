@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use futures_util::{SinkExt, StreamExt};
 use prost::Message as _;
-use ringtail::config::{IngestConfig, WalConfig};
+use ringtail::config::{DedupConfig, IngestConfig, WalConfig};
 use ringtail::ingest::{Ingest, serve_grpc, serve_http};
 use ringtail::metrics::Metrics;
 use ringtail::proto::{Event, SendEventRequest, SendEventResponse};
@@ -59,6 +59,8 @@ impl Server {
             directory: directory.path().into(),
             segment_bytes: ByteSize::mib(8),
             free_bytes_min: ByteSize::b(0),
+            // Most tests send one batch in several ways and want to see each of them.
+            dedup: DedupConfig { enabled: false, ..DedupConfig::default() },
             ..WalConfig::default()
         };
         edit_log(&mut wal_config);
