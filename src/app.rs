@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::control::ControlSocket;
 use crate::admin::{self, Admin, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
 use crate::config::Config;
-use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore};
+use crate::forward::{ForwardError, Forwarder, ParkedStore};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::metrics::Metrics;
 use crate::shutdown;
@@ -58,9 +58,6 @@ pub enum StartError {
     /// The forwarder cannot be started.
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    /// The parked events cannot be read.
-    #[error("cannot read the parked events")]
-    Parked(#[from] ParkedError),
     /// The control socket cannot be bound.
     #[error("cannot bind the control socket")]
     Control(#[source] std::io::Error),
@@ -94,9 +91,9 @@ struct Stages {
     phase: AtomicU8,
     wal: Wal,
     ingest: Arc<Ingest>,
-    /// None while `forward.brokers` is empty.
-    forwarder: Option<Forwarder>,
-    parked: ParkedStore,
+    forwarder: Forwarder,
+    /// There are brokers.
+    forwards: bool,
 }
 
 impl App {
@@ -115,12 +112,9 @@ impl App {
         let metrics = Metrics::new();
         let (wal, forwarder) = open(&config, &metrics).await?;
         let ingest = Ingest::new(&config.ingest, wal.clone(), metrics.clone());
-        let parked = match &forwarder {
-            Some(forwarder) => forwarder.parked().clone(),
-            None => ParkedStore::open(wal.parked())?,
-        };
         let phase = AtomicU8::new(Phase::Starting as u8);
-        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, parked });
+        let forwards = !config.forward.brokers.is_empty();
+        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards });
 
         let stopped = CancellationToken::new();
         let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
@@ -174,9 +168,7 @@ impl App {
         }
         let closing = stages.clone();
         let close = tokio::task::spawn_blocking(move || {
-            if let Some(forwarder) = &closing.forwarder {
-                forwarder.stop(config.forward.stop_timeout);
-            }
+            closing.forwarder.stop(config.forward.stop_timeout);
             closing.wal.close();
         });
         tokio::select! {
@@ -191,7 +183,7 @@ impl App {
 }
 
 /// Opens the log and starts the forwarder, on a thread that may block.
-async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<(Wal, Option<Forwarder>), StartError> {
+async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<(Wal, Forwarder), StartError> {
     let (config, metrics) = (config.clone(), metrics.clone());
     let open = move || {
         let began = Instant::now();
@@ -202,11 +194,10 @@ async fn open(config: &Config, metrics: &Arc<Metrics>) -> Result<(Wal, Option<Fo
         tracing::info!(%directory, pending_events, pending_bytes, ?took, "log opened");
         if config.forward.brokers.is_empty() {
             tracing::warn!("forward.brokers is empty: batches are collected and not forwarded");
-            return Ok((wal, None));
         }
         let batch_bytes_max = config.ingest.batch_bytes_max.as_u64();
         match Forwarder::start(&config.forward, batch_bytes_max, wal.clone(), metrics) {
-            Ok(forwarder) => Ok((wal, Some(forwarder))),
+            Ok(forwarder) => Ok((wal, forwarder)),
             Err(error) => {
                 wal.close();
                 Err(error.into())
@@ -241,10 +232,10 @@ impl Stages {
     /// One line for `systemctl status`.
     fn summary(&self) -> String {
         let wal = self.wal.status();
-        let kafka = match self.forwarder.as_ref().map(Forwarder::status) {
-            None => "not forwarding",
-            Some(status) if status.connected => "Kafka up",
-            Some(_) => "Kafka down",
+        let kafka = match self.forwarder.status().connected {
+            _ if !self.forwards => "not forwarding",
+            true => "Kafka up",
+            false => "Kafka down",
         };
         let state = if wal.full { "log full, refusing batches" } else { "accepting batches" };
         format!("{state}; {kafka}; backlog {} events, {} bytes", wal.pending_events, wal.pending_bytes)
@@ -266,20 +257,20 @@ impl StatusSource for Stages {
     }
 
     fn forward(&self) -> serde_json::Value {
-        let status = self.forwarder.as_ref().map(Forwarder::status);
+        let status = self.forwards.then(|| self.forwarder.status());
         serde_json::to_value(status).expect("a status has only string keys")
     }
 
     fn is_forward_live(&self) -> bool {
-        self.forwarder.as_ref().is_none_or(Forwarder::is_live)
+        self.forwarder.is_live()
     }
 
     fn parked_count(&self) -> u64 {
-        self.parked.count()
+        self.forwarder.parked().count()
     }
 
     fn parked_events(&self, from_id: u64) -> ParkedEvents {
-        parked_json(&self.parked, from_id)
+        parked_json(self.forwarder.parked(), from_id)
     }
 }
 

@@ -10,7 +10,7 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
-use crate::forward::{FailureReason, ParkReason};
+use crate::forward::{DropReason, FailureReason, ParkReason};
 use crate::ingest::{CloseReason, Protocol, RejectReason};
 
 const LATENCY_BUCKETS: &[f64] =
@@ -132,6 +132,14 @@ impl Metrics {
     /// The metrics of one protocol.
     pub fn ingest(&self, protocol: Protocol) -> &IngestMetrics {
         &self.ingest[protocol as usize]
+    }
+
+    /// Counts events that were given up. The caller bounds the number of topics.
+    pub fn count_dropped_events(&self, reason: DropReason, topic: &str, count: u64) {
+        metrics::with_local_recorder(&self.recorder, || {
+            let labels = [("reason", reason.as_str().to_owned()), ("topic", topic.to_owned())];
+            counter!("ringtail_forward_dropped_events_total", &labels).increment(count);
+        });
     }
 
     /// Renders the catalogue in Prometheus' text format.

@@ -16,7 +16,7 @@ use rdkafka::types::RDKafkaApiKey;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use ringtail::batch::{Batch, Client, Request, now_ms};
-use ringtail::config::{ForwardConfig, KafkaProperty, WalConfig};
+use ringtail::config::{DedupConfig, ForwardConfig, KafkaProperty, WalConfig, WhenAged, WhenFull};
 use ringtail::forward::{Forwarder, ParkReason, ParkedEvent, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
@@ -38,6 +38,11 @@ struct Setup {
 
 impl Setup {
     fn new() -> Setup {
+        Setup::with_log(|_| {})
+    }
+
+    /// With a log that was changed.
+    fn with_log(edit: impl FnOnce(&mut WalConfig)) -> Setup {
         let cluster = MockCluster::new(1).unwrap();
         let config = ForwardConfig {
             brokers: vec![cluster.bootstrap_servers()],
@@ -58,12 +63,15 @@ impl Setup {
         };
         let directory = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
-        let wal_config = WalConfig {
+        let mut wal_config = WalConfig {
             directory: directory.path().into(),
             free_bytes_min: ByteSize::b(0),
             segment_bytes: ByteSize::mib(8),
+            // These tests send equal batches and want to see each of them.
+            dedup: DedupConfig { enabled: false, ..DedupConfig::default() },
             ..WalConfig::default()
         };
+        edit(&mut wal_config);
         let wal = Wal::open(&wal_config, 64 << 20, metrics.clone()).unwrap();
         Setup { cluster, config, metrics, wal, _directory: directory }
     }
@@ -78,13 +86,17 @@ impl Setup {
 
     /// Commits one batch of `client`: events as (type, payload).
     fn send(&self, client: &str, events: &[(&str, Vec<u8>)]) {
+        self.send_received_at(now_ms(), client, events);
+    }
+
+    fn send_received_at(&self, received_at_ms: u64, client: &str, events: &[(&str, Vec<u8>)]) {
         let events = events
             .iter()
             .map(|(r#type, payload)| proto::Event { r#type: (*r#type).into(), event_bytes: payload.clone().into() })
             .collect();
         let request = proto::SendEventRequest { req_guid: format!("guid-{client}"), events, ..Default::default() };
         let batch = Batch {
-            received_at_ms: now_ms(),
+            received_at_ms,
             client: Client { group: "group".into(), id: client.into() },
             request: Request::parse(Bytes::from(request.encode_to_vec())).unwrap(),
         };
@@ -111,7 +123,9 @@ impl Setup {
     fn assert_books_balance(&self, committed: u64) {
         let delivered = self.metric("ringtail_forward_delivered_events_total");
         let parked = self.metric("ringtail_forward_parked_events_total");
-        assert_eq!(delivered + parked, committed, "delivered {delivered}, parked {parked}");
+        let dropped = self.metric("ringtail_forward_dropped_events_total");
+        let all = delivered + parked + dropped;
+        assert_eq!(all, committed, "delivered {delivered}, parked {parked}, dropped {dropped}");
         wait_until("nothing is in flight", || self.metric("ringtail_forward_in_flight_events") == 0);
         assert_eq!(self.metric("ringtail_forward_parked_events"), parked);
     }
@@ -405,4 +419,129 @@ fn a_stop_keeps_its_deadline_and_the_next_start_goes_on() {
     let forwarder = setup.start();
     assert_eq!(by_key(setup.consume("click", 1, 20))["a"], (0..20).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
+}
+
+/// Sends batches of one event of 100 KB, each with its number, alternating between two types.
+fn send_numbered(setup: &Setup, numbers: std::ops::Range<u32>) {
+    for number in numbers {
+        let mut payload = number.to_be_bytes().to_vec();
+        payload.resize(100_000, 0);
+        setup.send("client", &[(["even", "odd"][number as usize % 2], payload)]);
+    }
+}
+
+fn number_of(payload: &[u8]) -> u32 {
+    u32::from_be_bytes(*payload.first_chunk().unwrap())
+}
+
+#[test]
+fn a_full_log_drops_the_oldest_if_told_to_and_counts_every_event() {
+    let setup = Setup::with_log(|log| {
+        log.when_full = WhenFull::DropOldest;
+        // Room for little more than the segment in use and the two spares.
+        log.bytes_max = ByteSize::mib(50);
+    });
+    for topic in ["even", "odd"] {
+        setup.topic(topic, 1);
+    }
+    setup.cluster.broker_down(-1).unwrap();
+    let forwarder = setup.start();
+    // Twice what fits. No commit is refused, `send` checks that.
+    send_numbered(&setup, 0..800);
+    let topics =
+        |topic| setup.metric(&format!("ringtail_forward_dropped_events_total{{reason=\"full\",topic=\"{topic}\"}}"));
+    // What is left is the end of the log, without a gap.
+    let dropped = || setup.metric("ringtail_forward_dropped_events_total") as u32;
+    wait_until("nothing more is dropped", || {
+        let (before, mut reader) = (dropped(), setup.wal.reader());
+        let left = std::iter::from_fn(|| reader.next_record().unwrap());
+        let left: Vec<u32> =
+            left.map(|record| number_of(record.batch.request.events().next().unwrap().payload)).collect();
+        before > 300 && left == (before..800).collect::<Vec<_>>() && before == dropped()
+    });
+    let (even, odd) = (topics("even"), topics("odd"));
+    assert!(even.abs_diff(odd) <= 1, "{even} and {odd}");
+    setup.cluster.broker_up(-1).unwrap();
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(800);
+    assert_eq!(setup.metric("ringtail_forward_delivered_events_total"), 800 - even - odd);
+}
+
+#[test]
+fn a_full_log_without_brokers_drops_the_oldest_as_well() {
+    let mut setup = Setup::with_log(|log| {
+        log.when_full = WhenFull::DropOldest;
+        log.bytes_max = ByteSize::mib(50);
+    });
+    setup.config.brokers.clear();
+    let _forwarder = setup.start();
+    send_numbered(&setup, 0..800);
+    wait_until("the books balance", || {
+        let dropped = setup.metric("ringtail_forward_dropped_events_total");
+        dropped > 300 && dropped + setup.wal.status().pending_events == 800
+    });
+    assert_eq!(setup.metric("ringtail_forward_delivered_events_total"), 0);
+}
+
+#[test]
+fn batches_that_are_too_old_are_dropped_or_parked() {
+    for (when_aged, brokers) in
+        [(WhenAged::Drop, true), (WhenAged::Park, true), (WhenAged::Drop, false), (WhenAged::Park, false)]
+    {
+        let mut setup = Setup::with_log(|log| {
+            log.age_max = Duration::from_secs(3600);
+            log.when_aged = when_aged;
+        });
+        setup.topic("t", 1);
+        if !brokers {
+            setup.config.brokers.clear();
+        }
+        let two_hours_ago = now_ms() - 7_200_000;
+        for number in 0..10u8 {
+            setup.send_received_at(two_hours_ago, "client", &[("t", vec![number]), ("old", vec![number])]);
+        }
+        for number in 10..20u8 {
+            setup.send("client", &[("t", vec![number])]);
+        }
+        let forwarder = setup.start();
+        let fresh = if brokers { 0 } else { 10 };
+        wait_until("the old ones are gone", || setup.wal.status().pending_batches == fresh);
+        let expired = |name: &str, topic: &str| setup.metric(&format!("{name}{{reason=\"expired\"{topic}}}"));
+        match when_aged {
+            WhenAged::Drop => {
+                for topic in ["t", "old"] {
+                    let topic = format!(",topic=\"{topic}\"");
+                    assert_eq!(expired("ringtail_forward_dropped_events_total", &topic), 10);
+                }
+            }
+            WhenAged::Park => {
+                assert_eq!(expired("ringtail_forward_parked_events_total", ""), 20);
+                let parked = setup.parked();
+                assert_eq!(parked.len(), 20);
+                assert!(parked.iter().all(|event| event.about.reason == ParkReason::Expired));
+            }
+        }
+        setup.assert_books_balance(30 - fresh);
+        if brokers {
+            let arrived: Vec<_> = setup.consume("t", 1, 10).into_iter().map(|(_, value)| value[0]).collect();
+            assert_eq!(arrived, (10..20).collect::<Vec<_>>());
+        }
+        forwarder.stop(DEADLINE);
+    }
+}
+
+#[test]
+fn what_grows_old_in_flight_is_dropped_without_a_broker() {
+    let setup = Setup::with_log(|log| log.age_max = Duration::from_secs(1));
+    setup.topic("t", 1);
+    setup.cluster.broker_down(-1).unwrap();
+    let forwarder = setup.start();
+    setup.send("client", &[("t", vec![1])]);
+    wait_until("it is in flight", || setup.metric("ringtail_forward_in_flight_events") == 1);
+    wait_until("it is dropped", || setup.metric("ringtail_forward_dropped_events_total") == 1);
+    setup.cluster.broker_up(-1).unwrap();
+    setup.send("client", &[("t", vec![2])]);
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(2);
+    assert_eq!(setup.consume("t", 1, 1)[0].1, [2]);
 }

@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::ParkReason;
+use super::discard::Dropped;
 use super::lanes::LaneId;
 use crate::batch::{Batch, Event, Events, Request, Sequence};
 use crate::wal::{Position, Record};
@@ -68,6 +69,8 @@ struct Slot {
     charge: u64,
     delay_ms: u64,
     parked: Option<Box<ParkedCounts>>,
+    /// The record was given up.
+    dropped: Option<Box<Dropped>>,
     /// What it takes to send or park its events; dropped once there is none left.
     live: Option<Box<Live>>,
 }
@@ -96,6 +99,8 @@ pub(super) struct Passed {
     pub(super) delivered_bytes: u64,
     /// Events parked.
     pub(super) parked: ParkedCounts,
+    /// Events given up.
+    pub(super) dropped: Vec<Dropped>,
 }
 
 impl InFlight {
@@ -116,10 +121,32 @@ impl InFlight {
             charge,
             delay_ms: 0,
             parked: None,
+            dropped: None,
             live: Some(Box::new(live)),
         });
         self.finish_if_done(slot, 0);
         slot
+    }
+
+    /// Takes in a record that is given up: nothing of it is open.
+    pub(super) fn push_dropped(&mut self, end: Position, dropped: Dropped) {
+        self.slots.push_back(Slot {
+            end,
+            remaining: 0,
+            events: 0,
+            payload_bytes: 0,
+            charge: 0,
+            delay_ms: 0,
+            parked: None,
+            dropped: Some(Box::new(dropped)),
+            live: None,
+        });
+    }
+
+    /// The end of the oldest record with an open event, and when it was received.
+    pub(super) fn oldest(&self) -> Option<(Position, u64)> {
+        let slot = self.slots.front()?;
+        Some((slot.end, slot.live.as_ref()?.batch.received_at_ms))
     }
 
     /// Says which lane each event of `slot` went to.
@@ -171,6 +198,7 @@ impl InFlight {
             passed.end = Some(slot.end);
             passed.delivered_events += delivered;
             passed.delivered_bytes += slot.payload_bytes;
+            passed.dropped.extend(slot.dropped.map(|dropped| *dropped));
             passed.parked.iter_mut().zip(counts).for_each(|(total, count)| *total += count);
             if delivered > 0 {
                 delay(slot.delay_ms);

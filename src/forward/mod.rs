@@ -6,7 +6,8 @@
 //!
 //! # Invariants
 //! - The cursor never passes an event that is neither acked by all in-sync replicas nor durably parked.
-//! - Nothing is dropped. What may succeed is retried for ever, what never can is parked.
+//! - Nothing is dropped but by a policy that the operator chose (`discard.rs`). What may succeed is retried for ever, what
+//!   never can is parked.
 //! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes.rs` states.
 //! - Every event is counted once, when the watermark passes it, however often it was sent.
 //!
@@ -22,6 +23,7 @@
 //! cannot be written, is logged once and retried with backoff. A thread that ended shows as not live.
 
 mod backoff;
+mod discard;
 mod in_flight;
 mod kafka;
 mod lanes;
@@ -39,6 +41,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
+pub use discard::DropReason;
 pub use kafka::ProducerError;
 pub use parked::{ParkedAbout, ParkedError, ParkedEvent, ParkedEvents, ParkedStore};
 pub use properties::{ForwardConfigError, validate};
@@ -89,10 +92,10 @@ pub enum ForwardError {
 }
 
 impl Forwarder {
-    /// Starts to forward from the log's cursor. Does not wait for a broker.
+    /// Starts to forward from the log's cursor. Does not wait for a broker. With `brokers = []` nothing is forwarded, and only
+    /// what the operator chose to give up is discarded.
     ///
-    /// `batch_bytes_max` is the largest request that the log may hold. Not for `brokers = []`: then there is nothing to
-    /// start.
+    /// `batch_bytes_max` is the largest request that the log may hold.
     ///
     /// # Errors
     /// See [`ForwardError`]; nothing runs then.
@@ -106,9 +109,10 @@ impl Forwarder {
         let parked = ParkedStore::open(wal.parked())?;
         let properties = properties::properties(config, batch_bytes_max);
         let shared = Arc::new(Shared::new());
+        let producer = if config.brokers.is_empty() { None } else { Some(Producer::new(&properties)?) };
         let parts = Parts {
             config: config.clone(),
-            producer: Producer::new(&properties)?,
+            producer,
             properties,
             topic_propagation: properties::topic_propagation(config),
             wal: wal.clone(),
@@ -232,16 +236,19 @@ pub enum ParkReason {
     NotAuthorised,
     /// The broker refused the record itself.
     InvalidRecord,
+    /// Older than `wal.age_max`, and `wal.when_aged` is `park`.
+    Expired,
 }
 
 impl ParkReason {
     /// Every reason.
-    pub const ALL: [ParkReason; 5] = [
+    pub const ALL: [ParkReason; 6] = [
         ParkReason::TooLarge,
         ParkReason::InvalidTopic,
         ParkReason::UnknownTopic,
         ParkReason::NotAuthorised,
         ParkReason::InvalidRecord,
+        ParkReason::Expired,
     ];
 
     /// Its value as a metric label.
@@ -252,6 +259,7 @@ impl ParkReason {
             ParkReason::UnknownTopic => "unknown_topic",
             ParkReason::NotAuthorised => "not_authorised",
             ParkReason::InvalidRecord => "invalid_record",
+            ParkReason::Expired => "expired",
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use rand::rngs::SmallRng;
 use tracing::{error, info};
 
+use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
 use super::lanes::ToPark;
@@ -101,8 +102,11 @@ impl Parking {
                 key: router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
                 event_type: found.event_type.to_owned(),
                 reason,
-                error: failure
-                    .map_or_else(|| "kafka takes no such topic name".to_owned(), |failure| failure.to_string()),
+                error: match (failure, reason) {
+                    (Some(failure), _) => failure.to_string(),
+                    (None, ParkReason::Expired) => "older than wal.age_max".to_owned(),
+                    (None, _) => "kafka takes no such topic name".to_owned(),
+                },
                 group: batch.client.group.to_string(),
                 connection_id: batch.client.id.to_string(),
                 req_guid: batch.request.req_guid().to_owned(),

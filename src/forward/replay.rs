@@ -12,6 +12,7 @@ use rand::rngs::SmallRng;
 use tracing::{error, info};
 
 use super::backoff::{Backoff, LogLimit, Retry};
+use super::discard::{Discard, Verdict};
 use super::in_flight::{InFlight, RECORDS_MAX, Walk};
 use super::kafka::{Failure, Inbox, Producer, Properties};
 use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
@@ -48,7 +49,8 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 pub(super) struct Parts {
     pub(super) config: ForwardConfig,
     pub(super) properties: Properties,
-    pub(super) producer: Producer,
+    /// None: nothing is forwarded.
+    pub(super) producer: Option<Producer>,
     pub(super) topic_propagation: Duration,
     pub(super) wal: Wal,
     pub(super) parked: ParkedStore,
@@ -64,12 +66,17 @@ pub(super) struct Replay {
     properties: Properties,
     wal: Wal,
     reader: Reader,
+    /// Read, and not to be discarded; only if nothing is forwarded.
+    held_back: Option<Record>,
     metrics: Arc<Metrics>,
     shared: Arc<Shared>,
     rng: SmallRng,
 
-    /// None between a fatal error and the replacement.
+    /// None while it is being replaced, and always if `forwards` is not set.
     producer: Option<Producer>,
+    /// There are brokers. Otherwise only what is to be discarded is read.
+    forwards: bool,
+    discard: Discard,
     inbox: Inbox,
     in_flight: InFlight,
     lanes: Lanes,
@@ -113,11 +120,13 @@ impl Replay {
             in_flight_bytes_max: config.in_flight_bytes_max.as_u64(),
             properties,
             reader: wal.reader(),
-            wal,
+            held_back: None,
             metrics,
             shared,
             rng: SmallRng::seed_from_u64(seed),
-            producer: Some(producer),
+            forwards: producer.is_some(),
+            producer,
+            discard: Discard::new(wal.config()),
             inbox: Inbox::default(),
             in_flight: InFlight::default(),
             lanes: Lanes::new(limits, seed),
@@ -133,6 +142,7 @@ impl Replay {
             client_error: String::new(),
             drain: Drain::default(),
             report_at: now,
+            wal,
         }
     }
 
@@ -146,10 +156,11 @@ impl Replay {
             let now = Instant::now();
             self.shared.beat(now);
             let mut worked = self.take_reports(now);
+            self.let_go_of_discarded(now);
             worked |= self.mend_producer(now);
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
-            self.move_watermark();
+            self.move_watermark(now);
             let more_to_read = self.read_on(now, &mut worked);
             self.report(now);
             self.rest(worked, more_to_read, now);
@@ -165,7 +176,7 @@ impl Replay {
             self.shared.beat(now);
             self.take_reports(now);
             self.park(now);
-            self.move_watermark();
+            self.move_watermark(now);
             if now >= stop_by || (self.lanes.in_client() == 0 && self.parking.due(now).is_none()) {
                 break;
             }
@@ -203,7 +214,9 @@ impl Replay {
             self.lanes.failed(lane, event, failure, now, &mut self.to_park);
             self.failures.count(lane, failure, &self.metrics);
         }
-        self.observe_connection(&inbox, now);
+        if self.forwards {
+            self.observe_connection(&inbox, now);
+        }
         // Empty again, and its memory is kept.
         inbox.clear();
         self.inbox = inbox;
@@ -242,15 +255,11 @@ impl Replay {
             }
             self.shared.set_last_error(error, None);
             self.metrics.forward.delivery_failures(FailureReason::ProducerFatal).increment(1);
-            self.move_watermark();
-            self.producer = None;
+            self.drop_producer(now);
             self.rebuilding.failed(now, &mut self.rng);
-            self.in_flight.clear();
-            self.lanes.clear();
-            self.to_park.clear();
-            self.parking.clear();
-            self.failures.newest = None;
-            self.reader.rewind();
+        }
+        if !self.forwards {
+            return false;
         }
         if self.rebuilding.due(now).is_some() {
             return false;
@@ -265,6 +274,27 @@ impl Replay {
             }
         }
         true
+    }
+
+    /// Forgets the producer and everything that it holds, back to the watermark.
+    fn drop_producer(&mut self, now: Instant) {
+        self.move_watermark(now);
+        self.producer = None;
+        self.in_flight.clear();
+        self.lanes.clear();
+        self.to_park.clear();
+        self.parking.clear();
+        self.failures.newest = None;
+        self.held_back = None;
+        self.reader.rewind();
+    }
+
+    /// Takes back what is to be discarded and does not get away.
+    fn let_go_of_discarded(&mut self, now: Instant) {
+        let oldest = self.in_flight.oldest();
+        if self.discard.is_stuck(oldest, &self.wal, self.connection.is_up(), now, now_ms()) {
+            self.drop_producer(now);
+        }
     }
 
     /// Sends what held lanes want to try again now.
@@ -304,7 +334,7 @@ impl Replay {
     }
 
     /// Tells the log how far everything is delivered or parked, and counts what that passed.
-    fn move_watermark(&mut self) {
+    fn move_watermark(&mut self, now: Instant) {
         let metrics = &self.metrics.forward;
         let passed = self.in_flight.advance(|delay_ms| metrics.delivery_delay.record(delay_ms as f64 / 1000.0));
         if passed.end.is_some() {
@@ -313,6 +343,12 @@ impl Replay {
             for (reason, count) in ParkReason::ALL.into_iter().zip(passed.parked) {
                 metrics.parked_events_total(reason).increment(count);
             }
+            for dropped in &passed.dropped {
+                for (topic, count) in &dropped.topics {
+                    self.metrics.count_dropped_events(dropped.reason, topic, *count);
+                }
+            }
+            self.discard.report(&passed.dropped, now);
         }
         metrics.in_flight_events.set(self.in_flight.events() as f64);
         metrics.in_flight_bytes.set(self.in_flight.bytes() as f64);
@@ -336,12 +372,14 @@ impl Replay {
 
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
-        if self.producer.is_none() || self.reading.due(now).is_some() {
+        let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
+        if idle || self.reading.due(now).is_some() {
             return false;
         }
-        let mut bytes = 0;
+        let (mut bytes, now_ms) = (0, now_ms());
         while bytes < READ_BYTES && self.has_room() {
-            let next = match self.reader.next_record() {
+            let held_back = self.held_back.take().map(Some);
+            let next = match held_back.map_or_else(|| self.reader.next_record(), Ok) {
                 Ok(next) => next,
                 Err(error) => {
                     if !self.reading.is_failing() {
@@ -359,10 +397,36 @@ impl Replay {
             let Some(record) = next else { break };
             // An empty record counts too, so that a turn ends.
             bytes += 1 + record.batch.request.as_bytes().len() as u64;
-            self.send_record(&record, now);
+            match self.discard.verdict(&record, &self.wal, now_ms) {
+                Verdict::Deliver if !self.forwards => {
+                    self.held_back = Some(record);
+                    return false;
+                }
+                Verdict::Deliver => self.send_record(&record, now),
+                Verdict::Park => self.park_record(&record),
+                Verdict::Drop(reason) => {
+                    let dropped = self.discard.count(&record.batch, reason, &self.router);
+                    self.in_flight.push_dropped(record.end, dropped);
+                }
+            }
         }
         *worked |= bytes > 0;
         bytes >= READ_BYTES
+    }
+
+    /// Whether the oldest record may be one to be discarded.
+    fn has_discarded(&self) -> bool {
+        let oldest = self.wal.status().oldest_pending_received_at_ms;
+        oldest.is_some_and(|at| self.discard.is_aged(at, now_ms()) || self.wal.has_given_up())
+    }
+
+    fn park_record(&mut self, record: &Record) {
+        let slot = self.in_flight.push(record);
+        let events = record.batch.request.event_count() as usize;
+        self.in_flight.set_lanes(slot, vec![None; events]);
+        let to_park =
+            |index| ToPark { event: InFlight::event_ref(slot, index), reason: ParkReason::Expired, failure: None };
+        self.to_park.extend((0..events).map(to_park));
     }
 
     fn send_record(&mut self, record: &Record, now: Instant) {

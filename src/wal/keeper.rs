@@ -4,16 +4,20 @@
 //! durable: a stale cursor costs duplicates, never loss.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::appender::FailOnPanic;
 use super::dedup::SavedWindow;
 use super::error::StoreError;
-use super::log::{Segment, Shared};
+use super::log::{Log, Segment, Shared};
 use super::{cursor, losses};
+use crate::config::WhenFull;
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
 const SPARES: usize = 2;
+/// How long commits may wait for the oldest segment to go, before batches are refused.
+const GIVE_UP_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the cursor is saved while it moves, and the disk is measured.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -60,7 +64,9 @@ impl Keeper {
                 return true;
             }
             let due = self.last_pass.map_or(Duration::ZERO, |last| INTERVAL.saturating_sub(last.elapsed()));
-            let urgent = (log.spares.len() < SPARES && !log.space_short)
+            let drops = self.shared.config.when_full == WhenFull::DropOldest;
+            let spares_wanted = if log.space_short { usize::from(drops) } else { SPARES };
+            let urgent = (log.spares.len() < spares_wanted && log.giving_up_since.is_none())
                 || (log.cursor.segment > log.saved_cursor.segment
                     && log.segments.range(..log.cursor.segment).next().is_some());
             // After an error the next try waits for its time.
@@ -129,10 +135,28 @@ impl Keeper {
         self.shared.store.space().is_ok_and(|space| space.free_bytes < self.shared.shape.reserved_bytes)
     }
 
+    /// Says so, unless the oldest segment is to make room.
     fn space_is_short(&self) -> Result<(), StoreError> {
-        self.shared.log().space_short = true;
+        let mut log = self.shared.log();
+        log.space_short = !self.gives_up_oldest(&mut log);
+        drop(log);
         self.shared.log_changed.notify_all();
         Ok(())
+    }
+
+    /// Gives up the oldest segment, if that is what the operator chose and the last spare is in use. False: there is none, or
+    /// it does not go.
+    fn gives_up_oldest(&self, log: &mut Log) -> bool {
+        if self.shared.config.when_full != WhenFull::DropOldest || !log.spares.is_empty() {
+            return false;
+        }
+        let active = log.active.map(|(id, _)| id);
+        let Some(oldest) = log.segments.keys().find(|id| Some(**id) != active) else { return false };
+        if *oldest > self.shared.given_up.fetch_max(*oldest, Ordering::Relaxed) {
+            log.giving_up_since = Some(Instant::now());
+            log.reader_woken = true;
+        }
+        log.giving_up_since.is_some_and(|since| since.elapsed() < GIVE_UP_PATIENCE)
     }
 
     /// Gives back the disk reserved for segments that take no more records.
@@ -227,6 +251,7 @@ impl Keeper {
             log.segments.remove(&id);
             // There may be room for another spare now.
             log.space_short = false;
+            log.giving_up_since = None;
             drop(log);
             let space = self.shared.store.space()?;
             self.shared.log().space = space;

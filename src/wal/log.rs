@@ -62,6 +62,8 @@ pub(super) struct Log {
     pub losses: BTreeMap<u64, Loss>,
     /// Losses that are not in the ledger yet.
     pub unsaved_losses: Vec<Loss>,
+    /// Since when the oldest segment is wanted for its space.
+    pub giving_up_since: Option<Instant>,
     /// No space to prepare another segment.
     pub space_short: bool,
     /// Since when batches are refused for lack of space.
@@ -152,6 +154,8 @@ pub(super) struct Shared {
     pub log_changed: Condvar,
     /// Cancelled when the log failed: nothing is acked any more, the process must end.
     pub failed: CancellationToken,
+    /// Segments up to this id are given up: their records shall be dropped.
+    pub given_up: AtomicU64,
     /// When the commit under way began, ms since [`Shared::started`], plus 1; 0 while none is.
     pub commit_began: AtomicU64,
     pub started: Instant,
@@ -185,6 +189,7 @@ impl Shared {
             log: Mutex::new(log),
             log_changed: Condvar::new(),
             failed: CancellationToken::new(),
+            given_up: AtomicU64::new(0),
             commit_began: AtomicU64::new(0),
             started: Instant::now(),
         }

@@ -17,7 +17,8 @@
 //! # Limits
 //! Waiting batches are bounded in bytes (`ingest.in_flight_bytes_max`), disk by `wal.bytes_max` and `wal.free_bytes_min`: a
 //! new segment is only prepared within both, and when the last prepared one is used up, batches are refused as full until
-//! a segment was delivered and trimmed. Restart time and memory do not grow with the backlog.
+//! a segment was delivered and trimmed, or, with `wal.when_full = "drop_oldest"`, until the forwarder has dropped what is in
+//! the oldest one. Restart time and memory do not grow with the backlog.
 
 mod appender;
 mod cursor;
@@ -38,6 +39,7 @@ mod tests;
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -183,6 +185,23 @@ impl Wal {
         if log.cursor.segment != before {
             self.shared.log_changed.notify_all();
         }
+    }
+
+    /// Whether the record that ends at `position` is in a segment that is given up (`wal.when_full = "drop_oldest"`): whoever
+    /// reads it shall drop it and deliver its position.
+    pub fn is_given_up(&self, position: Position) -> bool {
+        position.segment <= self.shared.given_up.load(Ordering::Relaxed)
+    }
+
+    /// Whether that is so for the first record not yet delivered.
+    pub fn has_given_up(&self) -> bool {
+        let cursor = self.shared.log().cursor;
+        self.is_given_up(cursor)
+    }
+
+    /// `[wal]`
+    pub fn config(&self) -> &WalConfig {
+        &self.shared.config
     }
 
     /// The log as it is now.

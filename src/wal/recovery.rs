@@ -67,6 +67,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         received: VecDeque::new(),
         losses: losses::load(meta)?.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
+        giving_up_since: None,
         space_short: false,
         full_since: None,
         space: store.space()?,
