@@ -18,6 +18,7 @@ use super::log::{Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
 use super::store::SegmentFile;
 use crate::batch::{Batch, Sequence};
+use crate::kill_point;
 
 /// Most bytes of one group commit, unless a single batch is larger.
 const GROUP_BYTES_MAX: usize = 4 << 20;
@@ -216,9 +217,12 @@ impl Appender {
                 active.file.write(active.slots_used, &self.value)?;
                 active.slots_used += 1;
                 active.bytes_used += self.value.len() as u64;
+                kill_point::pass("commit.slot_written");
             }
         }
+        kill_point::pass("commit.written");
         active.file.sync()?;
+        kill_point::pass("commit.synced");
         self.body.shrink_to(1 << 20);
         Ok(tail)
     }
@@ -238,6 +242,7 @@ impl Appender {
             log.active = Some((active.id, active.slots_used));
         }
         self.shared.log_changed.notify_all();
+        kill_point::pass("commit.published");
         for (sequence, waiting) in (before.sequence..).zip(chunks.into_iter().flatten()) {
             // The client may be gone; its batch is durable all the same.
             let _ = waiting.done.send(Ok(Sequence(sequence)));
@@ -261,6 +266,7 @@ impl Appender {
             log.active = None;
             log.segments.entry(sealed.id).or_default().end = Some(self.tail);
             log.leave_delivered_segments();
+            kill_point::pass("rotate.left");
         }
         loop {
             if self.shared.failed.is_cancelled() {
@@ -272,6 +278,7 @@ impl Appender {
                 log.segments.insert(id, Segment { disk_bytes, ..Segment::default() });
                 log.active = Some((id, 0));
                 self.active = Some(Active { id, file, slots_used: 0, bytes_used: 0 });
+                kill_point::pass("rotate.taken");
                 self.shared.log_changed.notify_all();
                 return Ok(());
             }

@@ -201,6 +201,11 @@ impl Wal {
         }
     }
 
+    /// The ledger of losses: which committed records are missing, by sequence.
+    pub fn losses(&self) -> Vec<Loss> {
+        self.shared.log().losses.values().copied().collect()
+    }
+
     /// Fires when a commit failed: the process must end, recovery decides at the next start.
     pub fn failed(&self) -> &CancellationToken {
         &self.shared.failed

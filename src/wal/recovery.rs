@@ -11,6 +11,7 @@ use super::reader::{Content, first_chunk, last_totals};
 use super::record::Totals;
 use super::store::{StateDb, Store};
 use super::{cursor, losses};
+use crate::kill_point;
 
 /// Whether recovery may change what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,8 +25,10 @@ pub(super) enum Mode {
 /// Recovers the state of the log.
 pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
     let saved = cursor::load(meta)?;
+    kill_point::pass("recover.cursor_loaded");
     if mode == Mode::Repair {
         store.remove_unfinished(saved.map_or(0, |(cursor, _)| cursor.segment))?;
+        kill_point::pass("recover.unfinished_removed");
     }
     let ids = store.segments()?;
     // Not one that was used before, even if it is gone: the cursor may still point into it.
@@ -33,6 +36,7 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
     let found_tail = find_tail(store, &mut segments, mode)?;
+    kill_point::pass("recover.tail_found");
     let oldest = if saved.is_some() { None } else { find_head(store, &segments)? };
 
     let (cursor, saved_tail) = saved.unwrap_or_else(|| {
@@ -73,6 +77,7 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
     };
     log.leave_delivered_segments();
     note_oldest(store, &mut log)?;
+    kill_point::pass("recover.end");
     Ok(log)
 }
 
@@ -96,7 +101,10 @@ fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mod
                 store.quarantine(id)?;
                 tracing::error!(segment = id, "segment holds no readable record, set aside");
             }
-            Content::Nothing if mode == Mode::Repair => store.remove(id)?,
+            Content::Nothing if mode == Mode::Repair => {
+                store.remove(id)?;
+                kill_point::pass("recover.spare_removed");
+            }
             Content::Damaged | Content::Nothing => {}
         }
         segments.remove(&id);
