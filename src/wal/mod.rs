@@ -31,6 +31,7 @@ mod reader;
 mod record;
 mod recovery;
 mod salvage;
+mod slots;
 mod store;
 #[cfg(test)]
 mod tests;
