@@ -35,6 +35,8 @@ pub struct Reader {
     at: Position,
     open: Option<(u64, Arc<dyn SegmentFile>)>,
     chunk: Option<Chunk>,
+    /// Segments read to their end since the last good chunk. Only the next one shows whether records are missing at theirs.
+    left: Vec<u64>,
     /// First sequence and end of the newest run of losses without a good record between them.
     lost: (u64, Totals),
     /// Events before the end of the last loss that was counted: what is read again after a rewind is not counted again.
@@ -52,7 +54,7 @@ struct Chunk {
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO), counted_events: 0 }
+        Reader { shared, at, open: None, chunk: None, left: Vec::new(), lost: (0, Totals::ZERO), counted_events: 0 }
     }
 
     /// The next committed record, or none at the end of the log.
@@ -83,6 +85,7 @@ impl Reader {
     /// Goes back to the cursor, to read again what was not delivered.
     pub fn rewind(&mut self) {
         self.chunk = None;
+        self.left.clear();
         self.at = self.shared.log().cursor;
     }
 
@@ -125,6 +128,7 @@ impl Reader {
                 )
             };
             if self.at.totals.sequence >= tail.sequence {
+                self.settle();
                 self.deliver_loss();
                 return Ok(false);
             }
@@ -140,10 +144,14 @@ impl Reader {
             let active_slots = active.filter(|(active, _)| *active == id).map(|(_, slots)| slots);
             let slots = active_slots.unwrap_or(file.slots());
             if self.find_chunk(&*file, slots)? {
+                self.settle();
                 return Ok(true);
             }
             match active_slots {
-                Some(_) => self.lose_until(tail),
+                Some(_) => {
+                    self.mark_damaged(id);
+                    self.lose_until(tail);
+                }
                 None => self.leave(id, segment.end),
             }
         }
@@ -199,6 +207,10 @@ impl Reader {
                         continue;
                     }
                     if header.before.sequence > self.at.totals.sequence {
+                        // What is missing before a segment's first slot was in one before it.
+                        if self.at.slot > 0 {
+                            self.mark_damaged(self.at.segment);
+                        }
                         self.lose_until(header.before);
                     }
                     return Ok(self.enter(header, body, next_slot));
@@ -229,25 +241,38 @@ impl Reader {
         if let Some(end) = end
             && end.sequence > self.at.totals.sequence
         {
+            self.mark_damaged(id);
             self.lose_until(end);
         }
         self.open = None;
+        self.left.push(id);
+        (self.at.segment, self.at.slot) = (id + 1, 0);
+    }
+
+    /// It is known what is missing before `self.at`: the segments left before it may go once they are delivered.
+    fn settle(&mut self) {
+        if self.left.is_empty() {
+            return;
+        }
         let mut log = self.shared.log();
-        if let Some(segment) = log.segments.get_mut(&id) {
-            segment.end.get_or_insert(self.at.totals);
+        for id in self.left.drain(..) {
+            if let Some(segment) = log.segments.get_mut(&id) {
+                segment.end.get_or_insert(self.at.totals);
+            }
         }
         log.leave_delivered_segments();
         drop(log);
-        (self.at.segment, self.at.slot) = (id + 1, 0);
         self.shared.log_changed.notify_all();
     }
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
-        let (from, segment) = (self.at.totals, self.at.segment);
+        let from = self.at.totals;
+        let segment = self.left.first().copied().unwrap_or(self.at.segment);
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
+        self.left.iter().for_each(|id| self.mark_damaged(*id));
         if until.events <= self.counted_events {
             return;
         }
@@ -275,7 +300,12 @@ impl Reader {
 
     fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
         tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
-        if let Some(segment) = self.shared.log().segments.get_mut(&segment) {
+        self.mark_damaged(segment);
+    }
+
+    /// Records that were in this segment are missing, or may have been in it: it is kept.
+    fn mark_damaged(&self, id: u64) {
+        if let Some(segment) = self.shared.log().segments.get_mut(&id) {
             segment.damaged = true;
         }
     }

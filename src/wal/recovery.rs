@@ -49,10 +49,18 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
     if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
         let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
         tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
+        segments.values_mut().next_back().expect("there is one").damaged = true;
     }
     for (id, segment) in &mut segments {
         segment.disk_bytes = store.segment_bytes(*id)?;
         segment.sealed = true;
+    }
+    let losses = losses::load(meta)?;
+    for loss in &losses {
+        // The last process may not have come to set it aside.
+        if let Some(segment) = segments.get_mut(&loss.segment) {
+            segment.damaged = true;
+        }
     }
     // The last process may not have come to seal the last ones.
     for segment in segments.values_mut().rev().take(2) {
@@ -67,7 +75,7 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
         cursor,
         saved_cursor: cursor,
         received: VecDeque::new(),
-        losses: losses::load(meta)?.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
+        losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
         space_short: false,
         full_since: None,
