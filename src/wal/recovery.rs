@@ -92,6 +92,8 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
 fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
+        // Looked at before sled opens it, which may empty a damaged one without a word. A spare was never written to.
+        let blank = store.is_blank(id)?;
         let content = match store.open(id) {
             Ok(file) => last_totals(&*file)?,
             Err(error) if !error.is_damage() => return Err(error),
@@ -108,6 +110,10 @@ fn find_tail(store: &dyn Store, segments: &mut BTreeMap<u64, Segment>, mode: Mod
             Content::Damaged if mode == Mode::Repair => {
                 store.quarantine(id)?;
                 tracing::error!(segment = id, "segment holds no readable record, set aside");
+            }
+            Content::Nothing if mode == Mode::Repair && !blank => {
+                store.quarantine(id)?;
+                tracing::error!(segment = id, "segment shows none of its records, set aside");
             }
             Content::Nothing if mode == Mode::Repair => {
                 store.remove(id)?;

@@ -204,7 +204,7 @@ impl Options {
     }
 
     fn command(&self, config: &Path) -> Command {
-        let binary = env!("CARGO_BIN_EXE_ringtail").to_owned();
+        let binary = std::env::var("RINGTAIL_BINARY").unwrap_or_else(|_| env!("CARGO_BIN_EXE_ringtail").to_owned());
         let mut words = self.wrapper.iter().chain([&binary]);
         let mut command = Command::new(words.next().expect("there is at least the binary"));
         command.args(words).args(["serve", "--config"]).arg(config);

@@ -96,6 +96,10 @@ impl Store for SledStore {
         prepared
     }
 
+    fn is_blank(&self, id: u64) -> Result<bool, StoreError> {
+        Ok(!salvage::holds_chunks(&self.segment(id).join("db"))?)
+    }
+
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
