@@ -23,6 +23,8 @@ pub mod client;
 pub mod config;
 pub mod forward;
 pub mod ingest;
+#[doc(hidden)]
+pub mod kill_point;
 pub mod metrics;
 pub mod shutdown;
 pub mod wal;

@@ -15,6 +15,7 @@ use super::lanes::ToPark;
 use super::parked::{ParkedAbout, ParkedError, ParkedStore};
 use super::router::Router;
 use crate::batch::now_ms;
+use crate::kill_point;
 
 /// Most events parked with one sync.
 const EVENTS_MAX: usize = 1024;
@@ -82,6 +83,7 @@ impl Parking {
             self.storing.succeeded();
             info!("events can be parked again");
         }
+        kill_point::pass("park.synced");
         for written in self.written.drain(..) {
             let ToPark { event, reason, .. } = written.to_park;
             in_flight.parked(event, reason, written.payload_bytes, now_ms());
@@ -118,6 +120,7 @@ impl Parking {
             self.waiting.pop_front();
             self.written.push(Written { to_park, payload_bytes: found.payload.len() as u64 });
         }
+        kill_point::pass("park.written");
         Ok(())
     }
 }

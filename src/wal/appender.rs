@@ -19,6 +19,7 @@ use super::log::{Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
 use super::store::SegmentFile;
 use crate::batch::{Batch, Sequence};
+use crate::kill_point;
 
 /// Most bytes of one group commit, unless a single batch is larger.
 const GROUP_BYTES_MAX: usize = 4 << 20;
@@ -257,9 +258,12 @@ impl Appender {
                 active.file.write(active.slots_used, &self.value)?;
                 active.slots_used += 1;
                 active.bytes_used += self.value.len() as u64;
+                kill_point::pass("commit.slot_written");
             }
         }
+        kill_point::pass("commit.written");
         active.file.sync()?;
+        kill_point::pass("commit.synced");
         self.body.shrink_to(1 << 20);
         Ok(tail)
     }
@@ -292,6 +296,7 @@ impl Appender {
             }
             queue.window.committed_until(tail.sequence);
         }
+        kill_point::pass("commit.published");
         let firsts = (before.sequence..).zip(chunks.into_iter().flatten().map(|waiting| waiting.done));
         for (sequence, done) in firsts.chain(retries) {
             // The client may be gone; its batch is durable all the same.
@@ -312,6 +317,7 @@ impl Appender {
             log.active = None;
             log.segments.entry(sealed.id).or_default().end = Some(self.tail);
             log.leave_delivered_segments();
+            kill_point::pass("rotate.left");
         }
         loop {
             if self.shared.failed.is_cancelled() {
@@ -323,6 +329,7 @@ impl Appender {
                 log.segments.insert(id, Segment { disk_bytes, ..Segment::default() });
                 log.active = Some((id, 0));
                 self.active = Some(Active { id, file, slots_used: 0, bytes_used: 0 });
+                kill_point::pass("rotate.taken");
                 self.shared.log_changed.notify_all();
                 return Ok(());
             }

@@ -13,6 +13,7 @@ use super::error::StoreError;
 use super::log::Position;
 use super::record::Totals;
 use super::store::StateDb;
+use crate::kill_point;
 
 const KEY: &[u8] = b"cursor";
 const VERSION: u8 = 1;
@@ -30,8 +31,12 @@ pub(super) fn save(meta: &dyn StateDb, cursor: Position, tail: Totals) -> Result
         value.put_u64_le(totals.bytes);
     }
     value.put_u32_le(crc(&value));
+    kill_point::pass("cursor.begin");
     meta.put(KEY, &value)?;
-    meta.sync()
+    kill_point::pass("cursor.written");
+    meta.sync()?;
+    kill_point::pass("cursor.synced");
+    Ok(())
 }
 
 /// The saved cursor and tail; none in a new log, or when what is there is not right.

@@ -114,7 +114,8 @@ impl StoreError {
     pub fn is_damage(&self) -> bool {
         match self {
             StoreError::Io { source, .. } => {
-                matches!(source.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::InvalidData)
+                use std::io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, UnexpectedEof};
+                matches!(source.kind(), UnexpectedEof | InvalidData | IsADirectory | NotADirectory)
             }
             StoreError::Sled { .. } | StoreError::Panicked { .. } => true,
         }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
 use super::store::StateDb;
+use crate::kill_point;
 
 const PREFIX: &[u8] = b"loss";
 const VERSION: u8 = 1;
@@ -27,7 +28,7 @@ pub struct Loss {
     pub end_sequence: u64,
     /// How many events they held.
     pub events: u64,
-    /// The segment in which they were missed; they were in it or in one before it.
+    /// The segment that they were in, or the first of several; the one in which they were missed if theirs is gone.
     pub segment: u64,
     /// When they were missed, milliseconds since the Unix epoch.
     pub found_at_ms: u64,
@@ -41,7 +42,9 @@ pub(super) fn put(meta: &dyn StateDb, loss: &Loss) -> Result<(), StoreError> {
         value.put_u64_le(number);
     }
     value.put_u32_le(crc(&value));
-    meta.put(&key(loss.first_sequence), &value)
+    meta.put(&key(loss.first_sequence), &value)?;
+    kill_point::pass("losses.written");
+    Ok(())
 }
 
 /// Strikes a loss off the ledger. Durable with the next sync of `meta`.

@@ -131,6 +131,10 @@ impl Store for MemoryStore {
         self.open(id)
     }
 
+    fn is_blank(&self, id: u64) -> Result<bool, StoreError> {
+        Ok(self.disk().segments[&id].synced.values().all(|value| value.is_empty()))
+    }
+
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         Ok(Arc::new(MemorySegment { store: self.clone(), id }))
     }

@@ -33,6 +33,7 @@ mod reader;
 mod record;
 mod recovery;
 mod salvage;
+mod slots;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -226,6 +227,11 @@ impl Wal {
             lost_events: log.losses.values().map(|loss| loss.events).sum(),
             commit_busy_ms: self.shared.commit_busy_ms(),
         }
+    }
+
+    /// The ledger of losses: which committed records are missing, by sequence.
+    pub fn losses(&self) -> Vec<Loss> {
+        self.shared.log().losses.values().copied().collect()
     }
 
     /// Fires when a commit failed: the process must end, recovery decides at the next start.

@@ -13,7 +13,8 @@ use bytes::Bytes;
 use super::error::{ReadError, StoreError};
 use super::log::{Position, Shared};
 use super::losses::Loss;
-use super::record::{ChunkError, ChunkHeader, RawRecord, Totals, decode_chunk, split_record};
+use super::record::{ChunkError, ChunkHeader, Totals, split_record};
+use super::slots::{Slot, read_slot};
 use super::store::SegmentFile;
 use crate::batch::{Batch, Sequence, now_ms};
 
@@ -34,6 +35,8 @@ pub struct Reader {
     at: Position,
     open: Option<(u64, Arc<dyn SegmentFile>)>,
     chunk: Option<Chunk>,
+    /// Segments read to their end since the last good chunk. Only the next one shows whether records are missing at theirs.
+    left: Vec<u64>,
     /// First sequence and end of the newest run of losses without a good record between them.
     lost: (u64, Totals),
     /// Events before the end of the last loss that was counted: what is read again after a rewind is not counted again.
@@ -48,25 +51,10 @@ struct Chunk {
     next_slot: u32,
 }
 
-/// What a slot holds.
-enum Slot {
-    Empty,
-    Chunk {
-        header: ChunkHeader,
-        body: Bytes,
-        next_slot: u32,
-    },
-    /// The first parts of a chunk, and nothing after them: the process ended while it wrote. Nobody got an ack.
-    Torn,
-    /// A later part of a chunk, without the ones before it.
-    Part,
-    Damaged(String),
-}
-
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO), counted_events: 0 }
+        Reader { shared, at, open: None, chunk: None, left: Vec::new(), lost: (0, Totals::ZERO), counted_events: 0 }
     }
 
     /// The next committed record, or none at the end of the log.
@@ -97,6 +85,7 @@ impl Reader {
     /// Goes back to the cursor, to read again what was not delivered.
     pub fn rewind(&mut self) {
         (self.chunk, self.open) = (None, None);
+        self.left.clear();
         self.at = self.shared.log().cursor;
     }
 
@@ -139,6 +128,7 @@ impl Reader {
                 )
             };
             if self.at.totals.sequence >= tail.sequence {
+                self.settle();
                 self.deliver_loss();
                 return Ok(false);
             }
@@ -154,10 +144,14 @@ impl Reader {
             let active_slots = active.filter(|(active, _)| *active == id).map(|(_, slots)| slots);
             let slots = active_slots.unwrap_or(file.slots());
             if self.find_chunk(&*file, slots)? {
+                self.settle();
                 return Ok(true);
             }
             match active_slots {
-                Some(_) => self.lose_until(tail),
+                Some(_) => {
+                    self.mark_damaged(id);
+                    self.lose_until(tail);
+                }
                 None => self.leave(id, segment.end),
             }
         }
@@ -213,6 +207,10 @@ impl Reader {
                         continue;
                     }
                     if header.before.sequence > self.at.totals.sequence {
+                        // What is missing before a segment's first slot was in one before it.
+                        if self.at.slot > 0 {
+                            self.mark_damaged(self.at.segment);
+                        }
                         self.lose_until(header.before);
                     }
                     return Ok(self.enter(header, body, next_slot));
@@ -243,25 +241,38 @@ impl Reader {
         if let Some(end) = end
             && end.sequence > self.at.totals.sequence
         {
+            self.mark_damaged(id);
             self.lose_until(end);
         }
         self.open = None;
+        self.left.push(id);
+        (self.at.segment, self.at.slot) = (id + 1, 0);
+    }
+
+    /// It is known what is missing before `self.at`: the segments left before it may go once they are delivered.
+    fn settle(&mut self) {
+        if self.left.is_empty() {
+            return;
+        }
         let mut log = self.shared.log();
-        if let Some(segment) = log.segments.get_mut(&id) {
-            segment.end.get_or_insert(self.at.totals);
+        for id in self.left.drain(..) {
+            if let Some(segment) = log.segments.get_mut(&id) {
+                segment.end.get_or_insert(self.at.totals);
+            }
         }
         log.leave_delivered_segments();
         drop(log);
-        (self.at.segment, self.at.slot) = (id + 1, 0);
         self.shared.log_changed.notify_all();
     }
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
-        let (from, segment) = (self.at.totals, self.at.segment);
+        let from = self.at.totals;
+        let segment = self.left.first().copied().unwrap_or(self.at.segment);
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
+        self.left.iter().for_each(|id| self.mark_damaged(*id));
         if until.events <= self.counted_events {
             return;
         }
@@ -289,127 +300,13 @@ impl Reader {
 
     fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
         tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
-        if let Some(segment) = self.shared.log().segments.get_mut(&segment) {
+        self.mark_damaged(segment);
+    }
+
+    /// Records that were in this segment are missing, or may have been in it: it is kept.
+    fn mark_damaged(&self, id: u64) {
+        if let Some(segment) = self.shared.log().segments.get_mut(&id) {
             segment.damaged = true;
         }
     }
-}
-
-/// Reads the chunk that begins at `slot`, all parts of it.
-fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, StoreError> {
-    let (header, first) = match read_part(file, slot)? {
-        Ok(Some(part)) => part,
-        Ok(None) => return Ok(Slot::Empty),
-        Err(reason) => return Ok(Slot::Damaged(reason)),
-    };
-    let next_slot = slot + u32::from(header.parts);
-    if header.part != 0 {
-        return Ok(Slot::Part);
-    }
-    if next_slot > slots {
-        return Ok(Slot::Damaged(ChunkError::Part.to_string()));
-    }
-    if header.parts == 1 {
-        return Ok(Slot::Chunk { header, body: first, next_slot });
-    }
-    let mut body = first.to_vec();
-    for part in 1..header.parts {
-        match read_part(file, slot + u32::from(part))? {
-            Ok(Some((other, piece))) if other == (ChunkHeader { part, ..header }) => body.extend_from_slice(&piece),
-            Ok(None) if is_empty(file, slot + u32::from(part)..slots)? => return Ok(Slot::Torn),
-            Ok(_) => return Ok(Slot::Damaged(ChunkError::Part.to_string())),
-            Err(reason) => return Ok(Slot::Damaged(reason)),
-        }
-    }
-    Ok(Slot::Chunk { header, body: body.into(), next_slot })
-}
-
-/// Whether nothing was written to any of `slots`.
-fn is_empty(file: &dyn SegmentFile, slots: std::ops::Range<u32>) -> Result<bool, StoreError> {
-    for slot in slots {
-        if !matches!(read_part(file, slot)?, Ok(None)) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// The checked value of one slot; none if it is empty; the reason if it is damaged.
-type Part = Result<Option<(ChunkHeader, Bytes)>, String>;
-
-fn read_part(file: &dyn SegmentFile, slot: u32) -> Result<Part, StoreError> {
-    match file.read(slot) {
-        Ok(value) if value.is_empty() => Ok(Ok(None)),
-        Ok(value) => Ok(decode_chunk(value).map(Some).map_err(|error| error.to_string())),
-        Err(error) if !error.is_damage() => Err(error),
-        Err(error) => Ok(Err(error.to_string())),
-    }
-}
-
-/// The first chunk of a segment at slot `from` or after it, for recovery: its totals and when its first record was received.
-pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32) -> Result<Option<(Totals, u64)>, StoreError> {
-    let slots = file.slots();
-    for slot in from..slots {
-        if let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? {
-            let received_at_ms = split_record(&mut body).map_or(0, |record| record.received_at_ms);
-            return Ok(Some((header.before, received_at_ms)));
-        }
-    }
-    Ok(None)
-}
-
-/// Every record of a segment that can be read, in order, with its sequence; for recovery.
-pub(super) fn for_each_record(file: &dyn SegmentFile, mut each: impl FnMut(u64, RawRecord)) -> Result<(), StoreError> {
-    let (mut slot, slots) = (0, file.slots());
-    while slot < slots {
-        let Slot::Chunk { header, mut body, next_slot } = read_slot(file, slot, slots)? else {
-            slot += 1;
-            continue;
-        };
-        for sequence in header.before.sequence..header.before.sequence + u64::from(header.records) {
-            let Ok(record) = split_record(&mut body) else { break };
-            each(sequence, record);
-        }
-        slot = next_slot;
-    }
-    Ok(())
-}
-
-/// What a segment holds, for recovery.
-pub(super) enum Content {
-    /// Nothing was ever written to it.
-    Nothing,
-    /// Records, up to these totals.
-    Records(Totals),
-    /// Something, but no chunk that is whole.
-    Damaged,
-}
-
-/// The totals after the last chunk of a segment, for recovery.
-///
-/// Looks at every slot from the last one down, because a disk that lost a write may have kept the one after it: new
-/// sequences must come after both.
-pub(super) fn last_totals(file: &dyn SegmentFile) -> Result<Content, StoreError> {
-    let slots = file.slots();
-    let mut content = Content::Nothing;
-    for slot in (0..slots).rev() {
-        let (header, mut body) = match read_slot(file, slot, slots)? {
-            Slot::Chunk { header, body, .. } => (header, body),
-            // A batch that was cut short was never acked.
-            Slot::Empty | Slot::Torn | Slot::Part => continue,
-            Slot::Damaged(_) => {
-                content = Content::Damaged;
-                continue;
-            }
-        };
-        let mut totals = header.before;
-        for _ in 0..header.records {
-            match split_record(&mut body) {
-                Ok(record) => totals = record.after(totals),
-                Err(_) => totals.sequence += 1,
-            }
-        }
-        return Ok(Content::Records(totals));
-    }
-    Ok(content)
 }

@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, VecDeque};
 use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
 use super::log::{Log, Pool, Position, Segment};
-use super::reader::{Content, first_chunk, for_each_record, last_totals};
 use super::record::Totals;
+use super::slots::{Content, first_chunk, for_each_record, last_totals};
 use super::store::StateDb;
 use super::{cursor, losses};
+use crate::kill_point;
 
 /// Whether recovery may change what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,8 +27,10 @@ pub(super) enum Mode {
 pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
     let store = pool.store();
     let saved = cursor::load(meta)?;
+    kill_point::pass("recover.cursor_loaded");
     if mode == Mode::Repair {
         store.remove_unfinished(saved.map_or(0, |(cursor, _)| cursor.segment))?;
+        kill_point::pass("recover.unfinished_removed");
     }
     let ids = store.segments()?;
     // Not one that was used before, even if it is gone: the cursor may still point into it.
@@ -35,6 +38,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
     let found_tail = find_tail(pool, &mut segments, mode)?;
+    kill_point::pass("recover.tail_found");
     let oldest = if saved.is_some() { None } else { find_head(pool, &segments)? };
 
     let (cursor, saved_tail) = saved.unwrap_or_else(|| {
@@ -47,10 +51,18 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
         let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
         tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
+        segments.values_mut().next_back().expect("there is one").damaged = true;
     }
     for (id, segment) in &mut segments {
         segment.disk_bytes = store.segment_bytes(*id)?;
         segment.sealed = true;
+    }
+    let losses = losses::load(meta)?;
+    for loss in &losses {
+        // The last process may not have come to set it aside.
+        if let Some(segment) = segments.get_mut(&loss.segment) {
+            segment.damaged = true;
+        }
     }
     // The last process may not have come to seal the last ones.
     for segment in segments.values_mut().rev().take(2) {
@@ -65,7 +77,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         cursor,
         saved_cursor: cursor,
         received: VecDeque::new(),
-        losses: losses::load(meta)?.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
+        losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
         giving_up_since: None,
         space_short: false,
@@ -76,12 +88,15 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     };
     log.leave_delivered_segments();
     note_oldest(pool, &mut log)?;
+    kill_point::pass("recover.end");
     Ok(log)
 }
 
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
 fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
+        // Looked at before sled opens it, which may empty a damaged one without a word. A spare was never written to.
+        let blank = pool.store().is_blank(id)?;
         let content = match pool.get(id) {
             Ok(file) => last_totals(&*file)?,
             Err(error) if !error.is_damage() => return Err(error),
@@ -100,9 +115,15 @@ fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> 
                 pool.store().quarantine(id)?;
                 tracing::error!(segment = id, "segment holds no readable record, set aside");
             }
+            Content::Nothing if mode == Mode::Repair && !blank => {
+                pool.close_unused();
+                pool.store().quarantine(id)?;
+                tracing::error!(segment = id, "segment shows none of its records, set aside");
+            }
             Content::Nothing if mode == Mode::Repair => {
                 pool.close_unused();
                 pool.store().remove(id)?;
+                kill_point::pass("recover.spare_removed");
             }
             Content::Damaged | Content::Nothing => {}
         }

@@ -22,21 +22,28 @@ use super::process::Addresses;
 const WEBSOCKETS: u32 = 3;
 /// Batches that such a client has in flight.
 const WINDOW: usize = 16;
-/// Largest payload: several slots of a segment of 8 MiB, which hold 64 KiB each.
-const PAYLOAD_BYTES_MAX: usize = 700 << 10;
+/// The type of most events.
+pub const EVENT_TYPE: &str = "click";
+/// The type of a few, on request: Kafka takes no such name for a topic, so they are parked.
+pub const PARKED_TYPE: &str = "not a topic";
+/// One event in so many has that type.
+const PARKED_ONE_IN: u32 = 16;
 
 /// What is sent: everything about a batch follows from its client and number.
 pub struct Load {
     seed: u64,
     noise: Vec<u8>,
+    payload_bytes_max: usize,
+    with_parked: bool,
 }
 
 impl Load {
-    /// A load with random contents.
-    pub fn new(rng: &mut StdRng) -> Arc<Load> {
-        let mut noise = vec![0; 2 * PAYLOAD_BYTES_MAX];
+    /// A load with random contents. A slot of a segment of 8 MiB holds 64 KiB: a few payloads are larger, up to
+    /// `payload_bytes_max`. `with_parked`: with some events that Kafka cannot take.
+    pub fn new(rng: &mut StdRng, payload_bytes_max: usize, with_parked: bool) -> Arc<Load> {
+        let mut noise = vec![0; 2 * payload_bytes_max];
         rng.fill_bytes(&mut noise);
-        Arc::new(Load { seed: rng.random(), noise })
+        Arc::new(Load { seed: rng.random(), noise, payload_bytes_max, with_parked })
     }
 
     /// Name of a batch; [`Load::parse_name`] is its inverse.
@@ -55,27 +62,43 @@ impl Load {
         format!("client-{client}")
     }
 
-    /// The payload of each event: mostly small, a few larger than a slot.
-    pub fn payloads(&self, client: u32, number: u64) -> Vec<Bytes> {
+    /// Type and payload of each event: mostly small, a few larger than a slot. A payload begins with the batch's name and
+    /// the event's place in it, and a blank.
+    pub fn events(&self, client: u32, number: u64) -> Vec<(&'static str, Bytes)> {
         let mut rng = StdRng::seed_from_u64(self.seed ^ (u64::from(client) << 48) ^ number);
         let events = rng.random_range(1..=3);
-        let payload = |_| {
+        let event = |place| {
             let length = match rng.random_range(0..200) {
-                0 => rng.random_range(256 << 10..=PAYLOAD_BYTES_MAX),
+                0 => rng.random_range(self.payload_bytes_max / 2..=self.payload_bytes_max),
                 1..10 => rng.random_range(1 << 10..=80 << 10),
                 _ => rng.random_range(0..1 << 10),
             };
             let from = rng.random_range(0..=self.noise.len() - length);
-            let mut payload = Load::name(client, number).into_bytes();
+            let mut payload = format!("{}-{place} ", Load::name(client, number)).into_bytes();
             payload.extend_from_slice(&self.noise[from..from + length]);
-            payload.into()
+            let parked = self.with_parked && rng.random_ratio(1, PARKED_ONE_IN);
+            (if parked { PARKED_TYPE } else { EVENT_TYPE }, payload.into())
         };
-        (0..events).map(payload).collect()
+        (0..events).map(event).collect()
+    }
+
+    /// Which event of `event_type` a payload belongs to, byte for byte: client, the batch's number, place in the batch.
+    #[allow(dead_code, reason = "each test uses its own part")]
+    pub fn identify(&self, event_type: &str, payload: &[u8]) -> (u32, (u64, usize)) {
+        let name = payload.split(|byte| *byte == b' ').next().and_then(|name| str::from_utf8(name).ok());
+        let numbers = name.and_then(|name| name.rsplit_once('-'));
+        let (name, place) = numbers.unwrap_or_else(|| panic!("a foreign payload: {payload:?}"));
+        let (client, number) = Load::parse_name(name);
+        let place = place.parse().expect("a place");
+        let (expected_type, expected) = &self.events(client, number)[place];
+        assert!(expected == payload, "the payload of {client}-{number}-{place} is not the one that was sent");
+        assert_eq!(*expected_type, event_type);
+        (client, (number, place))
     }
 
     fn request(&self, client: u32, number: u64) -> SendEventRequest {
-        let payloads = self.payloads(client, number).into_iter();
-        let events = payloads.map(|event_bytes| Event { event_bytes, r#type: "click".into() }).collect();
+        let events = self.events(client, number).into_iter();
+        let events = events.map(|(r#type, event_bytes)| Event { event_bytes, r#type: r#type.into() }).collect();
         SendEventRequest { req_guid: Load::name(client, number), sent_time: None, events }
     }
 }

@@ -27,6 +27,8 @@ use tempfile::TempDir;
 
 /// Lives after which the log is checked.
 const LIVES_BETWEEN_CHECKS: u64 = 20;
+/// Largest payload: several slots of a segment.
+const PAYLOAD_BYTES_MAX: usize = 700 << 10;
 /// A kill comes at most so long after the process was ready.
 const LOAD_TIME_MAX: Duration = Duration::from_millis(300);
 /// One life in so many ends before it is ready, or about then.
@@ -46,7 +48,7 @@ async fn every_acked_batch_survives_kill_9() {
     let mut rng = StdRng::seed_from_u64(seed);
     let directory = KeptOnPanic(tempfile::tempdir().unwrap());
     let options = Options::small(&directory.0.path().join("wal"));
-    let load = Load::new(&mut rng);
+    let load = Load::new(&mut rng, PAYLOAD_BYTES_MAX, false);
     let oracle = Arc::new(Mutex::new(Oracle::default()));
     let mut clients = Clients::new(&load, &oracle);
     let began = Instant::now();

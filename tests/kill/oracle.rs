@@ -106,10 +106,10 @@ impl Oracle {
 fn check_batch(batch: &Batch, load: &Load) -> (u32, u64) {
     let (client, number) = Load::parse_name(batch.request.req_guid());
     assert_eq!(*batch.client.id, *Load::id(client));
-    let payloads = load.payloads(client, number);
-    assert_eq!(batch.request.event_count() as usize, payloads.len());
-    for (event, payload) in batch.request.events().zip(&payloads) {
-        assert_eq!(event.event_type, "click");
+    let events = load.events(client, number);
+    assert_eq!(batch.request.event_count() as usize, events.len());
+    for (event, (event_type, payload)) in batch.request.events().zip(&events) {
+        assert_eq!(event.event_type, *event_type);
         assert!(event.payload == &payload[..], "the payload of {client}-{number} is not the one that was sent");
     }
     (client, number)

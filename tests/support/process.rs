@@ -10,7 +10,7 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -33,6 +33,8 @@ pub struct Options {
     pub settings: Vec<String>,
     /// A command, with its arguments, that runs the binary: it must become the binary's process, or keep its id.
     pub wrapper: Vec<String>,
+    /// Environment variables for it.
+    pub environment: Vec<(String, String)>,
 }
 
 /// Where a ready process listens.
@@ -89,6 +91,32 @@ impl Process {
     pub fn wait_until_ready(&mut self) -> Addresses {
         // The sender goes when the process closes its stderr, so an early end is noticed at once.
         self.ready.recv_timeout(PATIENCE).expect("the process becomes ready")
+    }
+
+    /// Waits for the `ready` line, or the end of the process before that.
+    pub fn wait_until_ready_or_ended(&mut self) -> Option<Addresses> {
+        match self.ready.recv_timeout(PATIENCE) {
+            Ok(addresses) => Some(addresses),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("the process neither becomes ready nor ends"),
+        }
+    }
+
+    /// Waits for an end by SIGKILL that nobody here has sent. False: it still runs after all patience.
+    pub fn wait_for_own_kill(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        // The pipe of its log breaks when it ends.
+        let deadline = Instant::now() + PATIENCE;
+        while !self.drain.as_ref().expect("it is joined once").is_finished() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let status = self.child.as_mut().expect("the process was ended").wait().expect("wait for the process");
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "the process ended by itself: {status}");
+        self.child = None;
+        true
     }
 
     /// Process id; the process must be running.
@@ -176,7 +204,7 @@ impl Options {
     }
 
     fn command(&self, config: &Path) -> Command {
-        let binary = env!("CARGO_BIN_EXE_ringtail").to_owned();
+        let binary = std::env::var("RINGTAIL_BINARY").unwrap_or_else(|_| env!("CARGO_BIN_EXE_ringtail").to_owned());
         let mut words = self.wrapper.iter().chain([&binary]);
         let mut command = Command::new(words.next().expect("there is at least the binary"));
         command.args(words).args(["serve", "--config"]).arg(config);
@@ -184,6 +212,7 @@ impl Options {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RINGTAIL_")) {
             command.env_remove(name);
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
     }

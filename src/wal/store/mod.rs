@@ -91,6 +91,8 @@ pub trait Store: Send + Sync {
     fn quarantined(&self) -> Result<Vec<u64>, StoreError>;
     /// Makes a segment with empty slots. It is durable when this returns.
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// No trace of a record is in a segment's files, whether it can still show it or not.
+    fn is_blank(&self, id: u64) -> Result<bool, StoreError>;
     /// Opens a segment, repairing what can be repaired without loss.
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
     /// Gives back the disk that was reserved for a segment and not used. No write may follow.

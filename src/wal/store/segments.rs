@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::files::{absent_is_default, disk_bytes, free_bytes, list, own_descriptor, reserve, sync_directory};
 use super::state::SledState;
 use super::{SLOTS_MAX, SegmentFile, SegmentShape, Space, StateDb, Store, guard, open_by_ladder};
+use crate::kill_point;
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
 
@@ -95,6 +96,10 @@ impl Store for SledStore {
         prepared
     }
 
+    fn is_blank(&self, id: u64) -> Result<bool, StoreError> {
+        Ok(!salvage::holds_chunks(&self.segment(id).join("db"))?)
+    }
+
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
@@ -106,24 +111,31 @@ impl Store for SledStore {
         // Truncating to the present size frees the blocks that were reserved beyond it.
         let file = own_descriptor(&self.segment(id))?;
         let length = file.metadata().map_err(StoreError::io("measure segment"))?.len();
-        file.set_len(length).map_err(StoreError::io("release reserved disk"))
+        kill_point::pass("seal.begin");
+        file.set_len(length).map_err(StoreError::io("release reserved disk"))?;
+        kill_point::pass("seal.end");
+        Ok(())
     }
 
     fn remove(&self, id: u64) -> Result<(), StoreError> {
         let path = self.segment(id);
         // READY goes first and durably: a half-removed directory must not look like a segment.
-        match fs::remove_file(path.join(READY)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(StoreError::io("remove segment marker")(error));
-            }
-            _ => sync_directory(&path)?,
-        }
-        fs::remove_dir_all(&path).map_err(StoreError::io("remove segment"))
+        kill_point::pass("trim.begin");
+        remove_if_there(&path.join(READY)).map_err(StoreError::io("remove segment marker"))?;
+        sync_directory(&path)?;
+        kill_point::pass("trim.unmarked");
+        remove_if_there(&path.join("db")).map_err(StoreError::io("remove segment"))?;
+        kill_point::pass("trim.half_removed");
+        fs::remove_dir_all(&path).map_err(StoreError::io("remove segment"))?;
+        kill_point::pass("trim.end");
+        Ok(())
     }
 
     fn quarantine(&self, id: u64) -> Result<(), StoreError> {
         let target = self.directory.join("quarantine").join(format!("{id:012}"));
+        kill_point::pass("quarantine.begin");
         fs::rename(self.segment(id), target).map_err(StoreError::io("quarantine segment"))?;
+        kill_point::pass("quarantine.renamed");
         sync_directory(&self.directory.join("quarantine"))?;
         sync_directory(&self.wal())
     }
@@ -150,8 +162,10 @@ impl Store for SledStore {
 impl SledStore {
     fn try_prepare(&self, path: &Path) -> Result<Arc<dyn SegmentFile>, StoreError> {
         fs::create_dir_all(path).map_err(StoreError::io("create segment"))?;
+        kill_point::pass("prepare.directory");
         let SegmentShape { slots, sled_segment_bytes, .. } = self.shape;
         let db = SledStore::open_db(path, sled_segment_bytes)?;
+        kill_point::pass("prepare.opened");
         let file = own_descriptor(path)?;
         reserve(&file, self.shape.reserved_bytes)?;
         guard("prepare slots", || {
@@ -160,8 +174,11 @@ impl SledStore {
             }
             db.flush()
         })?;
+        kill_point::pass("prepare.slots");
         file.sync_all().map_err(StoreError::io("sync segment"))?;
+        kill_point::pass("prepare.synced");
         write_marker(path, slots, sled_segment_bytes)?;
+        kill_point::pass("prepare.marked");
         let conf = File::open(path.join("conf")).and_then(|conf| conf.sync_all());
         conf.map_err(StoreError::io("sync segment"))?;
         sync_directory(path)?;
@@ -209,6 +226,11 @@ fn conf_segment_bytes(path: &Path) -> Option<usize> {
     SegmentShape::is_sled_segment_bytes(bytes).then_some(bytes)
 }
 
+/// What is gone already, because an earlier attempt was cut short, need not be removed.
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    fs::remove_file(path).or_else(absent_is_default)
+}
+
 fn key(slot: u32) -> [u8; 8] {
     u64::from(slot).to_be_bytes()
 }
@@ -233,6 +255,7 @@ impl SegmentFile for SledSegment {
 
     fn sync(&self) -> Result<(), StoreError> {
         guard("flush segment", || self.db().flush())?;
+        kill_point::pass("commit.flushed");
         self.file.sync_data().map_err(StoreError::io("sync segment"))
     }
 

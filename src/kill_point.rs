@@ -1,0 +1,84 @@
+//! Named points at which a test build ends itself as `kill -9` would, between two steps whose order a promise rests on.
+//!
+//! Only with the Cargo feature `kill-points`, which no package has: without it a point is an empty function. With it,
+//! the environment variable `KILL_POINT=name:n` ends the process the n-th time that it passes
+//! the point called `name`. (`RINGTAIL_…` would be taken for configuration.)
+
+/// Every point, in the order of the life of a batch.
+pub const ALL: &[&str] = &[
+    // The commit: a slot is written; all of the group is; sled has handed it to the kernel; it is durable; the reader may
+    // see it and nobody was told yet.
+    "commit.slot_written",
+    "commit.written",
+    "commit.flushed",
+    "commit.synced",
+    "commit.published",
+    // The full segment is left; the next one is taken.
+    "rotate.left",
+    "rotate.taken",
+    // A new segment: its directory is there; sled's files are; its slots are; all but the marker is durable; the marker is
+    // written and its directory entry is not durable.
+    "prepare.directory",
+    "prepare.opened",
+    "prepare.slots",
+    "prepare.synced",
+    "prepare.marked",
+    // Giving back reserved disk.
+    "seal.begin",
+    "seal.end",
+    // The cursor: not yet written; written; durable.
+    "cursor.begin",
+    "cursor.written",
+    "cursor.synced",
+    // The ledger of losses: written before the cursor, durable with it.
+    "losses.written",
+    // A delivered segment: whole; without its marker; without its marker and its log; gone.
+    "trim.begin",
+    "trim.unmarked",
+    "trim.half_removed",
+    "trim.end",
+    // A damaged segment: about to be set aside; set aside, and not durably.
+    "quarantine.begin",
+    "quarantine.renamed",
+    // Parking: in the store; durable there, and still open in flight.
+    "park.written",
+    "park.synced",
+    // Recovery, step by step.
+    "recover.cursor_loaded",
+    "recover.unfinished_removed",
+    "recover.spare_removed",
+    "recover.tail_found",
+    "recover.end",
+];
+
+/// Passes the point called `name`, which is one of [`ALL`].
+#[cfg(not(feature = "kill-points"))]
+#[inline(always)]
+pub fn pass(_name: &'static str) {}
+
+/// Passes the point called `name`, which is one of [`ALL`]. Does not return if it is this one's turn.
+#[cfg(feature = "kill-points")]
+pub fn pass(name: &'static str) {
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Which point kills, and at which passage.
+    static ARMED: LazyLock<Option<(String, u64)>> = LazyLock::new(|| {
+        let value = std::env::var("KILL_POINT").ok()?;
+        let (name, passage) = value.split_once(':').expect("KILL_POINT is name:n");
+        assert!(ALL.contains(&name), "KILL_POINT: there is no {name}");
+        Some((name.to_owned(), passage.parse().expect("KILL_POINT is name:n")))
+    });
+    static PASSED: AtomicU64 = AtomicU64::new(0);
+
+    assert!(ALL.contains(&name), "{name} is missing in the list of kill points");
+    let Some((armed, passage)) = &*ARMED else { return };
+    if armed != name || PASSED.fetch_add(1, Ordering::SeqCst) + 1 != *passage {
+        return;
+    }
+    // SAFETY: neither call has preconditions. The signal cannot be caught, so nothing of this process runs on.
+    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    loop {
+        std::thread::park();
+    }
+}

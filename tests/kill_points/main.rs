@@ -1,0 +1,232 @@
+//! `kill -9` between any two steps whose order a promise rests on: no acked event is lost.
+//!
+//! One log directory lives through many lives of the process. In each, clients of every protocol send, a forwarder
+//! delivers into a mock Kafka and parks what that cannot take, and the process kills itself at one of the points in
+//! `src/kill_point.rs`, the n-th time that it passes it. Every point has its turn: one that is not passed fails the test.
+//! For the points around damage the test damages the log between two lives; then exactly what the ledger of losses names
+//! may be missing. After every [`LIVES_BETWEEN_CHECKS`] lives the log, the parked store and what arrived are compared with
+//! what was acked.
+//!
+//! `RINGTAIL_SEED` replays the choices of a run (not the timing of the machine), `RINGTAIL_KILLS` sets their number.
+
+mod destination;
+#[path = "../kill/load.rs"]
+mod load;
+mod oracle;
+#[path = "../support/process.rs"]
+mod process;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use ringtail::kill_point;
+
+use destination::Destination;
+use load::{Clients, Load};
+use oracle::Oracle;
+use process::{Options, Process};
+use tempfile::TempDir;
+
+/// Lives after which everything is compared.
+const LIVES_BETWEEN_CHECKS: u64 = 10;
+/// Largest payload: a few slots of a segment.
+const PAYLOAD_BYTES_MAX: usize = 200 << 10;
+/// Batches acked in a life that only collects, before it is damaged.
+const BACKLOG_BATCHES: u64 = 100;
+
+fn number_from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is not a number: {value}")))
+}
+
+/// At which passage of a point the process may be killed: no more than some seconds under load away.
+fn passages_max(point: &str) -> u64 {
+    match point.split_once('.').expect("stage and step").0 {
+        "commit" => 300,
+        "park" => 20,
+        "prepare" | "cursor" => 3,
+        "rotate" | "seal" => 2,
+        _ => 1,
+    }
+}
+
+/// Points that are only passed where there is damage.
+fn needs_damage(point: &str) -> bool {
+    point.starts_with("quarantine.") || point.starts_with("losses.")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_acked_event_survives_a_kill_at_every_point() {
+    let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(|| rand::rng().random());
+    let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(2 * kill_point::ALL.len() as u64);
+    println!("RINGTAIL_SEED={seed} RINGTAIL_KILLS={kills}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut test = Test::new(&mut rng);
+    let began = Instant::now();
+    let mut hits: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut turns = Vec::new();
+    for life in 1..=kills {
+        if turns.is_empty() {
+            turns = kill_point::ALL.to_vec();
+            turns.shuffle(&mut rng);
+        }
+        let point = turns.pop().expect("filled above");
+        // What is in the ledger already is not written again; what is not yet set aside still will be.
+        if needs_damage(point) && (point.starts_with("losses.") || !test.is_damaged()) {
+            test.damage(&mut rng).await;
+        }
+        if point == "recover.spare_removed" {
+            // The keeper's first pass makes the spares before it saves the cursor.
+            test.live("cursor.synced", 1).await;
+        }
+        test.live(point, rng.random_range(1..=passages_max(point))).await;
+        *hits.entry(point).or_default() += 1;
+        if life % LIVES_BETWEEN_CHECKS == 0 || life == kills {
+            let summary = test.check(rng.random());
+            println!("after {life} kills, {:?}: {summary}", began.elapsed());
+        }
+    }
+    println!("kills by point: {hits:?}");
+    let oracle = test.oracle.lock().unwrap();
+    let (acked, settled, lost, parked) = (oracle.acked, oracle.settled, oracle.lost, oracle.parked);
+    println!(
+        "{acked} batches acked, {settled} settled, {lost} lost by the test's own damage, {parked} parked events found"
+    );
+    println!("{}, in {:?}", test.arrived(life_count(kills)), began.elapsed());
+    assert!(
+        kills < kill_point::ALL.len() as u64 || hits.len() == kill_point::ALL.len(),
+        "not every point had its turn"
+    );
+    assert!(acked > kills && settled > 0 && parked > 0, "there was hardly any load");
+}
+
+/// Lives of the process, those that only collect included.
+fn life_count(kills: u64) -> u64 {
+    2 * kills
+}
+
+struct Test {
+    _directory: KeptOnPanic,
+    options: Options,
+    load: Arc<Load>,
+    oracle: Arc<Mutex<Oracle>>,
+    clients: Clients,
+    destination: Destination,
+    /// Segments that the test has damaged.
+    damaged_segments: Vec<OsString>,
+}
+
+impl Test {
+    fn new(rng: &mut StdRng) -> Test {
+        let directory = KeptOnPanic(tempfile::tempdir().unwrap());
+        let load = Load::new(rng, PAYLOAD_BYTES_MAX, true);
+        let oracle = Arc::new(Mutex::new(Oracle::default()));
+        let destination = Destination::start(&load);
+        let mut options = Options::small(&directory.0.path().join("wal"));
+        options.brokers = destination.brokers();
+        options.settings.extend(["forward.topic = \"%s\"", "forward.in_flight_bytes_max = \"2MiB\""].map(String::from));
+        let clients = Clients::new(&load, &oracle);
+        Test { _directory: directory, options, load, oracle, clients, destination, damaged_segments: Vec::new() }
+    }
+
+    /// A damaged segment is still where it was: the process will complain of it, and set it aside.
+    fn is_damaged(&self) -> bool {
+        let quarantine = self.options.directory.join("quarantine");
+        self.damaged_segments.iter().any(|segment| !quarantine.join(segment).exists())
+    }
+
+    /// One life, which ends at the `passage`-th time that `point` is passed.
+    async fn live(&mut self, point: &str, passage: u64) {
+        let damaged = self.is_damaged();
+        let mut options = self.options.clone();
+        options.environment.push(("KILL_POINT".into(), format!("{point}:{passage}")));
+        let mut process = Process::spawn(&options);
+        let addresses = process.wait_until_ready_or_ended();
+        let running = addresses.map(|addresses| self.clients.start(addresses));
+        let killed = tokio::task::block_in_place(|| process.wait_for_own_kill());
+        assert!(killed, "{point} was not passed {passage} times");
+        let complaints = process.complaints();
+        assert!(damaged || complaints.is_empty(), "{point}:{passage} met damage: {complaints:#?}");
+        if let Some(running) = running {
+            self.clients.finish(running).await;
+        }
+    }
+
+    /// A life that only collects, killed under load, and then a flipped bit in a batch that is pending.
+    async fn damage(&mut self, rng: &mut StdRng) {
+        let (mut process, addresses) = Process::start(&Options { brokers: Vec::new(), ..self.options.clone() });
+        let enough = self.oracle.lock().unwrap().acked + BACKLOG_BATCHES;
+        let running = self.clients.start(addresses);
+        while self.oracle.lock().unwrap().acked < enough {
+            tokio::task::yield_now().await;
+        }
+        process.kill();
+        self.clients.finish(running).await;
+        let directory = &self.options.directory;
+        let pending = self.oracle.lock().unwrap().note_risk(directory, &self.load);
+        let (client, number) = pending[rng.random_range(0..pending.len())];
+        let (_, payload) = &self.load.events(client, number)[0];
+        self.damaged_segments.extend(flip_bit_in(&directory.join("wal"), &payload[..payload.len().min(40)]));
+    }
+
+    fn check(&mut self, sweep: bool) -> String {
+        tokio::task::block_in_place(|| {
+            self.destination
+                .look(|seen| self.oracle.lock().unwrap().check(&self.options.directory, &self.load, seen, sweep))
+        })
+    }
+
+    /// Checks the order of what arrived, and says how much.
+    fn arrived(&self, lives: u64) -> String {
+        self.destination.look(|seen| {
+            let (mut events, mut duplicates, mut rewinds) = (0, 0, 0);
+            for (client, arrived) in &seen.clients {
+                assert!(arrived.rewinds <= lives, "client {client} went back {} times", arrived.rewinds);
+                events += arrived.events.len();
+                duplicates += arrived.duplicates;
+                rewinds = rewinds.max(arrived.rewinds);
+            }
+            format!("{events} events arrived, {duplicates} of them again, at most {rewinds} rewinds")
+        })
+    }
+}
+
+/// Flips a bit wherever a segment's file holds `needle`. Returns the segments that do.
+fn flip_bit_in(segments: &Path, needle: &[u8]) -> Vec<OsString> {
+    let mut damaged = Vec::new();
+    for segment in std::fs::read_dir(segments).unwrap() {
+        let segment = segment.unwrap();
+        let db = segment.path().join("db");
+        let mut file = std::fs::File::options().read(true).write(true).open(db).unwrap();
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).unwrap();
+        let found: Vec<usize> = memchr::memmem::find_iter(&bytes, needle).collect();
+        for at in &found {
+            file.seek(SeekFrom::Start(*at as u64)).unwrap();
+            file.write_all(&[bytes[*at] ^ 1]).unwrap();
+        }
+        if !found.is_empty() {
+            damaged.push(segment.file_name());
+        }
+    }
+    assert!(!damaged.is_empty(), "the batch to damage is nowhere");
+    damaged
+}
+
+/// The log's directory, left for whoever looks into a failure.
+struct KeptOnPanic(TempDir);
+
+impl Drop for KeptOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.disable_cleanup(true);
+            eprintln!("the log is kept in {}", self.0.path().display());
+        }
+    }
+}

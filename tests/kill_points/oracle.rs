@@ -1,0 +1,185 @@
+//! What must have become of every acked event: it arrived, or it is in the log behind the cursor, or it is parked.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+
+use bytesize::ByteSize;
+use ringtail::batch::Batch;
+use ringtail::config::WalConfig;
+use ringtail::forward::{ParkReason, ParkedStore};
+use ringtail::metrics::Metrics;
+use ringtail::wal::Wal;
+
+use super::destination::{Place, Seen};
+use super::load::{EVENT_TYPE, Load, PARKED_TYPE};
+
+/// Client and number.
+type Name = (u32, u64);
+
+/// Every batch that was acked and whose end is not known.
+#[derive(Default)]
+pub struct Oracle {
+    /// Batches acked since the test began.
+    pub acked: u64,
+    /// Of them, batches found delivered or parked as a whole.
+    pub settled: u64,
+    /// Of them, batches that the test itself has damaged, and that the ledger of losses names.
+    pub lost: u64,
+    /// Events found in the parked store.
+    pub parked: u64,
+    open: HashSet<Name>,
+    /// The batch of every sequence that was ever read from the log.
+    sequences: BTreeMap<u64, Name>,
+    /// Parked events that the test has removed.
+    removed: HashSet<(u32, Place)>,
+    /// Batches that were pending when the test damaged the log: only they may be lost.
+    at_risk: HashSet<Name>,
+}
+
+/// Opens the log as the service does.
+pub fn open(directory: &Path) -> Wal {
+    let config = WalConfig {
+        directory: directory.into(),
+        segment_bytes: ByteSize::mib(8),
+        free_bytes_min: ByteSize::b(0),
+        ..WalConfig::default()
+    };
+    Wal::open(&config, 1 << 20, Metrics::new()).expect("the log opens")
+}
+
+impl Oracle {
+    /// A client has seen the ack of a batch.
+    pub fn ack(&mut self, client: u32, number: u64) {
+        self.acked += 1;
+        assert!(self.open.insert((client, number)), "{client}-{number} was acked twice");
+    }
+
+    /// The log is about to be damaged, whole as it is: gives back the names of what is pending in it.
+    pub fn note_risk(&mut self, directory: &Path, load: &Load) -> Vec<Name> {
+        let wal = open(directory);
+        let pending = self.read(&wal, load);
+        wal.close();
+        self.at_risk.extend(&pending);
+        pending
+    }
+
+    /// Opens the log, compares everything with everything, and closes it. `sweep`: parked events are removed, as an
+    /// operator would. Says in a line what it found.
+    pub fn check(&mut self, directory: &Path, load: &Load, seen: &Seen, sweep: bool) -> String {
+        let wal = open(directory);
+        let in_log: HashSet<Name> = self.read(&wal, load).into_iter().collect();
+        let parked = self.read_parked(&wal, load, sweep);
+        let losses = wal.losses();
+        let quarantined = wal.status().quarantined_segments;
+        wal.close();
+        let mut lost = HashSet::new();
+        for loss in &losses {
+            for (_, name) in self.sequences.range(loss.first_sequence..loss.end_sequence) {
+                assert!(self.at_risk.contains(name), "{name:?} is in the ledger of losses, and nobody damaged it");
+                lost.insert(*name);
+            }
+        }
+        let nothing = Default::default();
+        let (mut settled, mut missing) = (0, Vec::new());
+        self.open.retain(|name| {
+            if in_log.contains(name) {
+                return true;
+            }
+            let (client, number) = *name;
+            let arrived = &seen.clients.get(&client).unwrap_or(&nothing).events;
+            let there = |(place, (event_type, _)): (usize, &(&str, _))| {
+                if *event_type == EVENT_TYPE {
+                    arrived.contains(&(number, place))
+                } else {
+                    let event = (client, (number, place));
+                    parked.contains(&event) || self.removed.contains(&event)
+                }
+            };
+            if load.events(client, number).iter().enumerate().all(there) {
+                settled += 1;
+            } else if lost.contains(name) {
+                self.lost += 1;
+            } else {
+                missing.push(*name);
+            }
+            false
+        });
+        self.settled += settled;
+        assert!(missing.is_empty(), "acked, and neither delivered nor in the log nor parked: {missing:?}");
+        if sweep {
+            self.removed.extend(parked.iter().copied());
+        }
+        format!(
+            "{} in the log, {settled} settled, {} parked, {} losses in the ledger, {quarantined} in quarantine",
+            in_log.len(),
+            parked.len(),
+            losses.len()
+        )
+    }
+
+    /// Reads the log from the cursor to its end: in order, without a gap that the ledger does not explain, each sequence
+    /// with the batch that it had before.
+    fn read(&mut self, wal: &Wal, load: &Load) -> Vec<Name> {
+        let mut newest: HashMap<u32, u64> = HashMap::new();
+        let mut expected = wal.status().cursor_sequence;
+        let mut reader = wal.reader();
+        let mut names = Vec::new();
+        while let Some(record) = reader.next_record().expect("the log is readable") {
+            let sequence = record.sequence.0;
+            let losses = wal.losses();
+            while expected < sequence {
+                let loss = losses.iter().find(|loss| (loss.first_sequence..loss.end_sequence).contains(&expected));
+                expected =
+                    loss.unwrap_or_else(|| panic!("{expected} is missing before {sequence}: {losses:?}")).end_sequence;
+            }
+            assert_eq!(expected, sequence, "out of order");
+            expected += 1;
+            let (client, number) = identify(&record.batch, load);
+            let last = newest.insert(client, number);
+            assert!(last.is_none_or(|last| number > last), "{client}-{number} after {last:?}");
+            let before = *self.sequences.entry(sequence).or_insert((client, number));
+            assert_eq!(before, (client, number), "sequence {sequence} holds another batch now");
+            names.push((client, number));
+        }
+        names
+    }
+
+    fn read_parked(&mut self, wal: &Wal, load: &Load, sweep: bool) -> HashSet<(u32, Place)> {
+        let store = ParkedStore::open(wal.parked()).expect("the parked store opens");
+        let mut parked = HashSet::new();
+        let mut ids = Vec::new();
+        for event in store.events(0) {
+            let event = event.expect("a parked event is readable");
+            let (client, place) = load.identify(PARKED_TYPE, &event.payload);
+            assert_eq!(event.about.reason, ParkReason::InvalidTopic);
+            assert_eq!(
+                (event.about.connection_id, event.about.req_guid),
+                (Load::id(client), Load::name(client, place.0))
+            );
+            parked.insert((client, place));
+            ids.push(event.id);
+        }
+        assert_eq!(store.count(), ids.len() as u64);
+        self.parked += parked.len() as u64;
+        if sweep {
+            for id in ids {
+                assert!(store.remove(id).expect("a parked event can be removed"));
+            }
+            store.sync().expect("the parked store syncs");
+        }
+        parked
+    }
+}
+
+/// Proves that a batch is the one that was sent, byte for byte, and says which.
+fn identify(batch: &Batch, load: &Load) -> Name {
+    let (client, number) = Load::parse_name(batch.request.req_guid());
+    assert_eq!(*batch.client.id, *Load::id(client));
+    let sent = load.events(client, number);
+    assert_eq!(batch.request.event_count() as usize, sent.len());
+    for (event, (event_type, payload)) in batch.request.events().zip(&sent) {
+        assert_eq!(event.event_type, *event_type);
+        assert!(event.payload == &payload[..], "the payload of {client}-{number} is not the one that was sent");
+    }
+    (client, number)
+}
