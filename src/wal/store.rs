@@ -202,19 +202,8 @@ impl Store for SledStore {
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_shape(&path)?;
-        let open = || SledStore::open_db(&path, sled_segment_bytes);
-        remove_files(&path, |name| name.ends_with(".generating"))?;
-        let mut db = open();
-        for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
-            let Err(error) = &db else { break };
-            if !error.is_damage() {
-                break;
-            }
-            tracing::warn!(segment = id, %error, "segment does not open, trying without its {what}");
-            remove_files(&path, |name| name.starts_with(prefix))?;
-            db = open();
-        }
-        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db?) }))
+        let db = open_by_ladder(&path, || SledStore::open_db(&path, sled_segment_bytes))?;
+        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
     }
 
     fn seal(&self, id: u64) -> Result<(), StoreError> {
@@ -282,8 +271,7 @@ impl SledStore {
             ready.sync_all()
         });
         ready.map_err(StoreError::io("mark segment ready"))?;
-        let conf = File::open(path.join("conf")).and_then(|conf| conf.sync_all());
-        conf.map_err(StoreError::io("sync segment"))?;
+        sync_conf(path)?;
         sync_directory(path)?;
         sync_directory(&self.wal())?;
         Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
@@ -379,10 +367,10 @@ impl SledState {
     ) -> Result<T, StoreError> {
         let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if open.is_none() {
-            remove_files(&self.path, |name| name.ends_with(".generating"))?;
             let config =
                 sled::Config::new().path(&self.path).segment_size(4 << 20).cache_capacity(8 << 20).flush_every_ms(None);
-            let db = guard("open state", || config.open())?;
+            let db = open_by_ladder(&self.path, || guard("open state", || config.open()))?;
+            sync_conf(&self.path)?;
             *open = Some((db, own_descriptor(&self.path)?));
         }
         let result = guard(operation, || call(open.as_ref().expect("opened above")));
@@ -425,6 +413,27 @@ impl StateDb for SledState {
             file.sync_data().map_err(sled::Error::from)
         })
     }
+}
+
+/// Opens a Db. The log in it is enough to recover everything: what else is damaged is removed, one after the other.
+fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) -> Result<sled::Db, StoreError> {
+    remove_files(path, |name| name.ends_with(".generating"))?;
+    let mut db = open();
+    for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
+        let Err(error) = &db else { break };
+        if !error.is_damage() {
+            break;
+        }
+        tracing::warn!(path = %path.display(), %error, "does not open, trying without its {what}");
+        remove_files(path, |name| name.starts_with(prefix))?;
+        db = open();
+    }
+    db
+}
+
+/// sled never syncs the `conf` that it writes, and does not open a Db with half of one.
+fn sync_conf(path: &Path) -> Result<(), StoreError> {
+    File::open(path.join("conf")).and_then(|conf| conf.sync_all()).map_err(StoreError::io("sync conf"))
 }
 
 /// Runs a call of sled, turning its errors and panics into ours.
