@@ -24,12 +24,15 @@ use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use super::error::StoreError;
 
 const READY: &str = "READY";
+/// Longest that sled's own threads may hold a closed Db.
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.
 pub const STATE_VALUE_BYTES_MAX: usize = 256 * 1024;
 
@@ -332,9 +335,8 @@ impl SegmentFile for SledSegment {
 
 impl Drop for SledSegment {
     fn drop(&mut self) {
-        let db = self.db.take();
-        if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
-            tracing::warn!("closing a segment panicked");
+        if let Some(db) = self.db.take() {
+            close(db, &self.file);
         }
     }
 }
@@ -375,8 +377,8 @@ impl SledState {
         }
         let result = guard(operation, || call(open.as_ref().expect("opened above")));
         if result.is_err() {
-            let broken = open.take();
-            let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
+            let (db, file) = open.take().expect("opened above");
+            close(db, &file);
         }
         result
     }
@@ -429,6 +431,18 @@ fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) 
         db = open();
     }
     db
+}
+
+/// Closes a Db whose `db` file is `file`.
+fn close(db: sled::Db, file: &File) {
+    if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
+        tracing::warn!("closing a database panicked");
+    }
+    // A thread of sled may hold the file, and the lock on it, for a moment longer: who opens it next must not meet that.
+    let deadline = Instant::now() + CLOSE_TIME_MAX;
+    while file.try_lock().is_err() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// sled never syncs the `conf` that it writes, and does not open a Db with half of one.
