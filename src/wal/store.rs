@@ -19,7 +19,7 @@
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -324,8 +324,11 @@ impl SegmentFile for SledSegment {
     }
 
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
-        let value = guard("read slot", || self.db().get(key(slot)))?;
-        Ok(value.map(Bytes::from_owner).unwrap_or_default())
+        let operation = "read slot";
+        let value = guard(operation, || self.db().get(key(slot)))?;
+        // Every slot was there, empty, before the segment was ready.
+        let missing = || StoreError::Sled { operation, message: "the slot is not there".to_owned() };
+        value.map(Bytes::from_owner).ok_or_else(missing)
     }
 
     fn slots(&self) -> u32 {
@@ -420,6 +423,7 @@ impl StateDb for SledState {
 /// Opens a Db. The log in it is enough to recover everything: what else is damaged is removed, one after the other.
 fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) -> Result<sled::Db, StoreError> {
     remove_files(path, |name| name.ends_with(".generating"))?;
+    check_readable(&path.join("db"))?;
     let mut db = open();
     for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
         let Err(error) = &db else { break };
@@ -431,6 +435,18 @@ fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) 
         db = open();
     }
     db
+}
+
+/// Reads a file through. sled takes a read error for the end of its log, and overwrites what it believes to be free: a disk
+/// that fails for a moment must not come to that.
+fn check_readable(path: &Path) -> Result<(), StoreError> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file.map_err(StoreError::io("open segment file"))?,
+    };
+    let mut buffer = vec![0; 1 << 20];
+    while file.read(&mut buffer).map_err(StoreError::io("read segment file"))? > 0 {}
+    Ok(())
 }
 
 /// Closes a Db whose `db` file is `file`.
