@@ -1,7 +1,7 @@
 //! What the store needs of the file system.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
@@ -40,7 +40,6 @@ pub(super) fn remove_files(directory: &Path, matches: impl Fn(&str) -> bool) -> 
 
 /// Disk taken by everything in `directory`.
 pub(super) fn disk_bytes(directory: &Path) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt;
     let mut bytes = 0;
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -51,10 +50,16 @@ pub(super) fn disk_bytes(directory: &Path) -> io::Result<u64> {
         bytes += if metadata.is_dir() {
             disk_bytes(&entry.path()).or_else(absent_is_default)?
         } else {
-            metadata.blocks() * 512
+            blocks_bytes(&metadata)
         };
     }
     Ok(bytes)
+}
+
+/// Disk taken by one file.
+pub(super) fn blocks_bytes(metadata: &fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    metadata.blocks() * 512
 }
 
 /// What vanished while it was measured takes no space.
@@ -85,4 +90,21 @@ pub(super) fn list(directory: &Path) -> Result<Vec<u64>, StoreError> {
     }
     ids.sort_unstable();
     Ok(ids)
+}
+
+/// Reads a file through. sled takes a read error for the end of its log, and overwrites what it believes to be free: a disk
+/// that fails for a moment must not come to that.
+pub(super) fn check_readable(path: &Path) -> Result<(), StoreError> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file.map_err(StoreError::io("open segment file"))?,
+    };
+    let mut buffer = vec![0; 1 << 20];
+    while file.read(&mut buffer).map_err(StoreError::io("read segment file"))? > 0 {}
+    Ok(())
+}
+
+/// sled never syncs the `conf` that it writes, and does not open a Db with half of one.
+pub(super) fn sync_conf(path: &Path) -> Result<(), StoreError> {
+    File::open(path.join("conf")).and_then(|conf| conf.sync_all()).map_err(StoreError::io("sync conf"))
 }

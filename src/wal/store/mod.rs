@@ -6,6 +6,7 @@
 //! meta/               a small Db: the cursor, the ledger of losses
 //! parked/             a small Db: dead letters
 //! quarantine/         what was damaged, set aside: segments under their number, small Dbs as meta-1, parked-1, …
+//! reserve             disk held back for a start on a full disk
 //! ```
 //!
 //! # Why sled is used this way (0.34.7, pinned: the rules rest on its internals)
@@ -16,6 +17,7 @@
 //!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
 //! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
 //! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
+//! - sled needs free disk to open: on a full one it gets the `reserve`, or nothing could be delivered that would make room.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 //!
 //! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system.
@@ -24,19 +26,27 @@ mod files;
 mod segments;
 mod state;
 
+use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use super::error::StoreError;
-use files::remove_files;
+use files::{check_readable, remove_files};
 pub use segments::SledStore;
 
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller. A leaf of sled's tree holds up to 17
 /// and is now and then written as one piece, which must stay below a quarter of sled's `segment_size` ([`state`]).
 pub const STATE_VALUE_BYTES_MAX: usize = 48 * 1024;
+/// sled's `segment_size` of a [`StateDb`].
+const STATE_SLED_SEGMENT_BYTES: usize = 4 << 20;
+/// Disk held back for a start on a full disk.
+const RESERVE: &str = "reserve";
+/// Longest that sled's own threads may hold a closed Db.
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
 /// Bounds of sled's `segment_size`.
@@ -151,11 +161,21 @@ pub trait StateDb: Send + Sync {
     fn sync(&self) -> Result<(), StoreError>;
 }
 
-/// Opens a Db, leaving out what it can do without: sled's log alone recovers everything. An unfinished snapshot (left by a
-/// kill or a full disk) and a damaged snapshot or `conf` would make every later open fail.
-fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) -> Result<sled::Db, StoreError> {
+/// Opens a Db. sled's log alone recovers everything, so what else is damaged is left out, one after the other: an unfinished
+/// snapshot (left by a kill or a full disk) and a damaged snapshot or `conf` would make every later open fail.
+fn open_by_ladder(
+    path: &Path,
+    reserve: &Path,
+    open: impl Fn() -> Result<sled::Db, StoreError>,
+) -> Result<sled::Db, StoreError> {
     remove_files(path, |name| name.ends_with(".generating"))?;
+    check_readable(&path.join("db"))?;
     let mut db = open();
+    if db.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(reserve).is_ok() {
+        tracing::warn!(path = %path.display(), "the disk is full, using up the reserve to open");
+        remove_files(path, |name| name.ends_with(".generating"))?;
+        db = open();
+    }
     for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
         let Err(error) = &db else { break };
         if !error.is_damage() {
@@ -166,6 +186,18 @@ fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) 
         db = open();
     }
     db
+}
+
+/// Closes a Db whose `db` file is `file`.
+fn close(db: sled::Db, file: &File) {
+    if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
+        tracing::warn!("closing a database panicked");
+    }
+    // A thread of sled may hold the file, and the lock on it, for a moment longer: who opens it next must not meet that.
+    let deadline = Instant::now() + CLOSE_TIME_MAX;
+    while file.try_lock().is_err() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Runs a call of sled, turning its errors and panics into ours.

@@ -2,15 +2,19 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::files::{absent_is_default, disk_bytes, free_bytes, list, own_descriptor, reserve, sync_directory};
+use super::files::{
+    absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, sync_conf, sync_directory,
+};
 use super::state::SledState;
-use super::{SLOTS_MAX, SegmentFile, SegmentShape, Space, StateDb, Store, guard, open_by_ladder};
+use super::{
+    RESERVE, SLOTS_MAX, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb, Store, close, guard,
+    open_by_ladder,
+};
 use crate::kill_point;
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
@@ -45,7 +49,22 @@ impl SledStore {
         self.wal().join(format!("{id:012}"))
     }
 
-    fn open_db(path: &Path, sled_segment_bytes: usize) -> Result<sled::Db, StoreError> {
+    fn reserve(&self) -> PathBuf {
+        self.directory.join(RESERVE)
+    }
+
+    /// Holds disk back: opening fills up the last sled segment of two small maps and of a segment.
+    fn hold_reserve(&self) -> Result<(), StoreError> {
+        let bytes = (2 * STATE_SLED_SEGMENT_BYTES + self.shape.sled_segment_bytes + (1 << 20)) as u64;
+        let file = File::options().create(true).truncate(false).write(true).open(self.reserve());
+        let file = file.map_err(StoreError::io("open reserve"))?;
+        if blocks_bytes(&file.metadata().map_err(StoreError::io("measure reserve"))?) >= bytes {
+            return Ok(());
+        }
+        reserve(&file, bytes)
+    }
+
+    pub(super) fn open_db(path: &Path, sled_segment_bytes: usize) -> Result<sled::Db, StoreError> {
         let config = sled::Config::new()
             .path(path)
             .segment_size(sled_segment_bytes)
@@ -72,9 +91,7 @@ impl Store for SledStore {
             // needed and holds chunks has lost it to damage.
             if id >= first_needed && salvage::holds_chunks(&path.join("db"))? {
                 tracing::warn!(segment = id, "segment has lost its marker, marking it anew");
-                let sled_segment_bytes = conf_segment_bytes(&path).unwrap_or(self.shape.sled_segment_bytes);
-                write_marker(&path, SLOTS_MAX, sled_segment_bytes)?;
-                sync_directory(&path)?;
+                mark_lost(&path)?;
                 continue;
             }
             fs::remove_dir_all(path).map_err(StoreError::io("remove unfinished segment"))?;
@@ -87,6 +104,8 @@ impl Store for SledStore {
     }
 
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        // No new segment before the next start is provided for.
+        self.hold_reserve()?;
         let path = self.segment(id);
         let prepared = self.try_prepare(&path);
         if prepared.is_err() {
@@ -103,7 +122,13 @@ impl Store for SledStore {
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
-        let db = open_by_ladder(&path, || SledStore::open_db(&path, sled_segment_bytes))?;
+        let open = || SledStore::open_db(&path, sled_segment_bytes);
+        let db = open_by_ladder(&path, &self.reserve(), open)?;
+        let slots = match slots {
+            Some(slots) => slots,
+            // They were all inserted when it was prepared.
+            None => guard("count slots", || db.last())?.map_or(0, |(last, _)| slot(&last) + 1),
+        };
         Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
     }
 
@@ -150,6 +175,8 @@ impl Store for SledStore {
             let used = disk_bytes(&self.directory.join(name));
             space.other_bytes += used.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         }
+        let reserve = fs::metadata(self.reserve()).map(|reserve| blocks_bytes(&reserve));
+        space.other_bytes += reserve.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         space.quarantined_segments = self.quarantined()?.len() as u64;
         Ok(space)
     }
@@ -179,25 +206,23 @@ impl SledStore {
         kill_point::pass("prepare.synced");
         write_marker(path, slots, sled_segment_bytes)?;
         kill_point::pass("prepare.marked");
-        let conf = File::open(path.join("conf")).and_then(|conf| conf.sync_all());
-        conf.map_err(StoreError::io("sync segment"))?;
+        sync_conf(path)?;
         sync_directory(path)?;
         sync_directory(&self.wal())?;
         Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
     }
 
-    /// Slots and sled's `segment_size` of a segment, from its marker. If that is damaged: every slot there may be, and what
-    /// sled's own note says.
-    fn read_marker(&self, path: &Path) -> Result<(u32, usize), StoreError> {
+    /// Slots and sled's `segment_size` of a segment, from its marker. If that is damaged: what sled's own note says.
+    fn read_marker(&self, path: &Path) -> Result<(Option<u32>, usize), StoreError> {
         let marker = fs::read(path.join(READY)).map_err(StoreError::io("read segment marker"))?;
         let numbers = str::from_utf8(&marker).ok().and_then(|marker| {
             let mut words = marker.split_whitespace();
             let (slots, bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-            (marker == marker_line(slots, bytes)).then_some((slots, bytes))
+            (marker == marker_line(slots, bytes)).then_some((Some(slots), bytes))
         });
         Ok(numbers.unwrap_or_else(|| {
             tracing::warn!(segment = %path.display(), "segment marker is damaged");
-            (SLOTS_MAX, conf_segment_bytes(path).unwrap_or(self.shape.sled_segment_bytes))
+            (None, conf_segment_bytes(path).unwrap_or(self.shape.sled_segment_bytes))
         }))
     }
 }
@@ -209,6 +234,13 @@ fn write_marker(path: &Path, slots: u32, sled_segment_bytes: usize) -> Result<()
         ready.sync_all()
     });
     write.map_err(StoreError::io("mark segment ready"))
+}
+
+/// Marks a segment whose shape is not known.
+fn mark_lost(path: &Path) -> Result<(), StoreError> {
+    let mark = File::create(path.join(READY)).and_then(|ready| ready.sync_all());
+    mark.map_err(StoreError::io("mark segment ready"))?;
+    sync_directory(path)
 }
 
 /// Slots, sled's `segment_size`, and a CRC-32C of both.
@@ -233,6 +265,12 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 fn key(slot: u32) -> [u8; 8] {
     u64::from(slot).to_be_bytes()
+}
+
+/// The slot of a key; the last one there may be if it is none.
+fn slot(key: &[u8]) -> u32 {
+    let last = u64::from(SLOTS_MAX) - 1;
+    key.try_into().map_or(last, u64::from_be_bytes).min(last) as u32
 }
 
 struct SledSegment {
@@ -260,8 +298,11 @@ impl SegmentFile for SledSegment {
     }
 
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
-        let value = guard("read slot", || self.db().get(key(slot)))?;
-        Ok(value.map(Bytes::from_owner).unwrap_or_default())
+        let operation = "read slot";
+        let value = guard(operation, || self.db().get(key(slot)))?;
+        // Every slot was there, empty, before the segment was ready.
+        let missing = || StoreError::Sled { operation, message: "the slot is not there".to_owned() };
+        value.map(Bytes::from_owner).ok_or_else(missing)
     }
 
     fn slots(&self) -> u32 {
@@ -271,9 +312,8 @@ impl SegmentFile for SledSegment {
 
 impl Drop for SledSegment {
     fn drop(&mut self) {
-        let db = self.db.take();
-        if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
-            tracing::warn!("closing a segment panicked");
+        if let Some(db) = self.db.take() {
+            close(db, &self.file);
         }
     }
 }

@@ -1,17 +1,18 @@
 //! The small maps on sled.
 
 use std::fs::{self, File};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::files::{own_descriptor, sync_directory};
-use super::{Entry, STATE_VALUE_BYTES_MAX, StateDb, guard, open_by_ladder};
+use super::files::{own_descriptor, sync_conf, sync_directory};
+use super::segments::SledStore;
+use super::{Entry, RESERVE, STATE_SLED_SEGMENT_BYTES, STATE_VALUE_BYTES_MAX, StateDb, close, guard, open_by_ladder};
 use crate::wal::error::StoreError;
 
 /// A small map on sled. After an error its Db is opened anew, because sled keeps the error for good.
 pub(super) struct SledState {
     path: PathBuf,
+    reserve: PathBuf,
     open: Mutex<Option<(sled::Db, File)>>,
 }
 
@@ -19,20 +20,21 @@ impl SledState {
     /// Opens the map called `name`, or makes a new one. One that cannot be read is set aside, and a new one made.
     pub(super) fn open(directory: &Path, name: &str) -> Result<SledState, StoreError> {
         let path = directory.join(name);
-        match SledState::open_whole(&path) {
+        let reserve = directory.join(RESERVE);
+        match SledState::open_whole(&path, &reserve) {
             Err(error) if error.is_damage() => {
                 let aside = set_aside(directory, name)?;
                 tracing::error!(%error, aside = %aside.display(), "{name} is damaged, set aside; it begins anew");
-                SledState::open_whole(&path)
+                SledState::open_whole(&path, &reserve)
             }
             state => state,
         }
     }
 
-    fn open_whole(path: &Path) -> Result<SledState, StoreError> {
+    fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
         let existed = path.exists();
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
-        let state = SledState { path: path.to_path_buf(), open: Mutex::new(None) };
+        let state = SledState { path: path.to_path_buf(), reserve: reserve.to_path_buf(), open: Mutex::new(None) };
         // Read through once: damage shows now, while it can be set aside, and not when the service rests on it.
         state.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(drop)))?;
         if !existed {
@@ -51,15 +53,19 @@ impl SledState {
     ) -> Result<T, StoreError> {
         let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if open.is_none() {
-            let config =
-                sled::Config::new().path(&self.path).segment_size(4 << 20).cache_capacity(8 << 20).flush_every_ms(None);
-            let db = open_by_ladder(&self.path, || guard("open state", || config.open()))?;
+            let try_open = || SledStore::open_db(&self.path, STATE_SLED_SEGMENT_BYTES);
+            let db = open_by_ladder(&self.path, &self.reserve, try_open)?;
+            sync_conf(&self.path)?;
             *open = Some((db, own_descriptor(&self.path)?));
         }
         let result = guard(operation, || call(open.as_ref().expect("opened above")));
         if result.is_err() {
-            let broken = open.take();
-            let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
+            let (db, file) = open.take().expect("opened above");
+            close(db, &file);
+            if result.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(&self.reserve).is_ok() {
+                // The cursor must get on for segments to go.
+                tracing::warn!("the disk is full, using up the reserve");
+            }
         }
         result
     }
