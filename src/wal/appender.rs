@@ -1,7 +1,8 @@
-//! The commit thread: takes every batch that waits, writes it, syncs once, and completes them all.
+//! The commit thread: takes every batch that waits, writes them as one group, and passes it on to be synced (`syncer.rs`).
 //!
-//! There is no timer and no artificial delay: while one group is being synced, the next one gathers. Any error or panic
-//! refuses the whole group and fails the log for good, because after a failed sync nobody knows what is on disk.
+//! There is no timer and no artificial delay: while one group is being synced, the next one is written, and the one after
+//! that gathers. Any error or panic refuses the whole group and fails the log for good, because after a failed sync nobody
+//! knows what is on disk.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -18,6 +19,7 @@ use super::error::{AppendError, CommitError, StoreError};
 use super::log::{Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
 use super::store::SegmentFile;
+use super::syncer::Group;
 use crate::batch::{Batch, Sequence};
 use crate::kill_point;
 
@@ -28,18 +30,18 @@ const GROUP_BYTES_MAX: usize = 4 << 20;
 pub(super) struct Queue {
     waiting: VecDeque<Waiting>,
     /// Request bytes waiting or being committed.
-    bytes: u64,
+    pub bytes: u64,
     closing: bool,
     /// Under the same lock, so that of two equal batches one is always the first.
     pub window: Window,
 }
 
-struct Waiting {
-    batch: Batch,
+pub(super) struct Waiting {
+    pub batch: Batch,
     /// Bytes of its record.
     bytes: usize,
-    fingerprint: Option<Fingerprint>,
-    done: oneshot::Sender<Done>,
+    pub fingerprint: Option<Fingerprint>,
+    pub done: oneshot::Sender<Done>,
 }
 
 /// What came of a batch.
@@ -159,10 +161,10 @@ impl Appender {
         let shared = self.shared.clone();
         // A panic here would leave waiters without an answer and the process without a log.
         let _fail_on_panic = FailOnPanic(&shared);
+        let _close = shared.pipeline.close_on_drop();
         while self.wait() {
-            let began = Instant::now();
             shared.commit_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
-            self.commit_group(began);
+            self.commit_group();
             shared.commit_began.store(0, Ordering::Relaxed);
         }
     }
@@ -184,7 +186,8 @@ impl Appender {
         }
     }
 
-    fn commit_group(&mut self, began: Instant) {
+    fn commit_group(&mut self) {
+        let began = Instant::now();
         let mut chunks = self.take_group();
         if chunks.is_empty() {
             // What waits does not fit into the active segment.
@@ -195,15 +198,18 @@ impl Appender {
             chunks = self.take_group();
         }
         match self.write(&chunks) {
-            Ok(tail) => self.publish(chunks, tail, began),
+            Ok(tail) => {
+                let before = std::mem::replace(&mut self.tail, tail);
+                let active = self.active.as_ref().expect("it was just written");
+                let (segment, slots_used, file) = (active.id, active.slots_used, active.file.clone());
+                let group = Group { chunks, before, tail, segment, slots_used, file, began };
+                if let Err(group) = self.shared.pipeline.push(group) {
+                    refuse(group.chunks.into_iter().flatten(), &CommitError::Poisoned);
+                }
+            }
             Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "commit failed, the log takes no more batches"
-                );
-                self.shared.fail();
-                let waiting = chunks.into_iter().flatten();
-                refuse(waiting, &CommitError::Poisoned);
+                fail(&self.shared, &error);
+                refuse(chunks.into_iter().flatten(), &CommitError::Poisoned);
             }
         }
     }
@@ -239,7 +245,7 @@ impl Appender {
         chunks
     }
 
-    /// Writes the chunks and makes them durable. Returns the totals after them.
+    /// Writes the chunks and hands them to the system. Returns the totals after them.
     fn write(&mut self, chunks: &[Vec<Waiting>]) -> Result<Totals, StoreError> {
         let active = self.active.as_mut().expect("take_group found room in it");
         let body_bytes_max = self.shared.shape.value_bytes_max - HEADER_BYTES;
@@ -262,56 +268,16 @@ impl Appender {
             }
         }
         kill_point::pass("commit.written");
-        active.file.sync()?;
-        kill_point::pass("commit.synced");
+        active.file.flush()?;
+        kill_point::pass("commit.flushed");
         self.body.shrink_to(1 << 20);
         Ok(tail)
     }
 
-    /// Everything in `chunks` is durable: lets the reader see it, and tells who waits.
-    fn publish(&mut self, chunks: Vec<Vec<Waiting>>, tail: Totals, began: Instant) {
-        let before = std::mem::replace(&mut self.tail, tail);
-        let active = self.active.as_ref().expect("it was just written");
-        let received_at_ms = chunks[0][0].batch.received_at_ms;
-        {
-            let mut log = self.shared.log();
-            if log.pending().sequence == 0 {
-                log.received.clear();
-                log.note_received(before.sequence, received_at_ms);
-            }
-            log.tail = tail;
-            log.active = Some((active.id, active.slots_used));
-        }
-        self.shared.log_changed.notify_all();
-        let mut retries = Vec::new();
-        {
-            let mut queue = self.shared.queue();
-            // Already 0 if the log failed meanwhile.
-            queue.bytes = queue.bytes.saturating_sub(tail.bytes - before.bytes);
-            for (sequence, waiting) in (before.sequence..).zip(chunks.iter().flatten()) {
-                if let Some(fingerprint) = waiting.fingerprint {
-                    let waited = queue.window.commit(fingerprint, waiting.batch.received_at_ms);
-                    retries.extend(waited.into_iter().map(|done| (sequence, done)));
-                }
-            }
-            queue.window.committed_until(tail.sequence);
-        }
-        kill_point::pass("commit.published");
-        let firsts = (before.sequence..).zip(chunks.into_iter().flatten().map(|waiting| waiting.done));
-        for (sequence, done) in firsts.chain(retries) {
-            // The client may be gone; its batch is durable all the same.
-            let _ = done.send(Ok(Sequence(sequence)));
-        }
-        let metrics = &self.shared.metrics.wal;
-        metrics.committed_batches.increment(tail.sequence - before.sequence);
-        metrics.committed_events.increment(tail.events - before.events);
-        metrics.committed_bytes.increment(tail.bytes - before.bytes);
-        metrics.commit_group_batches.record((tail.sequence - before.sequence) as f64);
-        metrics.commit_duration.record(began.elapsed());
-    }
-
     /// Seals the active segment and takes a prepared one, waiting for it if need be.
     fn rotate(&mut self) -> Result<(), CommitError> {
+        // A segment is left when everything in it is durable: the reader goes by that.
+        self.shared.pipeline.wait_until_empty();
         let mut log = self.shared.log();
         if let Some(sealed) = self.active.take() {
             log.active = None;
@@ -358,7 +324,13 @@ impl Appender {
     }
 }
 
-fn refuse(waiting: impl IntoIterator<Item = Waiting>, error: &CommitError) {
+/// Says that a commit failed, and ends acking.
+pub(super) fn fail(shared: &Shared, error: &StoreError) {
+    tracing::error!(error = error as &dyn std::error::Error, "commit failed, the log takes no more batches");
+    shared.fail();
+}
+
+pub(super) fn refuse(waiting: impl IntoIterator<Item = Waiting>, error: &CommitError) {
     for waiting in waiting {
         let _ = waiting.done.send(Err(error.clone()));
     }

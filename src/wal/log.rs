@@ -13,6 +13,7 @@ use super::error::StoreError;
 use super::losses::Loss;
 use super::record::Totals;
 use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
+use super::syncer::Pipeline;
 use crate::config::WalConfig;
 use crate::metrics::Metrics;
 
@@ -156,8 +157,12 @@ pub(super) struct Shared {
     pub failed: CancellationToken,
     /// Segments up to this id are given up: their records shall be dropped.
     pub given_up: AtomicU64,
-    /// When the commit under way began, ms since [`Shared::started`], plus 1; 0 while none is.
+    /// Groups written and not yet durable.
+    pub pipeline: Pipeline,
+    /// When the write of the group under way began, ms since [`Shared::started`], plus 1; 0 while none is.
     pub commit_began: AtomicU64,
+    /// The same of the sync under way.
+    pub sync_began: AtomicU64,
     pub started: Instant,
 }
 
@@ -190,7 +195,9 @@ impl Shared {
             log_changed: Condvar::new(),
             failed: CancellationToken::new(),
             given_up: AtomicU64::new(0),
+            pipeline: Pipeline::default(),
             commit_began: AtomicU64::new(0),
+            sync_began: AtomicU64::new(0),
             started: Instant::now(),
         }
     }
@@ -218,10 +225,11 @@ impl Shared {
 
     /// For how long the commit under way has run.
     pub fn commit_busy_ms(&self) -> u64 {
-        match self.commit_began.load(Ordering::Relaxed) {
+        let busy = |began: &AtomicU64| match began.load(Ordering::Relaxed) {
             0 => 0,
             began => self.elapsed_ms().saturating_sub(began - 1),
-        }
+        };
+        busy(&self.commit_began).max(busy(&self.sync_began))
     }
 
     /// Milliseconds since the log was opened.

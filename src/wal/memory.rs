@@ -184,6 +184,10 @@ impl SegmentFile for MemorySegment {
         Ok(())
     }
 
+    fn flush(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     fn sync(&self) -> Result<(), StoreError> {
         self.store.sync("sync segment", |disk| {
             let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");

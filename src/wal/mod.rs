@@ -35,6 +35,7 @@ mod recovery;
 mod salvage;
 mod slots;
 mod store;
+mod syncer;
 #[cfg(test)]
 mod tests;
 
@@ -74,6 +75,7 @@ pub struct Wal {
 
 struct Threads {
     appender: Option<JoinHandle<()>>,
+    syncer: Option<JoinHandle<()>>,
     keeper: Option<JoinHandle<()>>,
     /// Held for as long as the log is open; none for a store in memory.
     _lock: Option<File>,
@@ -145,9 +147,11 @@ impl Wal {
         let shared = Shared::new(config, queue_bytes_max, shape, pool, meta, parked, metrics, log, window);
         let shared = Arc::new(shared);
         let appender = appender::Appender::new(shared.clone());
+        let syncer = shared.clone();
         let keeper = keeper::Keeper::new(shared.clone(), saved_window);
         let threads = Threads {
             appender: Some(spawn("wal-commit", move || appender.run())),
+            syncer: Some(spawn("wal-sync", move || syncer::run(&syncer))),
             keeper: Some(spawn("wal-keeper", move || keeper.run())),
             _lock: lock,
         };
@@ -256,6 +260,7 @@ impl Wal {
         appender::close(&self.shared);
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         join(threads.appender.take());
+        join(threads.syncer.take());
         self.shared.log().closing = true;
         self.shared.log_changed.notify_all();
         join(threads.keeper.take());
@@ -277,7 +282,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let log = recovery::recover(&pool, &*meta, Mode::Inspect)?;
     let window = Window::new(&DedupConfig { enabled: false, ..DedupConfig::default() });
     let shared = Arc::new(Shared::new(config, 0, shape, pool, meta, parked, Metrics::new(), log, window));
-    let threads = Threads { appender: None, keeper: None, _lock: Some(lock) };
+    let threads = Threads { appender: None, syncer: None, keeper: None, _lock: Some(lock) };
     Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) }.status())
 }
 

@@ -132,9 +132,11 @@ pub struct Space {
 
 /// One open segment. Slots are filled in order, once.
 pub trait SegmentFile: Send + Sync {
-    /// Fills a slot. Durable only after [`SegmentFile::sync`].
+    /// Fills a slot. Durable only after [`SegmentFile::flush`] and [`SegmentFile::sync`].
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError>;
-    /// Makes every write so far durable: it survives power loss once this has returned.
+    /// Hands every write so far to the operating system. For a thread other than the one that syncs.
+    fn flush(&self) -> Result<(), StoreError>;
+    /// Makes everything flushed before the call durable: it survives power loss once this has returned.
     fn sync(&self) -> Result<(), StoreError>;
     /// The value of a slot; empty if it was not filled.
     fn read(&self, slot: u32) -> Result<Bytes, StoreError>;

@@ -291,9 +291,11 @@ impl SegmentFile for SledSegment {
         guard("write slot", || self.db().insert(key(slot), value)).map(|_| ())
     }
 
+    fn flush(&self) -> Result<(), StoreError> {
+        guard("flush segment", || self.db().flush()).map(|_| ())
+    }
+
     fn sync(&self) -> Result<(), StoreError> {
-        guard("flush segment", || self.db().flush())?;
-        kill_point::pass("commit.flushed");
         self.file.sync_data().map_err(StoreError::io("sync segment"))
     }
 
