@@ -19,7 +19,7 @@ use super::error::{AppendError, CommitError, StoreError};
 use super::log::{Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
 use super::store::SegmentFile;
-use super::syncer::Group;
+use super::syncer::{self, Group};
 use crate::batch::{Batch, Sequence};
 use crate::kill_point;
 
@@ -203,7 +203,10 @@ impl Appender {
                 let active = self.active.as_ref().expect("it was just written");
                 let (segment, slots_used, file) = (active.id, active.slots_used, active.file.clone());
                 let group = Group { chunks, before, tail, segment, slots_used, file, began };
-                if let Err(group) = self.shared.pipeline.push(group) {
+                // While more waits, another thread syncs. Otherwise handing it over would only cost time.
+                if self.shared.pipeline.is_idle() && self.shared.queue().waiting.is_empty() {
+                    syncer::commit(&self.shared, [group].into());
+                } else if let Err(group) = self.shared.pipeline.push(group) {
                     refuse(group.chunks.into_iter().flatten(), &CommitError::Poisoned);
                 }
             }

@@ -61,6 +61,12 @@ impl Pipeline {
         Ok(())
     }
 
+    /// Whether every group is published or refused.
+    pub fn is_idle(&self) -> bool {
+        let state = self.state();
+        !state.syncing && state.groups.is_empty()
+    }
+
     /// Waits until every group is published or refused.
     pub fn wait_until_empty(&self) {
         drop(self.wait_while(|state| (state.syncing || !state.groups.is_empty()) && !state.ended));
@@ -110,22 +116,30 @@ pub(super) fn run(shared: &Shared) {
     });
     loop {
         let groups = shared.pipeline.take();
-        let Some(first) = groups.front() else { return };
+        if groups.is_empty() {
+            return;
+        }
         let _done = OnDrop(&shared.pipeline, |state| state.syncing = false);
-        shared.sync_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
-        let synced = if shared.failed.is_cancelled() { None } else { Some(first.file.sync()) };
-        shared.sync_began.store(0, Ordering::Relaxed);
-        match synced {
-            Some(Ok(())) => {
-                kill_point::pass("commit.synced");
-                groups.into_iter().for_each(|group| publish(shared, group));
+        commit(shared, groups);
+    }
+}
+
+/// Makes groups durable, all in one segment, and answers whoever waits for them.
+pub(super) fn commit(shared: &Shared, groups: VecDeque<Group>) {
+    let Some(first) = groups.front() else { return };
+    shared.sync_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
+    let synced = if shared.failed.is_cancelled() { None } else { Some(first.file.sync()) };
+    shared.sync_began.store(0, Ordering::Relaxed);
+    match synced {
+        Some(Ok(())) => {
+            kill_point::pass("commit.synced");
+            groups.into_iter().for_each(|group| publish(shared, group));
+        }
+        failed => {
+            if let Some(Err(error)) = failed {
+                fail(shared, &error);
             }
-            failed => {
-                if let Some(Err(error)) = failed {
-                    fail(shared, &error);
-                }
-                refuse(groups.into_iter().flat_map(|group| group.chunks).flatten(), &CommitError::Poisoned);
-            }
+            refuse(groups.into_iter().flat_map(|group| group.chunks).flatten(), &CommitError::Poisoned);
         }
     }
 }
