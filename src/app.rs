@@ -12,9 +12,9 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
-use crate::admin::{self, Admin, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
+use crate::admin::{self, Admin, Backlog, BatchLine, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
 use crate::config::Config;
-use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore};
+use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::metrics::Metrics;
 use crate::shutdown;
@@ -97,6 +97,7 @@ struct Stages {
     /// None while `forward.brokers` is empty.
     forwarder: Option<Forwarder>,
     parked: ParkedStore,
+    topics: Topics,
 }
 
 impl App {
@@ -120,7 +121,8 @@ impl App {
             None => ParkedStore::open(wal.parked())?,
         };
         let phase = AtomicU8::new(Phase::Starting as u8);
-        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, parked });
+        let topics = Topics::new(&config.forward.topic);
+        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, parked, topics });
 
         let stopped = CancellationToken::new();
         let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
@@ -280,6 +282,18 @@ impl StatusSource for Stages {
 
     fn parked_events(&self, from_id: u64) -> ParkedEvents {
         parked_json(&self.parked, from_id)
+    }
+
+    fn backlog(&self, payloads: bool) -> Backlog {
+        let (reader, topics) = (self.wal.peek(), self.topics.clone());
+        let mut reader = Some(reader);
+        Box::new(std::iter::from_fn(move || match reader.as_mut()?.next_record() {
+            Ok(record) => record.map(|record| Ok(BatchLine::new(record.sequence, &record.batch, &topics, payloads))),
+            Err(error) => {
+                reader = None;
+                Some(Err(error.to_string()))
+            }
+        }))
     }
 }
 

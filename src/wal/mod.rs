@@ -5,7 +5,8 @@
 //! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, writes them as **chunks**
 //! (`record.rs`), syncs once, and then completes every waiter. `reader.rs` reads in order. [`Wal::deliver`] moves the
 //! **cursor**; `keeper.rs` saves it and removes whole segments that it has left, and prepares spare ones ahead of need.
-//! `recovery.rs` finds the state again at start.
+//! `recovery.rs` finds the state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `check.rs` and
+//! `repair.rs` are for the tools that look after it.
 //!
 //! # Invariants
 //! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
@@ -20,6 +21,8 @@
 //! a segment was delivered and trimmed. Restart time and memory do not grow with the backlog.
 
 mod appender;
+mod carved;
+mod check;
 mod cursor;
 mod error;
 mod keeper;
@@ -27,9 +30,11 @@ mod log;
 mod losses;
 #[cfg(test)]
 mod memory;
+mod offline;
 mod reader;
 mod record;
 mod recovery;
+mod repair;
 mod salvage;
 mod store;
 #[cfg(test)]
@@ -43,9 +48,12 @@ use std::thread::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub use appender::Commit;
+pub use carved::{CarvedRecord, CarvedRecords, Run};
+pub use check::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
 pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
 pub use log::Position;
 pub use losses::Loss;
+pub use offline::{OfflineLog, SegmentFiles};
 pub use reader::{Reader, Record};
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
@@ -164,6 +172,12 @@ impl Wal {
     /// A reader that starts at the cursor.
     pub fn reader(&self) -> Reader {
         Reader::new(self.shared.clone())
+    }
+
+    /// A reader that starts at the cursor and only looks: the log's state and its other readers do not notice it. It keeps
+    /// one segment open, so drop it soon.
+    pub fn peek(&self) -> Reader {
+        Reader::observer(self.shared.clone())
     }
 
     /// Everything before `position` is delivered or parked: moves the cursor, which frees segments. Never moves back.

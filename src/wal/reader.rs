@@ -38,6 +38,8 @@ pub struct Reader {
     lost: (u64, Totals),
     /// Events before the end of the last loss that was counted: what is read again after a rewind is not counted again.
     counted_events: u64,
+    /// It only looks: the log's state stays as it is, whatever is met.
+    observer: bool,
 }
 
 /// What is left of the chunk that is being read.
@@ -49,7 +51,7 @@ struct Chunk {
 }
 
 /// What a slot holds.
-enum Slot {
+pub(super) enum Slot {
     Empty,
     Chunk {
         header: ChunkHeader,
@@ -66,7 +68,12 @@ enum Slot {
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO), counted_events: 0 }
+        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO), counted_events: 0, observer: false }
+    }
+
+    /// A reader that sets nothing aside and accounts for no loss: another one does.
+    pub(super) fn observer(shared: Arc<Shared>) -> Reader {
+        Reader { observer: true, ..Reader::new(shared) }
     }
 
     /// The next committed record, or none at the end of the log.
@@ -178,6 +185,10 @@ impl Reader {
                 Ok(Some(file))
             }
             Err(error) if !error.is_damage() => Err(error),
+            Err(_) if self.observer => {
+                (self.at.segment, self.at.slot) = (id + 1, 0);
+                Ok(None)
+            }
             Err(error) => {
                 self.shared.store.quarantine(id)?;
                 tracing::error!(segment = id, %error, "segment does not open, set aside");
@@ -231,7 +242,9 @@ impl Reader {
             }
             chunk.records_left -= 1;
         }
-        if let Ok(record) = split_record(&mut chunk.body.clone()) {
+        if !self.observer
+            && let Ok(record) = split_record(&mut chunk.body.clone())
+        {
             self.shared.log().note_received(self.at.totals.sequence, record.received_at_ms);
         }
         self.chunk = Some(chunk);
@@ -246,19 +259,26 @@ impl Reader {
             self.lose_until(end);
         }
         self.open = None;
+        (self.at.segment, self.at.slot) = (id + 1, 0);
+        if self.observer {
+            return;
+        }
         let mut log = self.shared.log();
         if let Some(segment) = log.segments.get_mut(&id) {
             segment.end.get_or_insert(self.at.totals);
         }
         log.leave_delivered_segments();
         drop(log);
-        (self.at.segment, self.at.slot) = (id + 1, 0);
         self.shared.log_changed.notify_all();
     }
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
         let (from, segment) = (self.at.totals, self.at.segment);
+        if self.observer {
+            self.at.totals = until;
+            return;
+        }
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
@@ -282,12 +302,15 @@ impl Reader {
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.
     fn deliver_loss(&self) {
         let mut log = self.shared.log();
-        if log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
+        if !self.observer && log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
             log.deliver(self.at);
         }
     }
 
     fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
+        if self.observer {
+            return;
+        }
         tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
         if let Some(segment) = self.shared.log().segments.get_mut(&segment) {
             segment.damaged = true;
@@ -296,7 +319,7 @@ impl Reader {
 }
 
 /// Reads the chunk that begins at `slot`, all parts of it.
-fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, StoreError> {
+pub(super) fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, StoreError> {
     let (header, first) = match read_part(file, slot)? {
         Ok(Some(part)) => part,
         Ok(None) => return Ok(Slot::Empty),

@@ -18,8 +18,10 @@
 //! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 //!
-//! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system.
+//! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system, `copies.rs` what
+//! looks at a log without changing it.
 
+mod copies;
 mod files;
 mod segments;
 mod state;
@@ -31,7 +33,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::error::StoreError;
+pub(super) use copies::{copy_directory, open_state, segment_directories};
 use files::remove_files;
+pub(super) use segments::MarkerState;
 pub use segments::SledStore;
 
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.

@@ -173,16 +173,55 @@ impl SledStore {
     /// sled's own note says.
     fn read_marker(&self, path: &Path) -> Result<(u32, usize), StoreError> {
         let marker = fs::read(path.join(READY)).map_err(StoreError::io("read segment marker"))?;
-        let numbers = str::from_utf8(&marker).ok().and_then(|marker| {
-            let mut words = marker.split_whitespace();
-            let (slots, bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-            (marker == marker_line(slots, bytes)).then_some((slots, bytes))
-        });
-        Ok(numbers.unwrap_or_else(|| {
+        Ok(parse_marker(&marker).unwrap_or_else(|| {
             tracing::warn!(segment = %path.display(), "segment marker is damaged");
             (SLOTS_MAX, conf_segment_bytes(path).unwrap_or(self.shape.sled_segment_bytes))
         }))
     }
+
+    /// Where a segment is, or would be.
+    pub fn segment_path(&self, id: u64) -> PathBuf {
+        self.segment(id)
+    }
+
+    /// Opens a segment as it is, leaving nothing out.
+    pub fn open_whole(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let path = self.segment(id);
+        let (slots, sled_segment_bytes) = self.read_marker(&path)?;
+        let db = SledStore::open_db(&path, sled_segment_bytes)?;
+        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
+    }
+}
+
+/// Of a segment's marker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkerState {
+    /// As it was written.
+    Good,
+    /// Not there: the segment was not completely prepared, or was being removed, or lost it.
+    Missing,
+    /// Not as it was written.
+    Damaged,
+}
+
+impl MarkerState {
+    /// Of the segment in `path`.
+    pub fn of(path: &Path) -> Result<MarkerState, StoreError> {
+        match fs::read(path.join(READY)) {
+            Ok(marker) if parse_marker(&marker).is_some() => Ok(MarkerState::Good),
+            Ok(_) => Ok(MarkerState::Damaged),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(MarkerState::Missing),
+            Err(error) => Err(StoreError::io("read segment marker")(error)),
+        }
+    }
+}
+
+/// Slots, and sled's `segment_size`, of a marker that is as it was written.
+fn parse_marker(marker: &[u8]) -> Option<(u32, usize)> {
+    let marker = str::from_utf8(marker).ok()?;
+    let mut words = marker.split_whitespace();
+    let (slots, bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    (marker == marker_line(slots, bytes)).then_some((slots, bytes))
 }
 
 /// The marker keeps the segment's shape, so that `wal.segment_bytes` may change while there is a backlog.

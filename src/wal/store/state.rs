@@ -29,7 +29,7 @@ impl SledState {
         }
     }
 
-    fn open_whole(path: &Path) -> Result<SledState, StoreError> {
+    pub(super) fn open_whole(path: &Path) -> Result<SledState, StoreError> {
         let existed = path.exists();
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
         let state = SledState { path: path.to_path_buf(), open: Mutex::new(None) };

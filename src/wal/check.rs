@@ -1,0 +1,391 @@
+//! Verifies a log that no process has open: every segment, every chunk, and that nothing committed is missing.
+//!
+//! A *problem* is something wrong with a file. *Missing* records are those between two good chunks that do not meet, or
+//! between the last one and the saved end of the log; they are *salvageable* if they can still be carved out of a file.
+
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+use super::carved::Runs;
+use super::error::StoreError;
+use super::losses::Loss;
+use super::offline::{OfflineLog, SegmentFiles};
+use super::reader::{Slot, read_slot};
+use super::record::{ChunkHeader, Totals, split_record};
+use super::store::{MarkerState, SegmentFile, SledStore, Store, copy_directory};
+
+/// What a check found.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CheckReport {
+    /// Segments of the log.
+    pub segments: u64,
+    /// Good chunks in them.
+    pub chunks: u64,
+    /// Batches in those, the ones already delivered included.
+    pub batches: u64,
+    /// Events in those.
+    pub events: u64,
+    /// First record not yet delivered; none if none was saved.
+    pub cursor_sequence: Option<u64>,
+    /// The next batch gets this sequence, or a later one.
+    pub next_sequence: u64,
+    /// What is wrong with files.
+    pub problems: Vec<Problem>,
+    /// Committed records, not yet delivered, that are not where they belong.
+    pub missing: Vec<Missing>,
+    /// The ledger of losses: what the service found missing.
+    pub losses: Vec<LedgerEntry>,
+    /// Segments that were set aside.
+    pub quarantined: Vec<Quarantined>,
+}
+
+/// Something wrong with a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What kind of problem.
+    pub kind: ProblemKind,
+    /// The segment; none for what is not in one.
+    pub segment: Option<u64>,
+    /// The slot in it.
+    pub slot: Option<u32>,
+    /// The first sequence that the good chunks around it leave open; none if none is.
+    pub first_sequence: Option<u64>,
+    /// The last one.
+    pub last_sequence: Option<u64>,
+    /// More about it.
+    pub detail: String,
+}
+
+/// Kinds of problems.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProblemKind {
+    /// The file system does not give it back.
+    Unreadable,
+    /// The segment does not open.
+    DoesNotOpen,
+    /// The segment opens only without its snapshot or `conf`; nothing is lost by that.
+    DamagedSnapshot,
+    /// The marker `READY` is not there, but the segment is needed.
+    MarkerMissing,
+    /// The marker `READY` is not as it was written.
+    MarkerDamaged,
+    /// A slot does not hold what was written to it.
+    DamagedChunk,
+    /// The cursor and the ledger of losses cannot be read.
+    MetaDamaged,
+    /// Parked events cannot be read.
+    ParkedDamaged,
+    /// A small map was set aside.
+    StateQuarantined,
+}
+
+/// Committed records that are not where they belong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// The first of them.
+    pub first_sequence: u64,
+    /// The last of them.
+    pub last_sequence: u64,
+    /// Events in them.
+    pub events: u64,
+    /// How many of them can be carved out of a file.
+    pub salvageable_batches: u64,
+    /// The ledger of losses knows.
+    pub in_ledger: bool,
+}
+
+/// An entry in the ledger of losses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerEntry {
+    /// The loss.
+    #[serde(flatten)]
+    pub loss: Loss,
+    /// How many of its batches can be carved out of a file.
+    pub salvageable_batches: u64,
+}
+
+/// A segment that was set aside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// Its number.
+    pub segment: u64,
+    /// Batches that can be carved out of it.
+    pub batches: u64,
+    /// How many of those stand in the ledger of losses; the others were delivered before.
+    pub lost_batches: u64,
+    /// First sequence in it.
+    pub first_sequence: Option<u64>,
+    /// Last sequence in it.
+    pub last_sequence: Option<u64>,
+}
+
+impl CheckReport {
+    /// Nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.problems.is_empty() && self.missing.is_empty() && self.losses.is_empty() && self.quarantined.is_empty()
+    }
+}
+
+impl Problem {
+    /// A problem of `kind` about no segment.
+    pub fn new(kind: ProblemKind, detail: impl Into<String>) -> Problem {
+        Problem { kind, segment: None, slot: None, first_sequence: None, last_sequence: None, detail: detail.into() }
+    }
+}
+
+impl OfflineLog {
+    /// Verifies every segment. `progress` is told the bytes of each one that is done.
+    ///
+    /// # Errors
+    /// [`StoreError`]: the log cannot be listed, or there is no room for a copy of a segment.
+    pub fn check(&self, progress: &mut dyn FnMut(u64)) -> Result<CheckReport, StoreError> {
+        let store = SledStore::new(&self.scratch.path().join("segments"), self.shape)?;
+        let mut check = Check::new(self, store);
+        if let Err(error) = &self.meta {
+            check.report.problems.push(Problem::new(ProblemKind::MetaDamaged, error.to_string()));
+        }
+        for files in self.segments()? {
+            check.segment(&files)?;
+            progress(files.bytes());
+        }
+        check.end();
+        for files in self.quarantined()? {
+            check.quarantined(&files)?;
+            progress(files.bytes());
+        }
+        check.quarantined_states()?;
+        Ok(check.finish())
+    }
+}
+
+/// A check under way.
+struct Check<'a> {
+    log: &'a OfflineLog,
+    /// Opens copies.
+    store: SledStore,
+    report: CheckReport,
+    /// The end of the last good chunk.
+    at: Option<Totals>,
+    /// The first problem since then.
+    unplaced: usize,
+    /// What can be carved out of any segment.
+    carved: Runs,
+}
+
+impl<'a> Check<'a> {
+    fn new(log: &'a OfflineLog, store: SledStore) -> Check<'a> {
+        let mut check =
+            Check { log, store, report: CheckReport::default(), at: None, unplaced: 0, carved: Runs::default() };
+        check.report.cursor_sequence = check.cursor().map(|cursor| cursor.sequence);
+        check
+    }
+
+    fn cursor(&self) -> Option<Totals> {
+        self.log.meta.as_ref().ok()?.saved.map(|(cursor, _)| cursor.totals)
+    }
+
+    fn problem(&mut self, kind: ProblemKind, segment: u64, slot: Option<u32>, detail: impl Into<String>) {
+        self.report.problems.push(Problem { segment: Some(segment), slot, ..Problem::new(kind, detail) });
+    }
+
+    /// A segment of the log, in its turn.
+    fn segment(&mut self, files: &SegmentFiles) -> Result<(), StoreError> {
+        let id = files.id;
+        let carved = self.carve(files)?;
+        match MarkerState::of(&files.path)? {
+            MarkerState::Good => {}
+            MarkerState::Damaged => {
+                self.problem(ProblemKind::MarkerDamaged, id, None, "it is written anew when needed")
+            }
+            MarkerState::Missing if id >= self.log.cursor_segment() && carved.iter().next().is_some() => {
+                self.problem(ProblemKind::MarkerMissing, id, None, "the next start marks the segment anew");
+            }
+            // Never used, or delivered: the next start removes what is left of it.
+            MarkerState::Missing => return Ok(()),
+        }
+        self.report.segments += 1;
+        self.slots(files, true)
+    }
+
+    /// Notes what can be carved out of a segment.
+    fn carve(&mut self, files: &SegmentFiles) -> Result<Runs, StoreError> {
+        let mut runs = Runs::default();
+        for record in files.records()? {
+            match record {
+                Ok(record) => {
+                    runs.add(record.run);
+                    self.carved.add(record.run);
+                }
+                Err(error) => self.problem(ProblemKind::Unreadable, files.id, None, describe(&error)),
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Opens a copy of the segment and goes through its slots.
+    fn slots(&mut self, files: &SegmentFiles, in_log: bool) -> Result<(), StoreError> {
+        let id = files.id;
+        let copy = self.store.segment_path(id);
+        let opened = copy_directory(&files.path, &copy).and_then(|()| self.open(id));
+        match opened {
+            Ok(file) => self.walk(id, &*file, in_log)?,
+            Err(error) if error.is_full() => return Err(error),
+            Err(error) if error.is_damage() => self.problem(ProblemKind::DoesNotOpen, id, None, describe(&error)),
+            Err(error) => self.problem(ProblemKind::Unreadable, id, None, describe(&error)),
+        }
+        fs::remove_dir_all(copy).map_err(StoreError::io("remove the copy of a segment"))
+    }
+
+    fn open(&mut self, id: u64) -> Result<std::sync::Arc<dyn SegmentFile>, StoreError> {
+        // Gives a segment that has lost its marker another one, as the next start would.
+        self.store.remove_unfinished(0)?;
+        match self.store.open_whole(id) {
+            Err(error) if error.is_damage() => {
+                let file = self.store.open(id)?;
+                self.problem(ProblemKind::DamagedSnapshot, id, None, describe(&error));
+                Ok(file)
+            }
+            opened => opened,
+        }
+    }
+
+    fn walk(&mut self, id: u64, file: &dyn SegmentFile, in_log: bool) -> Result<(), StoreError> {
+        let (slots, mut slot, mut damaged) = (file.slots(), 0, false);
+        while slot < slots {
+            let at = slot;
+            slot += 1;
+            match read_slot(file, at, slots)? {
+                Slot::Empty => {}
+                // The process ended while it wrote them: nobody got an ack.
+                Slot::Torn => break,
+                // A rest of the damaged chunk before it.
+                Slot::Part if damaged => {}
+                Slot::Part => {
+                    damaged = true;
+                    self.problem(ProblemKind::DamagedChunk, id, Some(at), "the parts before it are missing");
+                }
+                Slot::Damaged(reason) => {
+                    damaged = true;
+                    self.problem(ProblemKind::DamagedChunk, id, Some(at), reason);
+                }
+                Slot::Chunk { header, body, next_slot } => {
+                    (slot, damaged) = (next_slot, false);
+                    match end_of(&header, body) {
+                        Some(end) if in_log => self.chunk(header.before, end),
+                        Some(_) => {}
+                        None => self.problem(ProblemKind::DamagedChunk, id, Some(at), "its content is malformed"),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A good chunk of the log.
+    fn chunk(&mut self, before: Totals, end: Totals) {
+        self.report.chunks += 1;
+        self.report.batches += end.sequence - before.sequence;
+        self.report.events += end.events - before.events;
+        let at = self.at.or(self.cursor()).unwrap_or(before);
+        if end.sequence > at.sequence || self.at.is_none() {
+            self.gap(at, before);
+            self.at = Some(end);
+        }
+    }
+
+    /// There is no good chunk between two places.
+    fn gap(&mut self, from: Totals, to: Totals) {
+        let problems = self.unplaced..self.report.problems.len();
+        self.unplaced = problems.end;
+        if to.sequence <= from.sequence {
+            return;
+        }
+        for problem in &mut self.report.problems[problems] {
+            (problem.first_sequence, problem.last_sequence) = (Some(from.sequence), Some(to.sequence - 1));
+        }
+        // What was delivered is not missed.
+        let from = self.cursor().filter(|cursor| cursor.sequence > from.sequence).unwrap_or(from);
+        if to.sequence > from.sequence {
+            self.report.missing.push(Missing {
+                first_sequence: from.sequence,
+                last_sequence: to.sequence - 1,
+                events: to.events.saturating_sub(from.events),
+                salvageable_batches: 0,
+                in_ledger: false,
+            });
+        }
+    }
+
+    /// The log ends here.
+    fn end(&mut self) {
+        let saved = self.log.meta.as_ref().ok().and_then(|meta| meta.saved);
+        let at = self.at.or(self.cursor()).unwrap_or(Totals::ZERO);
+        let end = saved.map(|(_, tail)| tail).filter(|tail| tail.sequence > at.sequence).unwrap_or(at);
+        self.gap(at, end);
+        self.report.next_sequence = end.sequence;
+    }
+
+    fn quarantined(&mut self, files: &SegmentFiles) -> Result<(), StoreError> {
+        let carved = self.carve(files)?;
+        let batches = |run: &super::carved::Run| run.end.sequence - run.first.sequence;
+        let losses = self.log.losses().iter();
+        let lost_batches = losses.map(|loss| carved.count(loss.first_sequence, loss.end_sequence)).sum();
+        self.report.quarantined.push(Quarantined {
+            segment: files.id,
+            batches: carved.iter().map(batches).sum(),
+            lost_batches,
+            first_sequence: carved.iter().next().map(|run| run.first.sequence),
+            last_sequence: carved.iter().last().map(|run| run.end.sequence - 1),
+        });
+        self.slots(files, false)
+    }
+
+    /// Small maps in quarantine: `meta-1`, `parked-1`, ….
+    fn quarantined_states(&mut self) -> Result<(), StoreError> {
+        let directory = self.log.directory.join("quarantine");
+        let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut names: Vec<String> = names.filter(|name| name.parse::<u64>().is_err()).collect();
+        names.sort();
+        let problems = names.into_iter().map(|name| Problem::new(ProblemKind::StateQuarantined, name));
+        self.report.problems.extend(problems);
+        Ok(())
+    }
+
+    fn finish(mut self) -> CheckReport {
+        let losses = self.log.losses();
+        for missing in &mut self.report.missing {
+            let (first, end) = (missing.first_sequence, missing.last_sequence + 1);
+            missing.salvageable_batches = self.carved.count(first, end);
+            let covered = |loss: &Loss| loss.end_sequence.min(end).saturating_sub(loss.first_sequence.max(first));
+            missing.in_ledger = losses.iter().map(covered).sum::<u64>() == end - first;
+        }
+        let entry = |loss: &Loss| LedgerEntry {
+            loss: *loss,
+            salvageable_batches: self.carved.count(loss.first_sequence, loss.end_sequence),
+        };
+        self.report.losses = losses.iter().map(entry).collect();
+        self.report
+    }
+}
+
+/// The totals after a chunk; none if a record of it does not decode.
+fn end_of(header: &ChunkHeader, mut body: bytes::Bytes) -> Option<Totals> {
+    let mut totals = header.before;
+    for _ in 0..header.records {
+        let record = split_record(&mut body).ok()?;
+        totals = record.after(totals);
+        record.decode().ok()?;
+    }
+    Some(totals)
+}
+
+/// An error and its causes.
+fn describe(error: &StoreError) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
