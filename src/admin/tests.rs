@@ -41,7 +41,7 @@ impl StatusSource for Fake {
         Box::new(events.map(|event| Ok(event.as_object().unwrap().clone())))
     }
     fn backlog(&self, payloads: bool) -> Backlog {
-        let line = |number: u64| BatchLine {
+        let line = move |number: u64| BatchLine {
             sequence: crate::batch::Sequence(number),
             received_at_ms: 1,
             group: "g".into(),
