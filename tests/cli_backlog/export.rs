@@ -54,14 +54,14 @@ fn filters_choose_batches_and_events_and_only_those_are_imported() {
     assert_eq!(types(&export(&log, &["--type", "page"])), ["page"; 4]);
     let pages = export(&log, &["--topic", "clickstream-click-log"]);
     assert_eq!((sequences(&pages), types(&pages).len()), (vec![1, 3, 4], 6));
-    assert_eq!(sequences(&export(&log, &["--type", "none"])), []);
+    assert!(export(&log, &["--type", "none"]).is_empty());
     assert_eq!(types(&export(&log, &["--type", "page", "--type", "click"])).len(), 10);
     assert_eq!(sequences(&export(&log, &["--group", "group-1"])), [1, 3]);
     assert_eq!(
         sequences(&export(&log, &["--from", "2023-11-14T22:13:22Z", "--until", "2023-11-14T22:13:24Z"])),
         [2, 3]
     );
-    assert_eq!(sequences(&export(&log, &["--from", "1h"])), []);
+    assert!(export(&log, &["--from", "1h"]).is_empty());
     assert_eq!(sequences(&export(&log, &["--from-sequence", "2", "--until-sequence", "3"])), [2, 3]);
     assert_eq!(sequences(&export(&log, &["--type", "click", "--group", "group-1", "--from-sequence", "2"])), [3]);
 
