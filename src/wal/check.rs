@@ -73,6 +73,8 @@ pub enum ProblemKind {
     MarkerDamaged,
     /// A slot does not hold what was written to it.
     DamagedChunk,
+    /// Slots that must hold chunks show nothing: sled passes over what stands behind damage.
+    EmptySlots,
     /// The cursor and the ledger of losses cannot be read.
     MetaDamaged,
     /// Parked events cannot be read.
@@ -119,6 +121,12 @@ pub struct Quarantined {
     pub first_sequence: Option<u64>,
     /// Last sequence in it.
     pub last_sequence: Option<u64>,
+}
+
+impl ProblemKind {
+    fn loses_records(self) -> bool {
+        matches!(self, ProblemKind::Unreadable | ProblemKind::DoesNotOpen | ProblemKind::DamagedChunk)
+    }
 }
 
 impl CheckReport {
@@ -170,14 +178,23 @@ struct Check<'a> {
     at: Option<Totals>,
     /// The first problem since then.
     unplaced: usize,
+    /// Segments since then that show empty slots, and the first of those.
+    empty: Vec<(u64, u32)>,
     /// What can be carved out of any segment.
     carved: Runs,
 }
 
 impl<'a> Check<'a> {
     fn new(log: &'a OfflineLog, store: SledStore) -> Check<'a> {
-        let mut check =
-            Check { log, store, report: CheckReport::default(), at: None, unplaced: 0, carved: Runs::default() };
+        let mut check = Check {
+            log,
+            store,
+            report: CheckReport::default(),
+            at: None,
+            unplaced: 0,
+            empty: Vec::new(),
+            carved: Runs::default(),
+        };
         check.report.cursor_sequence = check.cursor().map(|cursor| cursor.sequence);
         check
     }
@@ -257,6 +274,9 @@ impl<'a> Check<'a> {
             let at = slot;
             slot += 1;
             match read_slot(file, at, slots)? {
+                Slot::Empty if in_log && self.empty.last().is_none_or(|(segment, _)| *segment != id) => {
+                    self.empty.push((id, at));
+                }
                 Slot::Empty => {}
                 // The process ended while it wrote them: nobody got an ack.
                 Slot::Torn => break,
@@ -297,13 +317,31 @@ impl<'a> Check<'a> {
 
     /// There is no good chunk between two places.
     fn gap(&mut self, from: Totals, to: Totals) {
-        let problems = self.unplaced..self.report.problems.len();
-        self.unplaced = problems.end;
+        let empty = std::mem::take(&mut self.empty);
+        let since = std::mem::replace(&mut self.unplaced, self.report.problems.len());
         if to.sequence <= from.sequence {
             return;
         }
-        for problem in &mut self.report.problems[problems] {
-            (problem.first_sequence, problem.last_sequence) = (Some(from.sequence), Some(to.sequence - 1));
+        let mut explained = false;
+        for problem in &mut self.report.problems[since..] {
+            if problem.kind.loses_records() {
+                explained = true;
+                (problem.first_sequence, problem.last_sequence) = (Some(from.sequence), Some(to.sequence - 1));
+            }
+        }
+        if !explained {
+            for (segment, slot) in empty {
+                let detail = "no chunk from here on, where some were committed";
+                let problem = Problem::new(ProblemKind::EmptySlots, detail);
+                self.report.problems.push(Problem {
+                    segment: Some(segment),
+                    slot: Some(slot),
+                    first_sequence: Some(from.sequence),
+                    last_sequence: Some(to.sequence - 1),
+                    ..problem
+                });
+            }
+            self.unplaced = self.report.problems.len();
         }
         // What was delivered is not missed.
         let from = self.cursor().filter(|cursor| cursor.sequence > from.sequence).unwrap_or(from);

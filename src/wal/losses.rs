@@ -27,7 +27,7 @@ pub struct Loss {
     pub end_sequence: u64,
     /// How many events they held.
     pub events: u64,
-    /// The segment in which they were missed; they were in it or in one before it.
+    /// The segment that held them, or the first of those that may have.
     pub segment: u64,
     /// When they were missed, milliseconds since the Unix epoch.
     pub found_at_ms: u64,

@@ -38,6 +38,8 @@ pub struct Reader {
     lost: (u64, Totals),
     /// Events before the end of the last loss that was counted: what is read again after a rewind is not counted again.
     counted_events: u64,
+    /// Segments that were left since the last good record: what is missing before the next one was in one of them.
+    left: Vec<u64>,
     /// It only looks: the log's state stays as it is, whatever is met.
     observer: bool,
 }
@@ -68,7 +70,8 @@ pub(super) enum Slot {
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None, lost: (0, Totals::ZERO), counted_events: 0, observer: false }
+        let (lost, left) = ((0, Totals::ZERO), Vec::new());
+        Reader { shared, at, open: None, chunk: None, lost, counted_events: 0, left, observer: false }
     }
 
     /// A reader that sets nothing aside and accounts for no loss: another one does.
@@ -104,6 +107,7 @@ impl Reader {
     /// Goes back to the cursor, to read again what was not delivered.
     pub fn rewind(&mut self) {
         self.chunk = None;
+        self.left.clear();
         self.at = self.shared.log().cursor;
     }
 
@@ -146,6 +150,7 @@ impl Reader {
                 )
             };
             if self.at.totals.sequence >= tail.sequence {
+                self.settle_left();
                 self.deliver_loss();
                 return Ok(false);
             }
@@ -192,6 +197,7 @@ impl Reader {
             Err(error) => {
                 self.shared.store.quarantine(id)?;
                 tracing::error!(segment = id, %error, "segment does not open, set aside");
+                self.left.push(id);
                 let mut log = self.shared.log();
                 log.segments.remove(&id);
                 log.leave_delivered_segments();
@@ -235,6 +241,7 @@ impl Reader {
 
     /// Begins a chunk, past the records in it that were read before.
     fn enter(&mut self, header: ChunkHeader, body: Bytes, next_slot: u32) -> bool {
+        self.settle_left();
         let mut chunk = Chunk { body, records_left: header.records, next_slot };
         for _ in header.before.sequence..self.at.totals.sequence {
             if split_record(&mut chunk.body).is_err() {
@@ -259,13 +266,21 @@ impl Reader {
             self.lose_until(end);
         }
         self.open = None;
+        self.left.push(id);
         (self.at.segment, self.at.slot) = (id + 1, 0);
-        if self.observer {
-            return;
+    }
+
+    /// The segments that were left are known to end here. Not before it is known: one that shows less than it should is
+    /// kept aside, not removed.
+    fn settle_left(&mut self) {
+        if self.observer || self.left.is_empty() {
+            return self.left.clear();
         }
         let mut log = self.shared.log();
-        if let Some(segment) = log.segments.get_mut(&id) {
-            segment.end.get_or_insert(self.at.totals);
+        for id in self.left.drain(..) {
+            if let Some(segment) = log.segments.get_mut(&id) {
+                segment.end.get_or_insert(self.at.totals);
+            }
         }
         log.leave_delivered_segments();
         drop(log);
@@ -274,11 +289,18 @@ impl Reader {
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
-        let (from, segment) = (self.at.totals, self.at.segment);
+        let (from, segment) = (self.at.totals, self.left.first().copied().unwrap_or(self.at.segment));
         if self.observer {
             self.at.totals = until;
             return;
         }
+        let mut log = self.shared.log();
+        for id in self.left.iter().chain([&self.at.segment]) {
+            if let Some(segment) = log.segments.get_mut(id) {
+                segment.damaged = true;
+            }
+        }
+        drop(log);
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;

@@ -45,6 +45,14 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
     if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
         let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
         tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
+        // What is missing may still be in there.
+        segments.values_mut().next_back().expect("it is not empty").damaged = true;
+    }
+    let losses = losses::load(meta)?;
+    for loss in &losses {
+        if let Some(segment) = segments.get_mut(&loss.segment) {
+            segment.damaged = true;
+        }
     }
     for (id, segment) in &mut segments {
         segment.disk_bytes = store.segment_bytes(*id)?;
@@ -63,7 +71,7 @@ pub(super) fn recover(store: &dyn Store, meta: &dyn StateDb, mode: Mode) -> Resu
         cursor,
         saved_cursor: cursor,
         received: VecDeque::new(),
-        losses: losses::load(meta)?.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
+        losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
         space_short: false,
         full_since: None,

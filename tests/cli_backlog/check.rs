@@ -36,30 +36,39 @@ fn a_log_in_order_is_found_in_order_and_left_alone() {
 }
 
 #[test]
-fn a_flipped_byte_is_named_with_segment_slot_and_sequence_and_nothing_else_is() {
+fn a_damaged_chunk_is_named_with_segment_slot_and_sequence_and_nothing_else_is() {
     let log = large_log();
-    log.flip(1, 5);
-    log.flip(1, 6);
     let second = first_of(&log, 2);
-    log.flip(2, second + 3);
+    let flip = |value: &mut Vec<u8>| value[100] ^= 1;
+    log.rewrite(1, 4, flip);
+    log.rewrite(1, 5, flip);
+    log.rewrite(2, 3, flip);
+    log.rewrite(1, 7, |value| value.truncate(1000));
     let before = log.image();
     let (code, report) = log.check();
     assert_eq!(code, 1, "{report:#}");
-    let problem = |segment: u64, slot: u64, sequences: (u64, u64)| {
+    let problem = |segment: u64, slot: u64, sequences: (u64, u64), detail: &str| {
         json!({"kind": "damaged_chunk", "segment": segment, "slot": slot, "first_sequence": sequences.0,
-               "last_sequence": sequences.1, "detail": "the checksum does not match"})
+               "last_sequence": sequences.1, "detail": detail})
     };
-    let third = (second + 3, second + 3);
-    assert_eq!(report["problems"], json!([problem(1, 4, (5, 6)), problem(1, 5, (5, 6)), problem(2, 3, third)]));
+    let checksum = "the checksum does not match";
+    let expected = [
+        problem(1, 4, (5, 6), checksum),
+        problem(1, 5, (5, 6), checksum),
+        problem(1, 7, (8, 8), "the chunk is cut short"),
+        problem(2, 3, (second + 3, second + 3), checksum),
+    ];
+    assert_eq!(report["problems"], json!(expected));
+    // sled keeps what was there before: each can still be carved out.
     let missing = |first: u64, last: u64| {
-        json!({"first_sequence": first, "last_sequence": last, "events": last + 1 - first, "salvageable_batches": 0,
-               "in_ledger": false})
+        json!({"first_sequence": first, "last_sequence": last, "events": last + 1 - first,
+               "salvageable_batches": last + 1 - first, "in_ledger": false})
     };
-    assert_eq!(report["missing"], json!([missing(5, 6), missing(second + 3, second + 3)]));
-    assert_eq!(report["batches"], 297);
+    assert_eq!(report["missing"], json!([missing(5, 6), missing(8, 8), missing(second + 3, second + 3)]));
+    assert_eq!(report["batches"], 296);
     assert_eq!((&report["losses"], &report["quarantined"]), (&json!([]), &json!([])));
     let human = text(&log.run(&["check"]).stdout);
-    for line in ["PROBLEM: segment 1, slot 4, is damaged", "MISSING: sequences 5 to 6, 2 events; 0 of 2 batches can be"]
+    for line in ["PROBLEM: segment 1, slot 4, is damaged", "MISSING: sequences 5 to 6, 2 events; 2 of 2 batches can be"]
     {
         assert!(human.contains(line), "{human}");
     }
@@ -67,12 +76,29 @@ fn a_flipped_byte_is_named_with_segment_slot_and_sequence_and_nothing_else_is() 
 }
 
 #[test]
-fn a_batch_of_several_chunks_is_missing_as_a_whole() {
-    let log = Log::with(&[batch(1, 10), batch(2, 300_000), batch(3, 10)]);
-    log.flip(1, 2);
+fn a_flipped_byte_makes_sled_pass_over_what_follows_but_only_one_batch_is_beyond_salvation() {
+    let log = large_log();
+    log.flip(1, 5);
     let (code, report) = log.check();
     assert_eq!(code, 1, "{report:#}");
-    assert_eq!(field(&report, "problems", "slot"), [1]);
+    assert_eq!(field(&report, "problems", "kind"), ["empty_slots"]);
+    assert_eq!(field(&report, "problems", "segment"), [1]);
+    assert_eq!(field(&report, "problems", "slot"), [4]);
+    assert_eq!(field(&report, "problems", "first_sequence"), [5]);
+    assert_eq!(field(&report, "missing", "first_sequence"), [5]);
+    let last = report["missing"][0]["last_sequence"].as_u64().unwrap();
+    assert!((6..30).contains(&last), "{report:#}");
+    assert_eq!(field(&report, "missing", "salvageable_batches"), [last - 5]);
+    assert_eq!(report["batches"], 300 - (last - 4));
+}
+
+#[test]
+fn a_batch_of_several_chunks_is_missing_as_a_whole() {
+    let log = Log::with(&[batch(1, 10), batch(2, 300_000), batch(3, 10)]);
+    log.rewrite(1, 2, |value| value[100] ^= 1);
+    let (code, report) = log.check();
+    assert_eq!(code, 1, "{report:#}");
+    assert_eq!(field(&report, "problems", "slot"), [1, 2], "its first slot, and the damaged one");
     assert_eq!(field(&report, "missing", "first_sequence"), [2]);
     assert_eq!(field(&report, "missing", "last_sequence"), [2]);
 }
@@ -82,7 +108,7 @@ fn a_segment_that_does_not_open_shows_what_can_be_salvaged() {
     let log = large_log();
     let (second, third) = (first_of(&log, 2), first_of(&log, 3));
     log.flip(2, second + 7);
-    log.spoil(2);
+    log.spoil(&log.segment(2));
     let (code, report) = log.check();
     assert_eq!(code, 1, "{report:#}");
     assert_eq!(field(&report, "problems", "kind"), ["does_not_open"], "{report:#}");
@@ -131,11 +157,11 @@ fn markers_snapshots_and_the_small_maps_are_looked_at() {
 
     for (map, kind) in [("meta", "meta_damaged"), ("parked", "parked_damaged")] {
         let log = Log::with(&[batch(1, 10)]);
-        let db = log.wal_directory().join(map).join("conf");
-        fs::remove_file(&db).unwrap();
-        fs::create_dir(&db).unwrap();
+        log.spoil(&log.wal_directory().join(map));
+        let before = log.image();
         let (code, report) = log.check();
         assert_eq!((code, field(&report, "problems", "kind")), (1, vec![json!(kind)]), "{report:#}");
+        assert!(log.image() == before, "the check changed a file");
     }
 }
 

@@ -79,8 +79,8 @@ fn what_is_delivered_is_exported_only_if_asked_for() {
     let mut reader = wal.reader();
     let third = (0..3).map(|_| reader.next_record().unwrap().unwrap()).last().unwrap();
     wal.deliver(third.end);
-    drop(reader);
     wal.close();
+    drop((reader, wal));
     assert_eq!(sequences(&export(&log, &[])), [4, 5]);
     assert_eq!(sequences(&export(&log, &["--from-sequence", "2"])), [2, 3, 4, 5]);
 }
@@ -100,7 +100,7 @@ fn an_export_of_a_damaged_log_gives_the_rest_and_says_what_is_missing() {
     log.flip(1, 4);
     log.flip(1, 5);
     log.flip(1, 10);
-    log.spoil(1);
+    log.spoil(&log.segment(1));
     let output = log.run(&["export"]);
     assert_code(&output, 1);
     assert!(text(&output.stderr).contains("3 batches missing"), "{}", text(&output.stderr));

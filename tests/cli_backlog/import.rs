@@ -40,8 +40,8 @@ fn a_full_log_says_how_far_it_came() {
     assert_code(&output, 1);
     let said = text(&output.stderr);
     assert!(said.contains("the rest is not imported: the log is full"), "{said}");
-    let (_, line) = said.split_once(", line ").unwrap();
-    let line: u64 = line.split(' ').next().unwrap().parse().unwrap();
+    let (_, line) = said.split_once(&format!("everything up to {file}, line ")).unwrap();
+    let line: u64 = line.split(',').next().unwrap().parse().unwrap();
     assert!((1..300).contains(&line), "{said}");
     assert_eq!(numbers(&small.deliver_all()), (1..=line).collect::<Vec<_>>());
 }

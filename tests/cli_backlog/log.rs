@@ -135,18 +135,22 @@ impl Log {
         fs::write(path, &bytes[..position(&bytes, number)]).unwrap();
     }
 
-    /// Makes the segment one that sled cannot open.
-    pub fn spoil(&self, segment: u64) {
-        let directory = self.segment(segment);
-        for entry in fs::read_dir(&directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.file_name().unwrap().to_string_lossy().starts_with("snap.") {
-                fs::remove_file(path).unwrap();
-            }
-        }
-        // Every sled reads its configuration first. A directory cannot be removed like a file.
-        let _ = fs::remove_file(directory.join("conf"));
-        fs::create_dir(directory.join("conf")).unwrap();
+    /// Makes a sled database (a segment, `meta`, `parked`) one that sled cannot open: its first bytes are wrong.
+    pub fn spoil(&self, database: &Path) {
+        let path = database.join("db");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[1] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+
+    /// Changes the value of a slot in a way that sled does not notice.
+    pub fn rewrite(&self, segment: u64, slot: u64, change: impl FnOnce(&mut Vec<u8>)) {
+        let config = sled::Config::new().path(self.segment(segment)).segment_size(1 << 20).flush_every_ms(None);
+        let db = config.open().unwrap();
+        let mut value = db.get(slot.to_be_bytes()).unwrap().unwrap().to_vec();
+        change(&mut value);
+        db.insert(slot.to_be_bytes(), value).unwrap();
+        db.flush().unwrap();
     }
 
     /// Every file below the log's directory.

@@ -16,7 +16,7 @@ fn damaged() -> Damaged {
     let log = Log::with(&(1..=BATCHES).map(|number| batch(number, LARGE)).collect::<Vec<_>>());
     let (second, third) = (150, 290);
     log.flip(2, second);
-    log.spoil(2);
+    log.spoil(&log.segment(2));
     log.flip(3, third);
     let delivered = numbers(&log.deliver_all());
     Damaged { log, delivered, unsalvageable: [second, third] }

@@ -14,7 +14,7 @@ fn status_and_peek_work_on_a_running_service_and_a_stopped_log_and_the_others_sa
     let mut batches: Vec<_> = (1..=30).map(|number| batch(number, 10)).collect();
     batches[0] = batch_of(1, &[("click", b"hello"), ("page", b"\xff")]);
     let log = Log::with(&batches);
-    log.flip(1, 3);
+    log.rewrite(1, 2, |value| value[100] ^= 1);
     log.configure("forward.brokers = []");
 
     let looked_at = |log: &Log| {

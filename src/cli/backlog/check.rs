@@ -131,6 +131,7 @@ fn describe_problem(problem: &Problem) -> String {
         ProblemKind::MarkerMissing => "has lost its marker",
         ProblemKind::MarkerDamaged => "has a damaged marker",
         ProblemKind::DamagedChunk => "is damaged",
+        ProblemKind::EmptySlots => "is empty",
         ProblemKind::MetaDamaged => "cursor and ledger of losses are damaged: everything would be delivered again",
         ProblemKind::ParkedDamaged => "parked events are damaged",
         ProblemKind::StateQuarantined => "in quarantine",

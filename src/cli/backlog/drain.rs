@@ -149,7 +149,11 @@ fn describe(summary: &Summary) -> String {
     }
     text += "\n";
     if summary.pending_batches > 0 {
-        text += &format!("{} in {} still pending", summary.pending_events, count(summary.pending_batches, "batch"));
+        text += &format!(
+            "{} in {} still pending",
+            count(summary.pending_events, "event"),
+            count(summary.pending_batches, "batch")
+        );
         text += &summary.last_error.as_ref().map_or(String::new(), |error| format!("; the last failure: {error}"));
         text += "\n";
     }

@@ -120,7 +120,7 @@ async fn repair(args: &RepairArgs, wal: &Wal) -> anyhow::Result<Summary> {
     Ok(summary)
 }
 
-/// The segment that held lost records: that in which they were missed, or the last one before it that was set aside.
+/// The segment that held lost records: the one that the ledger names, or the last one before it that was set aside.
 fn owner(loss: &Loss, quarantined: &[SegmentFiles]) -> Option<u64> {
     quarantined.iter().map(|segment| segment.id).filter(|id| *id <= loss.segment).max()
 }
