@@ -3,6 +3,7 @@
 //! A *problem* is something wrong with a file. *Missing* records are those between two good chunks that do not meet, or
 //! between the last one and the saved end of the log; they are *salvageable* if they can still be carved out of a file.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,8 @@ pub enum ProblemKind {
     MarkerDamaged,
     /// A slot does not hold what was written to it.
     DamagedChunk,
+    /// The segment is not there.
+    SegmentMissing,
     /// Slots that must hold chunks show nothing: sled passes over what stands behind damage.
     EmptySlots,
     /// The cursor and the ledger of losses cannot be read.
@@ -158,7 +161,7 @@ impl OfflineLog {
             check.segment(&files)?;
             progress(files.bytes());
         }
-        check.end();
+        check.end()?;
         for files in self.quarantined()? {
             check.quarantined(&files)?;
             progress(files.bytes());
@@ -176,9 +179,11 @@ struct Check<'a> {
     report: CheckReport,
     /// The end of the last good chunk.
     at: Option<Totals>,
+    /// Its segment.
+    at_segment: u64,
     /// The first problem since then.
     unplaced: usize,
-    /// Segments since then that show empty slots, and the first of those.
+    /// Segments since then that show empty slots where there should be chunks, and the first such slot.
     empty: Vec<(u64, u32)>,
     /// What can be carved out of any segment.
     carved: Runs,
@@ -191,6 +196,7 @@ impl<'a> Check<'a> {
             store,
             report: CheckReport::default(),
             at: None,
+            at_segment: log.cursor_segment().saturating_sub(1),
             unplaced: 0,
             empty: Vec::new(),
             carved: Runs::default(),
@@ -270,14 +276,12 @@ impl<'a> Check<'a> {
 
     fn walk(&mut self, id: u64, file: &dyn SegmentFile, in_log: bool) -> Result<(), StoreError> {
         let (slots, mut slot, mut damaged) = (file.slots(), 0, false);
+        let (mut first_empty, mut seen) = (None, false);
         while slot < slots {
             let at = slot;
             slot += 1;
             match read_slot(file, at, slots)? {
-                Slot::Empty if in_log && self.empty.last().is_none_or(|(segment, _)| *segment != id) => {
-                    self.empty.push((id, at));
-                }
-                Slot::Empty => {}
+                Slot::Empty => drop(first_empty.get_or_insert(at)),
                 // The process ended while it wrote them: nobody got an ack.
                 Slot::Torn => break,
                 // A rest of the damaged chunk before it.
@@ -291,36 +295,40 @@ impl<'a> Check<'a> {
                     self.problem(ProblemKind::DamagedChunk, id, Some(at), reason);
                 }
                 Slot::Chunk { header, body, next_slot } => {
-                    (slot, damaged) = (next_slot, false);
+                    (slot, damaged, seen) = (next_slot, false, true);
+                    self.empty.extend(first_empty.take().map(|slot| (id, slot)));
                     match end_of(&header, body) {
-                        Some(end) if in_log => self.chunk(header.before, end),
+                        Some(end) if in_log => self.chunk(id, header.before, end)?,
                         Some(_) => {}
                         None => self.problem(ProblemKind::DamagedChunk, id, Some(at), "its content is malformed"),
                     }
                 }
             }
         }
+        // The last ones are, unless chunks turn out to be missing here. A segment without any is a spare.
+        self.empty.extend(first_empty.filter(|_| seen).map(|slot| (id, slot)));
         Ok(())
     }
 
     /// A good chunk of the log.
-    fn chunk(&mut self, before: Totals, end: Totals) {
+    fn chunk(&mut self, id: u64, before: Totals, end: Totals) -> Result<(), StoreError> {
         self.report.chunks += 1;
         self.report.batches += end.sequence - before.sequence;
         self.report.events += end.events - before.events;
         let at = self.at.or(self.cursor()).unwrap_or(before);
         if end.sequence > at.sequence || self.at.is_none() {
-            self.gap(at, before);
-            self.at = Some(end);
+            self.gap(at, before, id)?;
+            (self.at, self.at_segment) = (Some(end), id);
         }
+        Ok(())
     }
 
-    /// There is no good chunk between two places.
-    fn gap(&mut self, from: Totals, to: Totals) {
+    /// There is no good chunk between two places, the second one in segment `to_segment`.
+    fn gap(&mut self, from: Totals, to: Totals, to_segment: u64) -> Result<(), StoreError> {
         let empty = std::mem::take(&mut self.empty);
         let since = std::mem::replace(&mut self.unplaced, self.report.problems.len());
         if to.sequence <= from.sequence {
-            return;
+            return Ok(());
         }
         let mut explained = false;
         for problem in &mut self.report.problems[since..] {
@@ -330,18 +338,7 @@ impl<'a> Check<'a> {
             }
         }
         if !explained {
-            for (segment, slot) in empty {
-                let detail = "no chunk from here on, where some were committed";
-                let problem = Problem::new(ProblemKind::EmptySlots, detail);
-                self.report.problems.push(Problem {
-                    segment: Some(segment),
-                    slot: Some(slot),
-                    first_sequence: Some(from.sequence),
-                    last_sequence: Some(to.sequence - 1),
-                    ..problem
-                });
-            }
-            self.unplaced = self.report.problems.len();
+            self.explain(empty, to_segment, (from.sequence, to.sequence - 1))?;
         }
         // What was delivered is not missed.
         let from = self.cursor().filter(|cursor| cursor.sequence > from.sequence).unwrap_or(from);
@@ -354,15 +351,49 @@ impl<'a> Check<'a> {
                 in_ledger: false,
             });
         }
+        Ok(())
+    }
+
+    /// Nothing wrong was met where records are missing: either a segment is not there, or slots are empty that should not be.
+    fn explain(
+        &mut self,
+        empty: Vec<(u64, u32)>,
+        to_segment: u64,
+        (first_sequence, last_sequence): (u64, u64),
+    ) -> Result<(), StoreError> {
+        let there: BTreeSet<u64> =
+            self.log.segments()?.iter().chain(&self.log.quarantined()?).map(|files| files.id).collect();
+        let absent = (self.at_segment + 1..to_segment).filter(|id| !there.contains(id));
+        let mut found: Vec<Problem> = absent
+            .map(|id| Problem { segment: Some(id), ..Problem::new(ProblemKind::SegmentMissing, "it was deleted") })
+            .collect();
+        if found.is_empty() {
+            let detail = "no chunk from here on, where some were committed";
+            found.extend(empty.into_iter().map(|(segment, slot)| {
+                let problem = Problem::new(ProblemKind::EmptySlots, detail);
+                Problem { segment: Some(segment), slot: Some(slot), ..problem }
+            }));
+        }
+        let (first_sequence, last_sequence) = (Some(first_sequence), Some(last_sequence));
+        let placed = found.into_iter().map(|problem| Problem { first_sequence, last_sequence, ..problem });
+        self.report.problems.extend(placed);
+        self.unplaced = self.report.problems.len();
+        Ok(())
     }
 
     /// The log ends here.
-    fn end(&mut self) {
+    fn end(&mut self) -> Result<(), StoreError> {
         let saved = self.log.meta.as_ref().ok().and_then(|meta| meta.saved);
         let at = self.at.or(self.cursor()).unwrap_or(Totals::ZERO);
         let end = saved.map(|(_, tail)| tail).filter(|tail| tail.sequence > at.sequence).unwrap_or(at);
-        self.gap(at, end);
+        let last_segment = self.log.segments()?.last().map_or(0, |files| files.id);
+        self.gap(at, end, last_segment)?;
         self.report.next_sequence = end.sequence;
+        if self.log.meta.is_ok() && saved.is_none() && self.report.chunks > 0 {
+            let detail = "there is no cursor, though there is a log";
+            self.report.problems.push(Problem::new(ProblemKind::MetaDamaged, detail));
+        }
+        Ok(())
     }
 
     fn quarantined(&mut self, files: &SegmentFiles) -> Result<(), StoreError> {

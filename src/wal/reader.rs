@@ -289,18 +289,12 @@ impl Reader {
 
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
-        let (from, segment) = (self.at.totals, self.left.first().copied().unwrap_or(self.at.segment));
+        let from = self.at.totals;
         if self.observer {
             self.at.totals = until;
             return;
         }
-        let mut log = self.shared.log();
-        for id in self.left.iter().chain([&self.at.segment]) {
-            if let Some(segment) = log.segments.get_mut(id) {
-                segment.damaged = true;
-            }
-        }
-        drop(log);
+        let segment = self.mark_damaged();
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
@@ -319,6 +313,20 @@ impl Reader {
         self.shared.metrics.forward.dropped_events_damaged.increment(events);
         let (first_sequence, end_sequence) = (from.sequence, until.sequence);
         self.shared.log().note_loss(Loss { first_sequence, end_sequence, events, segment, found_at_ms: now_ms() });
+    }
+
+    /// Keeps every segment aside that may hold what is missing here. The one that most likely does.
+    fn mark_damaged(&self) -> u64 {
+        let mut log = self.shared.log();
+        // Of the present one, something was passed over.
+        let here = (self.left.is_empty() || self.at.slot > 0).then_some(self.at.segment);
+        for id in self.left.iter().copied().chain(here) {
+            if let Some(segment) = log.segments.get_mut(&id) {
+                segment.damaged = true;
+            }
+        }
+        let unopened = self.left.iter().find(|id| !log.segments.contains_key(id));
+        unopened.or(self.left.first()).copied().unwrap_or(self.at.segment)
     }
 
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use prost::Message;
-use ringtail::batch::{Batch, Client, Request};
+use ringtail::batch::{Batch, Client, Request, Sequence};
 use ringtail::config::{Config, WalConfig};
+use ringtail::forward::{ParkReason, ParkedAbout, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::Wal;
@@ -151,6 +152,32 @@ impl Log {
         change(&mut value);
         db.insert(slot.to_be_bytes(), value).unwrap();
         db.flush().unwrap();
+    }
+
+    /// Parks two events and takes a part of the second away.
+    pub fn park_and_damage(&self) {
+        let wal = self.open();
+        let parked = ParkedStore::open(wal.parked()).unwrap();
+        let about = ParkedAbout {
+            reason: ParkReason::TooLarge,
+            error: "said Kafka".into(),
+            topic: "t".into(),
+            key: None,
+            event_type: "t".into(),
+            group: String::new(),
+            connection_id: "device-7".into(),
+            req_guid: "r".into(),
+            sequence: Sequence(3),
+            received_at_ms: 1,
+            parked_at_ms: 2,
+        };
+        parked.park(&about, b"small").unwrap();
+        parked.park(&about, &[7; 600_000]).unwrap();
+        parked.sync().unwrap();
+        wal.close();
+        let part = [&2_u64.to_be_bytes()[..], &1_u16.to_be_bytes()].concat();
+        wal.parked().remove(&part).unwrap();
+        wal.parked().sync().unwrap();
     }
 
     /// Every file below the log's directory.

@@ -36,6 +36,11 @@ fn lost_sequences(report: &Value, list: &str) -> Vec<(u64, u64, u64)> {
     report[list].as_array().unwrap().iter().map(loss).collect()
 }
 
+/// Batches put back, or to be put back.
+fn recovered(report: &Value) -> u64 {
+    report["segments"].as_array().unwrap().iter().map(|segment| segment["recovered_batches"].as_u64().unwrap()).sum()
+}
+
 #[test]
 fn what_can_be_salvaged_comes_back_once_and_the_rest_is_reported() {
     let Damaged { log, delivered, unsalvageable: [second, third] } = damaged();
@@ -51,20 +56,23 @@ fn what_can_be_salvaged_comes_back_once_and_the_rest_is_reported() {
     let salvageable: u64 =
         report["losses"].as_array().unwrap().iter().map(|loss| loss["salvageable_batches"].as_u64().unwrap()).sum();
     assert_eq!(salvageable, wanted.len() as u64, "{report:#}");
-    assert_eq!(report["quarantined"].as_array().unwrap().len(), 2, "{report:#}");
+    let quarantined = report["quarantined"].as_array().unwrap();
+    let lost: Vec<_> =
+        quarantined.iter().map(|item| (&item["segment"], item["lost_batches"].as_u64() > Some(0))).collect();
+    // The end of the first one might be what is missing.
+    assert_eq!(lost, [(&json!(1), false), (&json!(2), true), (&json!(3), true)], "{report:#}");
 
     let plan = repair(&log, &["--dry-run"], 1);
-    assert_eq!((&plan["dry_run"], &plan["segments"][0]["recovered_batches"]), (&json!(true), &json!(wanted.len())));
+    assert_eq!((&plan["dry_run"], recovered(&plan)), (&json!(true), wanted.len() as u64));
     assert_eq!(numbers(&log.deliver_all()), [0; 0], "a dry run put something back");
 
     let report = repair(&log, &[], 1);
-    assert_eq!(report["segments"][0]["recovered_batches"], wanted.len(), "{report:#}");
-    assert_eq!(report["segments"][1]["recovered_batches"], 0, "what was delivered came back");
+    assert_eq!(recovered(&report), wanted.len() as u64, "{report:#}");
     let left = [(second, second + 1, 1), (third, third + 1, 1)];
     assert_eq!(lost_sequences(&report, "still_lost"), left);
 
     let again = repair(&log, &[], 1);
-    assert_eq!(again["segments"][0]["recovered_batches"], 0, "{again:#}");
+    assert_eq!(recovered(&again), 0, "{again:#}");
     assert_eq!(numbers(&log.deliver_all()), wanted);
 
     let discarded = repair(&log, &["--segment", "2", "--discard"], 1);
@@ -105,7 +113,7 @@ fn a_repair_that_finds_the_log_full_keeps_the_rest_for_the_next_one() {
     let first = numbers(&log.deliver_all());
     log.configure("");
     let report = repair(&log, &[], 1);
-    assert_eq!(report["segments"].as_array().unwrap().len(), 2, "a segment was discarded that is still needed");
+    assert_eq!(report["segments"].as_array().unwrap().len(), 3, "a segment was discarded that is still needed");
     let second = numbers(&log.deliver_all());
     assert_eq!([first, second].concat(), wanted, "each once");
 }

@@ -132,6 +132,7 @@ fn describe_problem(problem: &Problem) -> String {
         ProblemKind::MarkerDamaged => "has a damaged marker",
         ProblemKind::DamagedChunk => "is damaged",
         ProblemKind::EmptySlots => "is empty",
+        ProblemKind::SegmentMissing => "is not there",
         ProblemKind::MetaDamaged => "cursor and ledger of losses are damaged: everything would be delivered again",
         ProblemKind::ParkedDamaged => "parked events are damaged",
         ProblemKind::StateQuarantined => "in quarantine",
