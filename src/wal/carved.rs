@@ -209,7 +209,9 @@ mod tests {
                     wal.append(batch(number, if at == 5 { 2_000_000 } else { 20_000 })).unwrap()
                 })
                 .collect();
-            commits.into_iter().for_each(|commit| drop(runtime.block_on(commit).unwrap()));
+            for commit in commits {
+                runtime.block_on(commit).unwrap();
+            }
         }
         let (mut reader, mut read) = (wal.reader(), Vec::new());
         while let Some(record) = reader.next_record().unwrap() {

@@ -36,6 +36,7 @@ mod record;
 mod recovery;
 mod repair;
 mod salvage;
+mod slots;
 mod store;
 #[cfg(test)]
 mod tests;

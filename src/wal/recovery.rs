@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::error::StoreError;
 use super::log::{Log, Position, Segment};
-use super::reader::{Content, first_chunk, last_totals};
 use super::record::Totals;
+use super::slots::{Content, first_chunk, last_totals};
 use super::store::{StateDb, Store};
 use super::{cursor, losses};
 

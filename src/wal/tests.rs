@@ -266,7 +266,7 @@ fn damage_is_passed_and_counted() {
     assert_eq!(wal.status().pending_events, 0);
     assert!(metrics.handle().render().contains("ringtail_forward_dropped_events_total{reason=\"damaged\"} 2"));
     wal.close();
-    assert_eq!(store.quarantined().unwrap(), [1]);
+    assert_eq!(store.quarantined().unwrap(), [1, 2]);
 }
 
 #[test]

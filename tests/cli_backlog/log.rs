@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use memchr::memmem;
 use prost::Message;
 use ringtail::batch::{Batch, Client, Request, Sequence};
 use ringtail::config::{Config, WalConfig};
@@ -201,8 +202,8 @@ impl Log {
 /// Where the name of batch `number` stands: in its chunk, and nowhere else.
 fn position(bytes: &[u8], number: u64) -> usize {
     let name = name(number);
-    let mut found = bytes.windows(name.len()).enumerate().filter(|(_, window)| *window == name.as_bytes());
-    let at = found.next().expect("the batch is in the segment").0;
+    let mut found = memmem::find_iter(bytes, &name);
+    let at = found.next().expect("the batch is in the segment");
     assert!(found.next().is_none(), "{name} is there twice");
     at
 }

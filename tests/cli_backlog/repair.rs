@@ -117,3 +117,43 @@ fn a_repair_that_finds_the_log_full_keeps_the_rest_for_the_next_one() {
     let second = numbers(&log.deliver_all());
     assert_eq!([first, second].concat(), wanted, "each once");
 }
+
+#[test]
+fn damage_in_the_newest_segment_and_damage_found_before_a_restart_are_set_aside() {
+    let log = Log::with(&(1..=30).map(|number| batch(number, 10)).collect::<Vec<_>>());
+    log.flip(1, 10);
+    // Finds the loss, and ends before anything behind it is delivered.
+    let wal = log.open();
+    let mut reader = wal.reader();
+    while reader.next_record().unwrap().is_some() {}
+    assert_eq!(wal.status().lost_batches, 21);
+    wal.close();
+    drop((reader, wal));
+    assert_eq!(numbers(&log.deliver_all()), (1..10).collect::<Vec<_>>());
+    let report = repair(&log, &[], 1);
+    assert_eq!((recovered(&report), lost_sequences(&report, "still_lost")), (20, vec![(10, 11, 1)]));
+    assert_eq!(numbers(&log.deliver_all()), (11..=30).collect::<Vec<_>>());
+
+    // The same with an older segment.
+    let log = Log::with(&(1..=200).map(|number| batch(number, LARGE)).collect::<Vec<_>>());
+    log.flip(1, 5);
+    let wal = log.open();
+    let (mut reader, mut delivered) = (wal.reader(), Vec::new());
+    for _ in 0..40 {
+        let record = reader.next_record().unwrap().unwrap();
+        delivered.extend(numbers(&[record.batch]));
+        wal.deliver(record.end);
+    }
+    assert!(wal.status().lost_batches > 1);
+    wal.close();
+    drop((reader, wal));
+    delivered.extend(numbers(&log.deliver_all()));
+    let missing: Vec<u64> = (1..=200).filter(|number| !delivered.contains(number)).collect();
+    assert_eq!(missing[0], 5);
+    let report = repair(&log, &[], 1);
+    assert_eq!(
+        (recovered(&report), lost_sequences(&report, "still_lost")),
+        (missing.len() as u64 - 1, vec![(5, 6, 1)])
+    );
+    assert_eq!(numbers(&log.deliver_all()), missing[1..]);
+}

@@ -1,0 +1,124 @@
+//! What the slots of an open segment hold, every byte checked.
+
+use bytes::Bytes;
+
+use super::error::StoreError;
+use super::record::{ChunkError, ChunkHeader, Totals, decode_chunk, split_record};
+use super::store::SegmentFile;
+
+/// What a slot holds.
+pub(super) enum Slot {
+    Empty,
+    Chunk {
+        header: ChunkHeader,
+        body: Bytes,
+        next_slot: u32,
+    },
+    /// The first parts of a chunk, and nothing after them: the process ended while it wrote. Nobody got an ack.
+    Torn,
+    /// A later part of a chunk, without the ones before it.
+    Part,
+    Damaged(String),
+}
+
+/// Reads the chunk that begins at `slot`, all parts of it.
+pub(super) fn read_slot(file: &dyn SegmentFile, slot: u32, slots: u32) -> Result<Slot, StoreError> {
+    let (header, first) = match read_part(file, slot)? {
+        Ok(Some(part)) => part,
+        Ok(None) => return Ok(Slot::Empty),
+        Err(reason) => return Ok(Slot::Damaged(reason)),
+    };
+    let next_slot = slot + u32::from(header.parts);
+    if header.part != 0 {
+        return Ok(Slot::Part);
+    }
+    if next_slot > slots {
+        return Ok(Slot::Damaged(ChunkError::Part.to_string()));
+    }
+    if header.parts == 1 {
+        return Ok(Slot::Chunk { header, body: first, next_slot });
+    }
+    let mut body = first.to_vec();
+    for part in 1..header.parts {
+        match read_part(file, slot + u32::from(part))? {
+            Ok(Some((other, piece))) if other == (ChunkHeader { part, ..header }) => body.extend_from_slice(&piece),
+            Ok(None) if is_empty(file, slot + u32::from(part)..slots)? => return Ok(Slot::Torn),
+            Ok(_) => return Ok(Slot::Damaged(ChunkError::Part.to_string())),
+            Err(reason) => return Ok(Slot::Damaged(reason)),
+        }
+    }
+    Ok(Slot::Chunk { header, body: body.into(), next_slot })
+}
+
+/// Whether nothing was written to any of `slots`.
+fn is_empty(file: &dyn SegmentFile, slots: std::ops::Range<u32>) -> Result<bool, StoreError> {
+    for slot in slots {
+        if !matches!(read_part(file, slot)?, Ok(None)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The checked value of one slot; none if it is empty; the reason if it is damaged.
+type Part = Result<Option<(ChunkHeader, Bytes)>, String>;
+
+fn read_part(file: &dyn SegmentFile, slot: u32) -> Result<Part, StoreError> {
+    match file.read(slot) {
+        Ok(value) if value.is_empty() => Ok(Ok(None)),
+        Ok(value) => Ok(decode_chunk(value).map(Some).map_err(|error| error.to_string())),
+        Err(error) if !error.is_damage() => Err(error),
+        Err(error) => Ok(Err(error.to_string())),
+    }
+}
+
+/// The first chunk of a segment at slot `from` or after it, for recovery: its totals and when its first record was received.
+pub(super) fn first_chunk(file: &dyn SegmentFile, from: u32) -> Result<Option<(Totals, u64)>, StoreError> {
+    let slots = file.slots();
+    for slot in from..slots {
+        if let Slot::Chunk { header, mut body, .. } = read_slot(file, slot, slots)? {
+            let received_at_ms = split_record(&mut body).map_or(0, |record| record.received_at_ms);
+            return Ok(Some((header.before, received_at_ms)));
+        }
+    }
+    Ok(None)
+}
+
+/// What a segment holds, for recovery.
+pub(super) enum Content {
+    /// Nothing was ever written to it.
+    Nothing,
+    /// Records, up to these totals.
+    Records(Totals),
+    /// Something, but no chunk that is whole.
+    Damaged,
+}
+
+/// The totals after the last chunk of a segment, for recovery.
+///
+/// Looks at every slot from the last one down, because a disk that lost a write may have kept the one after it: new
+/// sequences must come after both.
+pub(super) fn last_totals(file: &dyn SegmentFile) -> Result<Content, StoreError> {
+    let slots = file.slots();
+    let mut content = Content::Nothing;
+    for slot in (0..slots).rev() {
+        let (header, mut body) = match read_slot(file, slot, slots)? {
+            Slot::Chunk { header, body, .. } => (header, body),
+            // A batch that was cut short was never acked.
+            Slot::Empty | Slot::Torn | Slot::Part => continue,
+            Slot::Damaged(_) => {
+                content = Content::Damaged;
+                continue;
+            }
+        };
+        let mut totals = header.before;
+        for _ in 0..header.records {
+            match split_record(&mut body) {
+                Ok(record) => totals = record.after(totals),
+                Err(_) => totals.sequence += 1,
+            }
+        }
+        return Ok(Content::Records(totals));
+    }
+    Ok(content)
+}
