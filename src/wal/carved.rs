@@ -1,14 +1,15 @@
 //! The records of one segment, carved out of its file: for tools that must not change what they read, and for segments
 //! that sled cannot open any more.
 //!
-//! The file is searched twice: once for where its chunks are, and once more to read them in the order of their sequences.
-//! At most one chunk is in memory. What never became durable may turn up as well: nobody got an ack for it.
+//! What was kept of it before it was opened (`store/segments.rs`) is searched as well. Files are searched twice: once for
+//! where their chunks are, and once more to read them in the order of their sequences. At most one chunk is in memory. What
+//! never became durable may turn up as well: nobody got an ack for it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
@@ -40,13 +41,13 @@ pub struct Run {
 /// One chunk in a file: where each of its parts is.
 struct Place {
     header: ChunkHeader,
-    parts: BTreeMap<u16, (u64, usize)>,
+    /// File, offset and length of each.
+    parts: BTreeMap<u16, (usize, u64, usize)>,
 }
 
 /// The records of a segment, by sequence.
 pub struct CarvedRecords {
-    /// None if there is no file.
-    file: Option<File>,
+    files: Vec<File>,
     places: std::vec::IntoIter<Place>,
     /// What is left of the chunk that is being read, and the totals at its next record.
     body: Bytes,
@@ -57,16 +58,23 @@ pub struct CarvedRecords {
 }
 
 impl CarvedRecords {
-    /// Searches the file at `path`. One that is not there holds nothing.
-    pub(super) fn open(path: &Path) -> Result<CarvedRecords, StoreError> {
-        let file = match File::open(path) {
-            Ok(file) => Some(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(StoreError::io("open segment file")(error)),
-        };
-        let (places, broken) = if file.is_some() { find(path)? } else { (Vec::new(), None) };
+    /// Searches the files at `paths`. One that is not there holds nothing.
+    pub(super) fn open(paths: &[PathBuf]) -> Result<CarvedRecords, StoreError> {
+        let (mut files, mut found, mut broken) = (Vec::new(), BTreeMap::new(), None);
+        for path in paths {
+            match File::open(path) {
+                Ok(file) => {
+                    find(path, files.len(), &mut found, &mut broken)?;
+                    files.push(file);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(StoreError::io("open segment file")(error)),
+            }
+        }
+        let mut places: Vec<Place> = found.into_values().collect();
+        places.retain(|place| place.parts.len() == usize::from(place.header.parts));
         let (body, places) = (Bytes::new(), places.into_iter());
-        Ok(CarvedRecords { file, places, body, records_left: 0, at: Totals::ZERO, broken })
+        Ok(CarvedRecords { files, places, body, records_left: 0, at: Totals::ZERO, broken })
     }
 
     fn next_in_chunk(&mut self) -> Option<Result<CarvedRecord, ChunkError>> {
@@ -87,11 +95,11 @@ impl CarvedRecords {
 
     /// Reads the next chunk. False: there is none.
     fn next_chunk(&mut self) -> Result<bool, StoreError> {
-        let (Some(place), Some(file)) = (self.places.next(), &self.file) else { return Ok(false) };
+        let Some(place) = self.places.next() else { return Ok(false) };
         let mut body = Vec::new();
-        for (offset, bytes) in place.parts.values() {
+        for (file, offset, bytes) in place.parts.values() {
             let mut value = vec![0; *bytes];
-            file.read_exact_at(&mut value, *offset).map_err(StoreError::io("read segment file"))?;
+            self.files[*file].read_exact_at(&mut value, *offset).map_err(StoreError::io("read segment file"))?;
             // It was right a moment ago; a disk that changes its mind is damage all the same.
             let Ok((_, piece)) = decode_chunk(value.into()) else { return Ok(true) };
             body.extend_from_slice(&piece);
@@ -122,24 +130,29 @@ impl Iterator for CarvedRecords {
     }
 }
 
-/// Every chunk of which all parts are in the file, by sequence.
-fn find(path: &Path) -> Result<(Vec<Place>, Option<io::Error>), StoreError> {
-    let (mut found, mut broken) = (BTreeMap::<(u64, u32, u16), Place>::new(), None);
+/// First sequence, records and parts of a chunk: what its parts have in common.
+type Key = (u64, u32, u16);
+
+/// Adds the chunks of file number `file` to what was found before.
+fn find(
+    path: &Path,
+    file: usize,
+    found: &mut BTreeMap<Key, Place>,
+    broken: &mut Option<io::Error>,
+) -> Result<(), StoreError> {
     for chunk in Chunks::open(path).map_err(StoreError::io("open segment file"))? {
         match chunk {
             Ok((offset, header, body)) => {
                 let key = (header.before.sequence, header.records, header.parts);
                 let place = found.entry(key).or_insert_with(|| Place { header, parts: BTreeMap::new() });
                 if place.header.before == header.before {
-                    place.parts.entry(header.part).or_insert((offset, HEADER_BYTES + body.len()));
+                    place.parts.entry(header.part).or_insert((file, offset, HEADER_BYTES + body.len()));
                 }
             }
-            Err(error) => broken = Some(error),
+            Err(error) => *broken = Some(error),
         }
     }
-    let mut places: Vec<Place> = found.into_values().collect();
-    places.retain(|place| place.parts.len() == usize::from(place.header.parts));
-    Ok((places, broken))
+    Ok(())
 }
 
 /// Runs by their first sequence, joined where they meet.

@@ -15,7 +15,7 @@ use super::error::{OpenError, StoreError};
 use super::log::Position;
 use super::losses::{self, Loss};
 use super::record::Totals;
-use super::store::{SegmentShape, StateDb, copy_directory, open_state, segment_directories};
+use super::store::{DB_BEFORE, SegmentShape, StateDb, copy_directory, open_state, segment_directories};
 use super::{META, PARKED, cursor, lock_directory};
 use crate::config::WalConfig;
 
@@ -35,7 +35,7 @@ impl SegmentFiles {
     /// # Errors
     /// [`StoreError`]
     pub fn records(&self) -> Result<CarvedRecords, StoreError> {
-        CarvedRecords::open(&self.path.join("db"))
+        CarvedRecords::open(&["db", DB_BEFORE].map(|name| self.path.join(name)))
     }
 
     /// Bytes of its file; 0 if that is not there.

@@ -26,12 +26,14 @@ pub(super) struct Chunks {
     /// Where to search on, in the window.
     at: usize,
     ended: bool,
+    /// What begins like a chunk and is none, so far.
+    rejected: u64,
 }
 
 impl Chunks {
     /// Begins at the front of `path`.
     pub fn open(path: &Path) -> io::Result<Chunks> {
-        Ok(Chunks { file: File::open(path)?, window: Vec::new(), offset: 0, at: 0, ended: false })
+        Ok(Chunks { file: File::open(path)?, window: Vec::new(), offset: 0, at: 0, ended: false, rejected: 0 })
     }
 
     /// Drops what was searched and reads on.
@@ -79,7 +81,10 @@ impl Iterator for Chunks {
                     self.at += found + bytes;
                     return Some(Ok((offset, header, body)));
                 }
-                Err(_) => self.at += found + MAGIC_BYTES.len(),
+                Err(_) => {
+                    self.rejected += u64::from(bytes > 0);
+                    self.at += found + MAGIC_BYTES.len();
+                }
             }
         }
     }
@@ -92,6 +97,31 @@ pub(super) fn holds_chunks(path: &Path) -> Result<bool, StoreError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io("search segment")(error)),
     }
+}
+
+/// Whether a file has lost a chunk that others follow: opening it would be dangerous for those. A file that is not there has
+/// not.
+pub(super) fn has_gap(path: &Path) -> Result<bool, StoreError> {
+    let mut chunks = match Chunks::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        chunks => chunks.map_err(StoreError::io("search segment"))?,
+    };
+    let mut headers = Vec::new();
+    for chunk in chunks.by_ref() {
+        let Ok((_, header, _)) = chunk else { return Ok(true) };
+        headers.push((header.before.sequence, header.part, header.parts, header.records));
+    }
+    headers.sort_unstable();
+    headers.dedup();
+    let follows = |pair: &[(u64, u16, u16, u32)]| {
+        let ((sequence, part, parts, records), (next, next_part, ..)) = (pair[0], pair[1]);
+        if part + 1 < parts {
+            (next, next_part) == (sequence, part + 1)
+        } else {
+            (next, next_part) == (sequence + u64::from(records), 0)
+        }
+    };
+    Ok(chunks.rejected > 0 || !headers.windows(2).all(follows))
 }
 
 #[cfg(test)]

@@ -16,6 +16,8 @@
 //!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
 //! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
 //! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
+//! - Opening a damaged segment makes it worse: behind a damaged message near the end of its log sled fills the file with
+//!   zeroes, good messages included. So one that has lost a chunk is copied before it is opened, for `salvage.rs`.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 //!
 //! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system, `copies.rs` what
@@ -42,6 +44,8 @@ pub use segments::SledStore;
 pub const STATE_VALUE_BYTES_MAX: usize = 256 * 1024;
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
+/// A copy of a segment's `db` from before it was opened, beside it, if that has lost a chunk.
+pub(super) const DB_BEFORE: &str = "before-db";
 /// Bounds of sled's `segment_size`.
 const SLED_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 const SLED_SEGMENT_BYTES_MAX: u64 = 8 << 20;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::files::{absent_is_default, disk_bytes, free_bytes, list, own_descriptor, reserve, sync_directory};
 use super::state::SledState;
-use super::{SLOTS_MAX, SegmentFile, SegmentShape, Space, StateDb, Store, guard, open_by_ladder};
+use super::{DB_BEFORE, SLOTS_MAX, SegmentFile, SegmentShape, Space, StateDb, Store, guard, open_by_ladder};
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
 
@@ -98,6 +98,7 @@ impl Store for SledStore {
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
+        keep_damaged(&path)?;
         let db = open_by_ladder(&path, || SledStore::open_db(&path, sled_segment_bytes))?;
         Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
     }
@@ -191,6 +192,21 @@ impl SledStore {
         let db = SledStore::open_db(&path, sled_segment_bytes)?;
         Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
     }
+}
+
+/// Copies the file of a segment that has lost a chunk: opening it may destroy the ones behind that.
+fn keep_damaged(path: &Path) -> Result<(), StoreError> {
+    let (db, copy) = (path.join("db"), path.join(DB_BEFORE));
+    if copy.exists() || !salvage::has_gap(&db)? {
+        return Ok(());
+    }
+    tracing::warn!(segment = %path.display(), "segment may be damaged, keeping a copy of it as it is");
+    let unfinished = path.join(format!("{DB_BEFORE}.unfinished"));
+    let keep = fs::copy(&db, &unfinished)
+        .and_then(|_| File::open(&unfinished)?.sync_all())
+        .and_then(|()| fs::rename(&unfinished, &copy));
+    keep.map_err(StoreError::io("keep a copy of a damaged segment"))?;
+    sync_directory(path)
 }
 
 /// Of a segment's marker.
