@@ -26,14 +26,23 @@ pub(super) struct Chunks {
     /// Where to search on, in the window.
     at: usize,
     ended: bool,
-    /// What begins like a chunk and is none, so far.
-    rejected: u64,
+    /// Something that begins like a chunk and is none stands before this place; and before a good chunk.
+    rejected: bool,
+    passed_over: bool,
 }
 
 impl Chunks {
     /// Begins at the front of `path`.
     pub fn open(path: &Path) -> io::Result<Chunks> {
-        Ok(Chunks { file: File::open(path)?, window: Vec::new(), offset: 0, at: 0, ended: false, rejected: 0 })
+        Ok(Chunks {
+            file: File::open(path)?,
+            window: Vec::new(),
+            offset: 0,
+            at: 0,
+            ended: false,
+            rejected: false,
+            passed_over: false,
+        })
     }
 
     /// Drops what was searched and reads on.
@@ -77,12 +86,13 @@ impl Iterator for Chunks {
             let bytes = candidate.get(..HEADER_BYTES).and_then(chunk_bytes).unwrap_or(0).min(candidate.len());
             match decode_chunk(Bytes::copy_from_slice(&candidate[..bytes])) {
                 Ok((header, body)) => {
+                    self.passed_over |= self.rejected;
                     let offset = self.offset + (self.at + found) as u64;
                     self.at += found + bytes;
                     return Some(Ok((offset, header, body)));
                 }
                 Err(_) => {
-                    self.rejected += u64::from(bytes > 0);
+                    self.rejected |= bytes > 0;
                     self.at += found + MAGIC_BYTES.len();
                 }
             }
@@ -121,7 +131,7 @@ pub(super) fn has_gap(path: &Path) -> Result<bool, StoreError> {
             (next, next_part) == (sequence + u64::from(records), 0)
         }
     };
-    Ok(chunks.rejected > 0 || !headers.windows(2).all(follows))
+    Ok(chunks.passed_over || !headers.windows(2).all(follows))
 }
 
 #[cfg(test)]
