@@ -28,14 +28,16 @@ fn consume(brokers: &str, topic: &str, count: usize) -> Vec<Vec<u8>> {
 
 #[test]
 fn everything_is_delivered_parked_or_known_to_be_lost() {
-    let mut batches: Vec<_> = (1..=200).map(|number| batch(number, 100)).collect();
+    let mut batches: Vec<_> = (1..=200).map(|number| batch(number, 15_000)).collect();
     batches[9] = batch_of(10, &[("click", b"ten"), ("no topic", b"parked")]);
     let log = Log::with(&batches);
     log.rewrite(1, 19, |value| value[100] ^= 1);
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("click", 1, 1).unwrap();
     let brokers = cluster.bootstrap_servers();
-    log.configure(&format!("forward.brokers = [{brokers:?}]\nforward.topic = \"%s\""));
+    log.configure(&format!(
+        "forward.brokers = [{brokers:?}]\nforward.topic = \"%s\"\nforward.in_flight_bytes_max = \"1MiB\""
+    ));
     let output = log.run(&["drain", "--json", "--timeout", "60s"]);
     assert_code(&output, 0);
     let mut summary: Value = serde_json::from_slice(&output.stdout).unwrap();
