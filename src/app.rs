@@ -12,9 +12,9 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
-use crate::admin::{self, Admin, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
+use crate::admin::{self, Admin, Backlog, BatchLine, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
 use crate::config::Config;
-use crate::forward::{ForwardError, Forwarder, ParkedStore};
+use crate::forward::{ForwardError, Forwarder, ParkedStore, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::metrics::Metrics;
 use crate::shutdown;
@@ -94,6 +94,7 @@ struct Stages {
     forwarder: Forwarder,
     /// There are brokers.
     forwards: bool,
+    topics: Topics,
 }
 
 impl App {
@@ -114,7 +115,8 @@ impl App {
         let ingest = Ingest::new(&config.ingest, wal.clone(), metrics.clone());
         let phase = AtomicU8::new(Phase::Starting as u8);
         let forwards = !config.forward.brokers.is_empty();
-        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards });
+        let topics = Topics::new(&config.forward.topic);
+        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, topics });
 
         let stopped = CancellationToken::new();
         let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
@@ -271,6 +273,18 @@ impl StatusSource for Stages {
 
     fn parked_events(&self, from_id: u64) -> ParkedEvents {
         parked_json(self.forwarder.parked(), from_id)
+    }
+
+    fn backlog(&self, payloads: bool) -> Backlog {
+        let (reader, topics) = (self.wal.peek(), self.topics.clone());
+        let mut reader = Some(reader);
+        Box::new(std::iter::from_fn(move || match reader.as_mut()?.next_record() {
+            Ok(record) => record.map(|record| Ok(BatchLine::new(record.sequence, &record.batch, &topics, payloads))),
+            Err(error) => {
+                reader = None;
+                Some(Err(error.to_string()))
+            }
+        }))
     }
 }
 

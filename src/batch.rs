@@ -124,6 +124,25 @@ impl Request {
         Ok(Request { bytes, req_guid, event_count })
     }
 
+    /// The same request with those events only that `wanted` takes. Everything else stays as the client sent it.
+    #[must_use]
+    pub fn retain(&self, mut wanted: impl FnMut(Event<'_>) -> bool) -> Request {
+        let mut kept = Vec::with_capacity(self.bytes.len());
+        let mut rest: &[u8] = &self.bytes;
+        while rest.has_remaining() {
+            let before = rest;
+            let (tag, field) = next_field(&mut rest).expect("parse checked every field");
+            let keep = match (tag, field) {
+                (3, Field::Bytes(value)) => wanted(parse_event(value).expect("parse checked every event")),
+                _ => true,
+            };
+            if keep {
+                kept.extend_from_slice(&before[..before.len() - rest.len()]);
+            }
+        }
+        Request::parse(kept.into()).expect("whole fields of a request make a request")
+    }
+
     /// The request as protobuf, as the client sent it.
     pub fn as_bytes(&self) -> &Bytes {
         &self.bytes
@@ -254,6 +273,20 @@ mod tests {
         #[test]
         fn reads_what_prost_reads(request in request()) {
             same_as_prost(&request.encode_to_vec());
+        }
+
+        #[test]
+        fn what_is_retained_is_as_it_was(request in request(), unknown in proptest::collection::vec(any::<u8>(), 0..9)) {
+            let mut bytes = request.encode_to_vec();
+            encoding::bytes::encode(99, &unknown, &mut bytes);
+            let parsed = Request::parse(bytes.into()).unwrap();
+            prop_assert_eq!(&parsed.retain(|_| true), &parsed);
+            let short = parsed.retain(|event| event.payload.len() % 2 == 0);
+            let mut expected = request;
+            expected.events.retain(|event| event.event_bytes.len() % 2 == 0);
+            let mut bytes = expected.encode_to_vec();
+            encoding::bytes::encode(99, &unknown, &mut bytes);
+            prop_assert_eq!(short.as_bytes(), &Bytes::from(bytes));
         }
 
         #[test]

@@ -1,4 +1,4 @@
-//! The control socket: the admin endpoints and the parked events on `<wal.directory>/control.sock`, for the commands that
+//! The control socket: the admin endpoints, the parked events and the backlog on `<wal.directory>/control.sock`, for the commands that
 //! work on a running service. Mode 0600: payloads are for the owner of the log.
 //!
 //! The socket is bound under another name and moved into place, so that it is never open to others, and a stale one is
@@ -28,6 +28,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::Admin;
+use super::backlog::PeekFilter;
 use super::parked::ParkedFilter;
 
 const SOCKET: &str = "control.sock";
@@ -35,7 +36,7 @@ const SOCKET: &str = "control.sock";
 /// How long the service may take to answer, and between two pieces of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Lines of `/parked` read ahead of the client.
+/// Lines of `/parked` and `/backlog` read ahead of the client.
 const LINES_AHEAD: usize = 4;
 
 /// Why a running service gave no answer.
@@ -108,7 +109,8 @@ impl ControlSocket {
     /// The listener fails for good.
     pub async fn serve(self, admin: Admin, stop: CancellationToken) -> io::Result<()> {
         let ControlSocket { listener, file: _file } = self;
-        let router = super::routes().route("/parked", routing::get(parked)).with_state(admin);
+        let router = super::routes().route("/parked", routing::get(parked));
+        let router = router.route("/backlog", routing::get(backlog)).with_state(admin);
         tokio::select! {
             result = axum::serve(listener, router).into_future() => result,
             () = stop.cancelled() => Ok(()),
@@ -130,12 +132,23 @@ fn short_path(directory: &File) -> PathBuf {
 
 /// The parked events as JSON lines, read while the client takes them.
 async fn parked(State(admin): State<Admin>, Query(filter): Query<ParkedFilter>) -> Response {
+    lines(move || filter.clone().lines(admin.source.parked_events(filter.from_id)))
+}
+
+/// The pending batches as JSON lines, read while the client takes them.
+async fn backlog(State(admin): State<Admin>, Query(filter): Query<PeekFilter>) -> Response {
+    lines(move || filter.lines(admin.source.backlog(filter.payloads)))
+}
+
+/// Reads lines on a thread that may block, as far ahead as the client lets it. One that takes nothing for long ends it:
+/// what is being read is not held open for ever.
+fn lines<L: Iterator<Item = Vec<u8>>>(open: impl FnOnce() -> L + Send + 'static) -> Response {
     let (lines, mut ahead) = mpsc::channel::<Vec<u8>>(LINES_AHEAD);
+    let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
-        let events = admin.source.parked_events(filter.from_id);
-        for line in filter.lines(events) {
-            if lines.blocking_send(line).is_err() {
-                return; // the client is gone
+        for line in open() {
+            if runtime.block_on(lines.send_timeout(line, ANSWER_TIMEOUT)).is_err() {
+                return; // the client is gone, or as good as gone
             }
         }
     });

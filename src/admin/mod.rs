@@ -1,11 +1,12 @@
 //! Admin: what operators and their tools see. Reads only; changes nothing.
 //!
 //! [`router`] serves metrics, health, status and a small page on `admin.listen`, where it may be scraped but is not
-//! authenticated: it shows counts, never payloads. [`control`] serves the same and the parked events on a Unix socket in
+//! authenticated: it shows counts, never payloads. [`control`] serves the same, the parked events and the backlog on a Unix socket in
 //! the log's directory, for the owner of the log alone.
 //!
 //! This stage knows the others only through [`StatusSource`], which [`crate::app`] implements.
 
+pub mod backlog;
 pub mod control;
 pub mod parked;
 mod status;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::batch::now_ms;
 use crate::metrics::Metrics;
 use crate::wal::WalStatus;
+pub use backlog::{Backlog, BatchLine, EventLine, PeekFilter};
 pub use parked::{ParkedEvents, ParkedFilter, ParkedReadError};
 pub use status::{Connections, NotReady, ParkedCount, Phase, Status};
 
@@ -54,6 +56,9 @@ pub trait StatusSource: Send + Sync + 'static {
     /// The parked events with ids not below `from_id`, oldest first, each as a JSON object. The iterator may block: it is
     /// used on a thread for that.
     fn parked_events(&self, from_id: u64) -> ParkedEvents;
+
+    /// The pending batches, oldest first. The iterator may block: it is used on a thread for that.
+    fn backlog(&self, payloads: bool) -> Backlog;
 }
 
 /// What the endpoints need. Clones share it.

@@ -40,6 +40,24 @@ impl StatusSource for Fake {
         let events = parked.into_iter().filter(move |event| event["id"].as_u64() >= Some(from_id));
         Box::new(events.map(|event| Ok(event.as_object().unwrap().clone())))
     }
+    fn backlog(&self, payloads: bool) -> Backlog {
+        let line = move |number: u64| BatchLine {
+            sequence: crate::batch::Sequence(number),
+            received_at_ms: 1,
+            group: "g".into(),
+            connection_id: "c".into(),
+            req_guid: "r".into(),
+            request_bytes: 9,
+            events: vec![EventLine {
+                event_type: "t".into(),
+                topic: "x-t".into(),
+                payload_bytes: 5,
+                payload: payloads.then(|| "aGVsbG8=".into()),
+            }],
+            request: None,
+        };
+        Box::new((1..=3).map(move |number| Ok(line(number))).chain([Err("the disk failed".into())]))
+    }
 }
 
 fn fake() -> Fake {
@@ -131,6 +149,7 @@ async fn nothing_else_is_served() {
     assert_eq!(get(fake(), "/nothing").await.0, 404);
     // Payloads are for the control socket alone.
     assert_eq!(get(fake(), "/parked").await.0, 404);
+    assert_eq!(get(fake(), "/backlog").await.0, 404);
     let router = router(Admin::new(Arc::new(fake()), Metrics::new()));
     let post = Request::post("/status").body(Body::empty()).unwrap();
     assert_eq!(router.oneshot(post).await.unwrap().status(), 405);
@@ -165,6 +184,15 @@ async fn the_control_socket_serves_its_owner() {
     assert_eq!(lines.len(), 50);
     assert_eq!(lines[0], json!({"id": 3, "topic": "t", "payload_bytes": 5}));
 
+    for (limit, last) in [(2, "sequence"), (9, "error")] {
+        let path = format!("/backlog?{}", PeekFilter { limit, payloads: true }.to_query());
+        let lines = control::get(&directory, &path).await.unwrap().unwrap().all().await.unwrap();
+        let lines = String::from_utf8(lines).unwrap();
+        assert_eq!(lines.lines().count(), limit.min(4), "{lines}");
+        let first: BatchLine = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+        assert_eq!((first.sequence.0, first.events[0].payload.as_deref()), (1, Some("aGVsbG8=")));
+        assert!(lines.lines().last().unwrap().contains(last), "{lines}");
+    }
     let refused = control::get(&directory, "/parked?nonsense=1").await.unwrap_err();
     assert!(matches!(refused, control::ControlError::Refused { status: 400, .. }), "{refused}");
 

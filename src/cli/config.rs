@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE, WalConfig};
+use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE};
 
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
@@ -77,14 +77,14 @@ pub struct LogArgs {
 }
 
 impl LogArgs {
-    /// How the log is configured. Problems are printed, and the exit code is returned.
-    pub fn load(&self) -> Result<WalConfig, ExitCode> {
+    /// The configuration, with the log's directory. Problems are printed, and the exit code is returned.
+    pub fn load(&self) -> Result<Config, ExitCode> {
         let directory = self.directory.iter().map(|directory| Override {
             flag: "--directory",
             key: "wal.directory",
             value: directory.clone(),
         });
-        Ok(self.file.load(&directory.collect::<Vec<_>>())?.config.wal)
+        Ok(self.file.load(&directory.collect::<Vec<_>>())?.config)
     }
 }
 

@@ -125,7 +125,7 @@ async fn read(
     take: &mut dyn FnMut(&[u8]) -> anyhow::Result<()>,
 ) -> anyhow::Result<ExitCode> {
     let directory = match args.log.load() {
-        Ok(config) => config.directory,
+        Ok(config) => config.wal.directory,
         Err(code) => return Ok(code),
     };
     let filter = ParkedFilter {

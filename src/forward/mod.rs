@@ -45,6 +45,7 @@ pub use discard::DropReason;
 pub use kafka::ProducerError;
 pub use parked::{ParkedAbout, ParkedError, ParkedEvent, ParkedEvents, ParkedStore};
 pub use properties::{ForwardConfigError, validate};
+pub use router::Topics;
 pub use status::{ForwardStatus, LastError};
 
 use crate::config::ForwardConfig;

@@ -50,6 +50,22 @@ impl Router {
     }
 }
 
+/// Tells the topic of an event, to those who only want to know.
+#[derive(Debug, Clone)]
+pub struct Topics(Router);
+
+impl Topics {
+    /// The topics that `pattern` (`forward.topic`) makes.
+    pub fn new(pattern: &str) -> Topics {
+        Topics(Router::new(pattern, RecordKey::None))
+    }
+
+    /// The topic of events of `event_type`, whether Kafka takes such a name or not.
+    pub fn topic(&self, event_type: &str) -> String {
+        self.0.topic(event_type)
+    }
+}
+
 /// Whether Kafka takes `name` for a topic.
 pub(super) fn is_topic_name(name: &str) -> bool {
     (1..=TOPIC_BYTES_MAX).contains(&name.len())

@@ -41,6 +41,8 @@ pub struct Reader {
     lost: (u64, Totals),
     /// Events before the end of the last loss that was counted: what is read again after a rewind is not counted again.
     counted_events: u64,
+    /// It only looks: the log's state stays as it is, whatever is met.
+    observer: bool,
 }
 
 /// What is left of the chunk that is being read.
@@ -54,7 +56,13 @@ struct Chunk {
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
-        Reader { shared, at, open: None, chunk: None, left: Vec::new(), lost: (0, Totals::ZERO), counted_events: 0 }
+        let (lost, left) = ((0, Totals::ZERO), Vec::new());
+        Reader { shared, at, open: None, chunk: None, lost, counted_events: 0, left, observer: false }
+    }
+
+    /// A reader that sets nothing aside and accounts for no loss: another one does.
+    pub(super) fn observer(shared: Arc<Shared>) -> Reader {
+        Reader { observer: true, ..Reader::new(shared) }
     }
 
     /// The next committed record, or none at the end of the log.
@@ -148,10 +156,7 @@ impl Reader {
                 return Ok(true);
             }
             match active_slots {
-                Some(_) => {
-                    self.mark_damaged(id);
-                    self.lose_until(tail);
-                }
+                Some(_) => self.lose_until(tail),
                 None => self.leave(id, segment.end),
             }
         }
@@ -172,9 +177,14 @@ impl Reader {
                 Ok(Some(file))
             }
             Err(error) if !error.is_damage() => Err(error),
+            Err(_) if self.observer => {
+                (self.at.segment, self.at.slot) = (id + 1, 0);
+                Ok(None)
+            }
             Err(error) => {
                 self.shared.store.quarantine(id)?;
                 tracing::error!(segment = id, %error, "segment does not open, set aside");
+                self.left.push(id);
                 let mut log = self.shared.log();
                 log.segments.remove(&id);
                 log.leave_delivered_segments();
@@ -207,10 +217,6 @@ impl Reader {
                         continue;
                     }
                     if header.before.sequence > self.at.totals.sequence {
-                        // What is missing before a segment's first slot was in one before it.
-                        if self.at.slot > 0 {
-                            self.mark_damaged(self.at.segment);
-                        }
                         self.lose_until(header.before);
                     }
                     return Ok(self.enter(header, body, next_slot));
@@ -222,6 +228,7 @@ impl Reader {
 
     /// Begins a chunk, past the records in it that were read before.
     fn enter(&mut self, header: ChunkHeader, body: Bytes, next_slot: u32) -> bool {
+        self.settle();
         let mut chunk = Chunk { body, records_left: header.records, next_slot };
         for _ in header.before.sequence..self.at.totals.sequence {
             if split_record(&mut chunk.body).is_err() {
@@ -229,7 +236,9 @@ impl Reader {
             }
             chunk.records_left -= 1;
         }
-        if let Ok(record) = split_record(&mut chunk.body.clone()) {
+        if !self.observer
+            && let Ok(record) = split_record(&mut chunk.body.clone())
+        {
             self.shared.log().note_received(self.at.totals.sequence, record.received_at_ms);
         }
         self.chunk = Some(chunk);
@@ -241,7 +250,6 @@ impl Reader {
         if let Some(end) = end
             && end.sequence > self.at.totals.sequence
         {
-            self.mark_damaged(id);
             self.lose_until(end);
         }
         self.open = None;
@@ -249,10 +257,11 @@ impl Reader {
         (self.at.segment, self.at.slot) = (id + 1, 0);
     }
 
-    /// It is known what is missing before `self.at`: the segments left before it may go once they are delivered.
+    /// It is known what is missing before `self.at`: the segments left before it may go once they are delivered. Not before
+    /// it is known: one that shows less than it should is kept aside, not removed.
     fn settle(&mut self) {
-        if self.left.is_empty() {
-            return;
+        if self.observer || self.left.is_empty() {
+            return self.left.clear();
         }
         let mut log = self.shared.log();
         for id in self.left.drain(..) {
@@ -268,11 +277,14 @@ impl Reader {
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
         let from = self.at.totals;
-        let segment = self.left.first().copied().unwrap_or(self.at.segment);
+        if self.observer {
+            self.at.totals = until;
+            return;
+        }
+        let segment = self.mark_incomplete();
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
-        self.left.iter().for_each(|id| self.mark_damaged(*id));
         if until.events <= self.counted_events {
             return;
         }
@@ -290,15 +302,32 @@ impl Reader {
         self.shared.log().note_loss(Loss { first_sequence, end_sequence, events, segment, found_at_ms: now_ms() });
     }
 
+    /// Keeps every segment aside that may hold what is missing here. The one that most likely does.
+    fn mark_incomplete(&self) -> u64 {
+        let mut log = self.shared.log();
+        // Of the present one, something was passed over.
+        let here = (self.left.is_empty() || self.at.slot > 0).then_some(self.at.segment);
+        for id in self.left.iter().copied().chain(here) {
+            if let Some(segment) = log.segments.get_mut(&id) {
+                segment.damaged = true;
+            }
+        }
+        let unopened = self.left.iter().find(|id| !log.segments.contains_key(id));
+        unopened.or(self.left.first()).copied().unwrap_or(self.at.segment)
+    }
+
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.
     fn deliver_loss(&self) {
         let mut log = self.shared.log();
-        if log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
+        if !self.observer && log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
             log.deliver(self.at);
         }
     }
 
     fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
+        if self.observer {
+            return;
+        }
         tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
         self.mark_damaged(segment);
     }

@@ -51,7 +51,8 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
         let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
         tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
-        segments.values_mut().next_back().expect("there is one").damaged = true;
+        // What is missing may still be in there.
+        segments.values_mut().next_back().expect("it is not empty").damaged = true;
     }
     for (id, segment) in &mut segments {
         segment.disk_bytes = store.segment_bytes(*id)?;

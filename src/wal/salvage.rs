@@ -26,12 +26,23 @@ pub(super) struct Chunks {
     /// Where to search on, in the window.
     at: usize,
     ended: bool,
+    /// Something that begins like a chunk and is none stands before this place; and before a good chunk.
+    rejected: bool,
+    passed_over: bool,
 }
 
 impl Chunks {
     /// Begins at the front of `path`.
     pub fn open(path: &Path) -> io::Result<Chunks> {
-        Ok(Chunks { file: File::open(path)?, window: Vec::new(), offset: 0, at: 0, ended: false })
+        Ok(Chunks {
+            file: File::open(path)?,
+            window: Vec::new(),
+            offset: 0,
+            at: 0,
+            ended: false,
+            rejected: false,
+            passed_over: false,
+        })
     }
 
     /// Drops what was searched and reads on.
@@ -75,11 +86,15 @@ impl Iterator for Chunks {
             let bytes = candidate.get(..HEADER_BYTES).and_then(chunk_bytes).unwrap_or(0).min(candidate.len());
             match decode_chunk(Bytes::copy_from_slice(&candidate[..bytes])) {
                 Ok((header, body)) => {
+                    self.passed_over |= self.rejected;
                     let offset = self.offset + (self.at + found) as u64;
                     self.at += found + bytes;
                     return Some(Ok((offset, header, body)));
                 }
-                Err(_) => self.at += found + MAGIC_BYTES.len(),
+                Err(_) => {
+                    self.rejected |= bytes > 0;
+                    self.at += found + MAGIC_BYTES.len();
+                }
             }
         }
     }
@@ -92,6 +107,31 @@ pub(super) fn holds_chunks(path: &Path) -> Result<bool, StoreError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io("search segment")(error)),
     }
+}
+
+/// Whether a file has lost a chunk that others follow: opening it would be dangerous for those. A file that is not there has
+/// not.
+pub(super) fn has_gap(path: &Path) -> Result<bool, StoreError> {
+    let mut chunks = match Chunks::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        chunks => chunks.map_err(StoreError::io("search segment"))?,
+    };
+    let mut headers = Vec::new();
+    for chunk in chunks.by_ref() {
+        let Ok((_, header, _)) = chunk else { return Ok(true) };
+        headers.push((header.before.sequence, header.part, header.parts, header.records));
+    }
+    headers.sort_unstable();
+    headers.dedup();
+    let follows = |pair: &[(u64, u16, u16, u32)]| {
+        let ((sequence, part, parts, records), (next, next_part, ..)) = (pair[0], pair[1]);
+        if part + 1 < parts {
+            (next, next_part) == (sequence, part + 1)
+        } else {
+            (next, next_part) == (sequence + u64::from(records), 0)
+        }
+    };
+    Ok(chunks.passed_over || !headers.windows(2).all(follows))
 }
 
 #[cfg(test)]

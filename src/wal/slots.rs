@@ -1,4 +1,4 @@
-//! What a slot of a segment holds: nothing, a chunk, one that was cut short, or damage.
+//! What the slots of an open segment hold, every byte checked.
 
 use bytes::Bytes;
 

@@ -18,10 +18,14 @@
 //! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
 //! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
 //! - sled needs free disk to open: on a full one it gets the `reserve`, or nothing could be delivered that would make room.
+//! - Opening a damaged segment makes it worse: behind a damaged message near the end of its log sled fills the file with
+//!   zeroes, good messages included. So one that has lost a chunk is copied before it is opened, for `salvage.rs`.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 //!
-//! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system.
+//! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system, `copies.rs` what
+//! looks at a log without changing it.
 
+mod copies;
 mod files;
 mod segments;
 mod state;
@@ -35,7 +39,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::error::StoreError;
+pub(super) use copies::{copy_directory, open_state, segment_directories};
 use files::{check_readable, remove_files};
+pub(super) use segments::MarkerState;
 pub use segments::SledStore;
 
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller. A leaf of sled's tree holds up to 17
@@ -49,6 +55,8 @@ const RESERVE: &str = "reserve";
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
+/// A copy of a segment's `db` from before it was opened, beside it, if that has lost a chunk.
+pub(super) const DB_BEFORE: &str = "before-db";
 /// Bounds of sled's `segment_size`.
 const SLED_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 const SLED_SEGMENT_BYTES_MAX: u64 = 8 << 20;

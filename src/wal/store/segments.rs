@@ -12,8 +12,8 @@ use super::files::{
 };
 use super::state::SledState;
 use super::{
-    RESERVE, SLOTS_MAX, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb, Store, close, guard,
-    open_by_ladder,
+    DB_BEFORE, RESERVE, SLOTS_MAX, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb, Store, close,
+    guard, open_by_ladder,
 };
 use crate::kill_point;
 use crate::wal::error::StoreError;
@@ -122,13 +122,10 @@ impl Store for SledStore {
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
+        keep_damaged(&path)?;
         let open = || SledStore::open_db(&path, sled_segment_bytes);
         let db = open_by_ladder(&path, &self.reserve(), open)?;
-        let slots = match slots {
-            Some(slots) => slots,
-            // They were all inserted when it was prepared.
-            None => guard("count slots", || db.last())?.map_or(0, |(last, _)| slot(&last) + 1),
-        };
+        let slots = slots.map_or_else(|| count_slots(&db), Ok)?;
         Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
     }
 
@@ -215,16 +212,77 @@ impl SledStore {
     /// Slots and sled's `segment_size` of a segment, from its marker. If that is damaged: what sled's own note says.
     fn read_marker(&self, path: &Path) -> Result<(Option<u32>, usize), StoreError> {
         let marker = fs::read(path.join(READY)).map_err(StoreError::io("read segment marker"))?;
-        let numbers = str::from_utf8(&marker).ok().and_then(|marker| {
-            let mut words = marker.split_whitespace();
-            let (slots, bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-            (marker == marker_line(slots, bytes)).then_some((Some(slots), bytes))
-        });
-        Ok(numbers.unwrap_or_else(|| {
+        let marked = parse_marker(&marker).map(|(slots, bytes)| (Some(slots), bytes));
+        Ok(marked.unwrap_or_else(|| {
             tracing::warn!(segment = %path.display(), "segment marker is damaged");
             (None, conf_segment_bytes(path).unwrap_or(self.shape.sled_segment_bytes))
         }))
     }
+
+    /// Where a segment is, or would be.
+    pub fn segment_path(&self, id: u64) -> PathBuf {
+        self.segment(id)
+    }
+
+    /// Opens a segment as it is, leaving nothing out.
+    pub fn open_whole(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let path = self.segment(id);
+        let (slots, sled_segment_bytes) = self.read_marker(&path)?;
+        let db = SledStore::open_db(&path, sled_segment_bytes)?;
+        let slots = slots.map_or_else(|| count_slots(&db), Ok)?;
+        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
+    }
+}
+
+/// The slots of a segment: they were all inserted when it was prepared.
+fn count_slots(db: &sled::Db) -> Result<u32, StoreError> {
+    Ok(guard("count slots", || db.last())?.map_or(0, |(last, _)| slot(&last) + 1))
+}
+
+/// Copies the file of a segment that has lost a chunk: opening it may destroy the ones behind that.
+fn keep_damaged(path: &Path) -> Result<(), StoreError> {
+    let (db, copy) = (path.join("db"), path.join(DB_BEFORE));
+    if copy.exists() || !salvage::has_gap(&db)? {
+        return Ok(());
+    }
+    tracing::warn!(segment = %path.display(), "segment may be damaged, keeping a copy of it as it is");
+    let unfinished = path.join(format!("{DB_BEFORE}.unfinished"));
+    let keep = fs::copy(&db, &unfinished)
+        .and_then(|_| File::open(&unfinished)?.sync_all())
+        .and_then(|()| fs::rename(&unfinished, &copy));
+    keep.map_err(StoreError::io("keep a copy of a damaged segment"))?;
+    sync_directory(path)
+}
+
+/// Of a segment's marker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkerState {
+    /// As it was written.
+    Good,
+    /// Not there: the segment was not completely prepared, or was being removed, or lost it.
+    Missing,
+    /// Not as it was written.
+    Damaged,
+}
+
+impl MarkerState {
+    /// Of the segment in `path`.
+    pub fn of(path: &Path) -> Result<MarkerState, StoreError> {
+        match fs::read(path.join(READY)) {
+            Ok(marker) if parse_marker(&marker).is_some() => Ok(MarkerState::Good),
+            Ok(_) => Ok(MarkerState::Damaged),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(MarkerState::Missing),
+            Err(error) => Err(StoreError::io("read segment marker")(error)),
+        }
+    }
+}
+
+/// Slots, and sled's `segment_size`, of a marker that is as it was written.
+fn parse_marker(marker: &[u8]) -> Option<(u32, usize)> {
+    let marker = str::from_utf8(marker).ok()?;
+    let mut words = marker.split_whitespace();
+    let (slots, bytes) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    (marker == marker_line(slots, bytes)).then_some((slots, bytes))
 }
 
 /// The marker keeps the segment's shape, so that `wal.segment_bytes` may change while there is a backlog.

@@ -31,7 +31,7 @@ impl SledState {
         }
     }
 
-    fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
+    pub(super) fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
         let existed = path.exists();
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
         let state = SledState { path: path.to_path_buf(), reserve: reserve.to_path_buf(), open: Mutex::new(None) };

@@ -1,35 +1,22 @@
-//! `ringtail backlog`: the log, as an operator sees it.
+//! `ringtail backlog status`: how much waits, and in what state the log is.
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use ringtail::admin::control;
 use ringtail::batch::now_ms;
 use ringtail::config::WalConfig;
 use ringtail::wal::{self, WalStatus};
 use serde::Deserialize;
 
-use super::config::LogArgs;
+use super::super::config::LogArgs;
+use super::{count, print, require_log};
 
-/// Look at the backlog: what is durable and not yet delivered
+/// Print the size and age of the backlog, and the disk it takes
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  ringtail backlog status")]
-pub struct BacklogArgs {
-    #[command(subcommand)]
-    command: BacklogCommand,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum BacklogCommand {
-    /// Print the size and age of the backlog, and the disk it takes
-    #[command(after_help = "Example:\n  ringtail backlog status --directory /var/lib/ringtail")]
-    Status(StatusArgs),
-}
-
-#[derive(Debug, clap::Args)]
-struct StatusArgs {
+#[command(after_help = "Example:\n  ringtail backlog status --directory /var/lib/ringtail")]
+pub struct StatusArgs {
     #[command(flatten)]
     log: LogArgs,
     /// One JSON object
@@ -37,35 +24,26 @@ struct StatusArgs {
     json: bool,
 }
 
-/// Runs `ringtail backlog`.
-pub async fn run(args: BacklogArgs) -> anyhow::Result<ExitCode> {
-    match args.command {
-        BacklogCommand::Status(args) => status(args).await,
-    }
-}
-
 #[derive(Deserialize)]
 struct ServiceStatus {
     wal: Option<WalStatus>,
 }
 
-async fn status(args: StatusArgs) -> anyhow::Result<ExitCode> {
+/// Runs the command.
+pub async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
     let config = match args.log.load() {
-        Ok(config) => config,
+        Ok(config) => config.wal,
         Err(code) => return Ok(code),
     };
     let backlog = read(&config).await?;
-    let text = if args.json { serde_json::to_string_pretty(&backlog)? + "\n" } else { describe(&backlog) };
-    io::stdout().write_all(text.as_bytes()).context("write to standard output")?;
+    print(&if args.json { serde_json::to_string_pretty(&backlog)? + "\n" } else { describe(&backlog) })?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Asks the service that runs on the log; without one opens the log itself.
 async fn read(config: &WalConfig) -> anyhow::Result<WalStatus> {
     let directory = &config.directory;
-    if !directory.join("wal").is_dir() {
-        bail!("there is no log in {}", directory.display());
-    }
+    require_log(directory)?;
     if let Some(answer) = control::get(directory, "/status").await? {
         let status = serde_json::from_slice(&answer.all().await?).context("read the service's status")?;
         let ServiceStatus { wal } = status;
@@ -82,7 +60,7 @@ fn describe(backlog: &WalStatus) -> String {
         humantime::format_duration(Duration::from_secs(seconds)).to_string()
     };
     let full = if backlog.full { ", FULL: batches are refused" } else { "" };
-    format!(
+    let mut text = format!(
         "pending      {} events in {} batches, {}\n\
          oldest       {}\n\
          disk         {} of {}{full}\n\
@@ -97,5 +75,13 @@ fn describe(backlog: &WalStatus) -> String {
         size(backlog.free_bytes),
         backlog.segments,
         backlog.quarantined_segments,
-    )
+    );
+    if backlog.lost_batches > 0 {
+        let (batches, events) = (count(backlog.lost_batches, "batch"), count(backlog.lost_events, "event"));
+        text += &format!("LOST         {batches} with {events}, by damage\n");
+    }
+    if backlog.lost_batches > 0 || backlog.quarantined_segments > 0 {
+        text += "what can be done: stop the service, then ringtail backlog check, ringtail backlog repair\n";
+    }
+    text
 }

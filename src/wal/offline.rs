@@ -1,0 +1,154 @@
+//! A log that no process has open, for the tools that look at it: they change nothing, whatever state it is in.
+//!
+//! What sled opens it may also tidy up, on a damaged disk with a heavy hand. So records are *carved* out of the files
+//! (`carved.rs`), which needs no sled, and what needs it (the cursor, the ledger of losses, the question whether a segment
+//! opens) works on a copy in the directory for temporary files (`TMPDIR`), one segment at a time.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tempfile::TempDir;
+
+use super::carved::CarvedRecords;
+use super::error::{OpenError, StoreError};
+use super::log::Position;
+use super::losses::{self, Loss};
+use super::record::Totals;
+use super::store::{DB_BEFORE, SegmentShape, StateDb, copy_directory, open_state, segment_directories};
+use super::{META, PARKED, cursor, lock_directory};
+use crate::config::WalConfig;
+
+/// The files of one segment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentFiles {
+    /// Its number.
+    pub id: u64,
+    /// It was set aside.
+    pub quarantined: bool,
+    pub(super) path: PathBuf,
+}
+
+impl SegmentFiles {
+    /// The records in it, by sequence. Reads the segment's file without changing it.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn records(&self) -> Result<CarvedRecords, StoreError> {
+        CarvedRecords::open(&["db", DB_BEFORE].map(|name| self.path.join(name)))
+    }
+
+    /// Bytes of its file; 0 if that is not there.
+    pub fn bytes(&self) -> u64 {
+        fs::metadata(self.path.join("db")).map_or(0, |metadata| metadata.len())
+    }
+}
+
+/// The segments set aside in `directory`, by number.
+pub(super) fn quarantined(directory: &Path) -> Result<Vec<SegmentFiles>, StoreError> {
+    list(&directory.join("quarantine"), true)
+}
+
+fn list(directory: &Path, quarantined: bool) -> Result<Vec<SegmentFiles>, StoreError> {
+    let segments = segment_directories(directory)?.into_iter();
+    Ok(segments.map(|(id, path)| SegmentFiles { id, quarantined, path }).collect())
+}
+
+/// A log that no process has open, and that none can open meanwhile.
+pub struct OfflineLog {
+    pub(super) directory: PathBuf,
+    /// For segments that do not know theirs any more.
+    pub(super) shape: SegmentShape,
+    /// Copies are opened here.
+    pub(super) scratch: TempDir,
+    /// What `meta` says, or why it does not open.
+    pub(super) meta: Result<Meta, StoreError>,
+    _lock: File,
+}
+
+/// What `meta` says.
+#[derive(Debug, Default)]
+pub(super) struct Meta {
+    /// The cursor and the tail as they were saved last; none in a new log.
+    pub saved: Option<(Position, Totals)>,
+    pub losses: Vec<Loss>,
+}
+
+impl OfflineLog {
+    /// Locks the log and reads what it says of itself.
+    ///
+    /// # Errors
+    /// [`OpenError::InUse`] while a process has it open. [`OpenError::Store`] also when there is no room for a copy.
+    pub fn open(config: &WalConfig) -> Result<OfflineLog, OpenError> {
+        let lock = lock_directory(&config.directory)?;
+        let scratch = tempfile::Builder::new().prefix("ringtail-").tempdir();
+        let scratch = scratch.map_err(StoreError::io("make a directory for copies"))?;
+        let shape = SegmentShape::new(config.segment_bytes.as_u64());
+        let (directory, meta) = (config.directory.clone(), Ok(Meta::default()));
+        let mut log = OfflineLog { directory, shape, scratch, meta, _lock: lock };
+        log.meta = match log.open_copy(META) {
+            Ok(None) => Ok(Meta::default()),
+            Ok(Some(meta)) => read_meta(&*meta),
+            Err(error) if error.is_damage() => Err(error),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(log)
+    }
+
+    /// The segments that are in use, by number.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn segments(&self) -> Result<Vec<SegmentFiles>, StoreError> {
+        list(&self.directory.join("wal"), false)
+    }
+
+    /// The segments that were set aside, by number.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn quarantined(&self) -> Result<Vec<SegmentFiles>, StoreError> {
+        quarantined(&self.directory)
+    }
+
+    /// Where the backlog begins: the first sequence not yet delivered. 0 if that is not known.
+    pub fn cursor_sequence(&self) -> u64 {
+        self.meta.as_ref().ok().and_then(|meta| meta.saved).map_or(0, |(cursor, _)| cursor.totals.sequence)
+    }
+
+    /// Where the log ended when that was saved last: it may have gone on. 0 if that is not known.
+    pub fn next_sequence(&self) -> u64 {
+        self.meta.as_ref().ok().and_then(|meta| meta.saved).map_or(0, |(_, tail)| tail.sequence)
+    }
+
+    /// The segment of the cursor: earlier ones are delivered. 0 if that is not known.
+    pub fn cursor_segment(&self) -> u64 {
+        self.meta.as_ref().ok().and_then(|meta| meta.saved).map_or(0, |(cursor, _)| cursor.segment)
+    }
+
+    /// The ledger of losses; empty if it cannot be read.
+    pub fn losses(&self) -> &[Loss] {
+        self.meta.as_ref().map_or(&[], |meta| &meta.losses)
+    }
+
+    /// A copy of the parked store; none if nothing was ever parked here. It is gone with this log.
+    ///
+    /// # Errors
+    /// [`StoreError`]: [`StoreError::is_damage`] says whether it is damaged.
+    pub fn parked(&self) -> Result<Option<Arc<dyn StateDb>>, StoreError> {
+        self.open_copy(PARKED)
+    }
+
+    fn open_copy(&self, name: &str) -> Result<Option<Arc<dyn StateDb>>, StoreError> {
+        let (original, copy) = (self.directory.join(name), self.scratch.path().join(name));
+        if !original.is_dir() {
+            return Ok(None);
+        }
+        copy_directory(&original, &copy)?;
+        open_state(&copy).map(Some)
+    }
+}
+
+fn read_meta(meta: &dyn StateDb) -> Result<Meta, StoreError> {
+    Ok(Meta { saved: cursor::load(meta)?, losses: losses::load(meta)? })
+}

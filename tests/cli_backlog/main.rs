@@ -1,0 +1,11 @@
+//! `ringtail backlog` on logs that were built with the library and damaged on purpose, and on a running service.
+
+mod check;
+mod drain;
+mod export;
+mod import;
+mod log;
+#[path = "../support/process.rs"]
+mod process;
+mod repair;
+mod running;
