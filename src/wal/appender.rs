@@ -153,6 +153,10 @@ impl Appender {
             }
             chunks = self.take_group();
         }
+        if chunks.is_empty() {
+            // The log failed meanwhile, and whoever waited was refused.
+            return;
+        }
         match self.write(&chunks) {
             Ok(tail) => self.publish(chunks, tail, began),
             Err(error) => {

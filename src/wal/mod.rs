@@ -27,6 +27,8 @@ mod log;
 mod losses;
 #[cfg(test)]
 mod memory;
+#[cfg(test)]
+mod power_cuts;
 mod reader;
 mod record;
 mod recovery;
