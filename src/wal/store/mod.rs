@@ -31,7 +31,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::error::StoreError;
-use files::remove_files;
+use files::{await_unlocked, remove_files};
 pub use segments::SledStore;
 
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.
@@ -154,6 +154,7 @@ pub trait StateDb: Send + Sync {
 /// kill or a full disk) and a damaged snapshot or `conf` would make every later open fail.
 fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) -> Result<sled::Db, StoreError> {
     remove_files(path, |name| name.ends_with(".generating"))?;
+    await_unlocked(path)?;
     let mut db = open();
     for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
         let Err(error) = &db else { break };
