@@ -197,6 +197,10 @@ impl Appender {
             }
             chunks = self.take_group();
         }
+        if chunks.is_empty() {
+            // The log failed meanwhile, and whoever waited was refused.
+            return;
+        }
         match self.write(&chunks) {
             Ok(tail) => {
                 let before = std::mem::replace(&mut self.tail, tail);

@@ -118,8 +118,15 @@ impl Log {
         }
     }
 
-    /// Notes that committed records are missing.
-    pub fn note_loss(&mut self, loss: Loss) {
+    /// Notes that committed records are missing, as far as the ledger does not say so already: a reader that goes back, or
+    /// the next process, finds the same ones missing again, perhaps as one gap what was two.
+    pub fn note_loss(&mut self, mut loss: Loss) {
+        while let Some(known) = self.losses.get(&loss.first_sequence) {
+            (loss.first_sequence, loss.events) = (known.end_sequence, loss.events.saturating_sub(known.events));
+        }
+        if loss.first_sequence >= loss.end_sequence {
+            return;
+        }
         self.losses.insert(loss.first_sequence, loss);
         self.unsaved_losses.push(loss);
     }
@@ -277,5 +284,30 @@ impl Pool {
 
     fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<dyn SegmentFile>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::Wal;
+    use crate::wal::memory::{MemoryStore, small_shape};
+
+    #[test]
+    fn a_loss_is_noted_once() {
+        let store = Arc::new(MemoryStore::default());
+        let wal = Wal::open_in(&WalConfig::default(), 1, small_shape(), store, Metrics::new(), None).unwrap();
+        let loss = |first_sequence, end_sequence, segment| Loss {
+            first_sequence,
+            end_sequence,
+            events: 2 * (end_sequence - first_sequence),
+            segment,
+            found_at_ms: 0,
+        };
+        for noted in [loss(10, 15, 1), loss(15, 18, 2), loss(10, 18, 1), loss(10, 15, 3), loss(10, 20, 3)] {
+            wal.shared.log().note_loss(noted);
+        }
+        assert_eq!(wal.losses(), [loss(10, 15, 1), loss(15, 18, 2), loss(18, 20, 3)]);
+        wal.close();
     }
 }

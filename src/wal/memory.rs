@@ -1,6 +1,6 @@
 //! A store in memory that loses what was not synced, fails and fills up on command: for tests of the log's logic.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -14,6 +14,10 @@ use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
 #[derive(Default)]
 struct Disk {
     segments: BTreeMap<u64, Slots>,
+    /// Segments that were being prepared when the power went: there may be nothing of them, a part, or all.
+    cut: BTreeSet<u64>,
+    /// Segments of which a part is there, without its marker.
+    unfinished: BTreeSet<u64>,
     quarantined: Vec<u64>,
     states: BTreeMap<String, State>,
     faults: Faults,
@@ -38,9 +42,35 @@ pub(super) struct Faults {
     pub segments_max: Option<usize>,
     /// Syncs of segments fail.
     pub sync_fails: bool,
+    /// Segments cannot be prepared, and not for lack of space.
+    pub prepare_fails: bool,
+    /// Segments can neither be sealed, removed nor set aside.
+    pub housekeeping_fails: bool,
+    /// Small maps cannot be written.
+    pub put_fails: bool,
     /// Every sync from this count on never happened: the power went. Counts down.
     pub power_after_syncs: Option<u64>,
 }
+
+impl Faults {
+    /// Nothing goes wrong.
+    pub fn is_none(&self) -> bool {
+        let Faults { segments_max, sync_fails, prepare_fails, housekeeping_fails, put_fails, power_after_syncs } =
+            *self;
+        let fails = sync_fails || prepare_fails || housekeeping_fails || put_fails;
+        !fails && segments_max.is_none() && power_after_syncs.is_none()
+    }
+
+    fn check(&self, fails: bool, operation: &'static str) -> Result<(), StoreError> {
+        if fails || self.power_after_syncs == Some(0) {
+            return Err(StoreError::io(operation)(std::io::Error::from_raw_os_error(libc::EIO)));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that a disk writes as a whole: small, as everything in these tests.
+const SECTOR_BYTES: usize = 64;
 
 /// The store. Clones share one disk.
 #[derive(Clone, Default)]
@@ -56,22 +86,59 @@ impl MemoryStore {
         self.disk().faults = faults;
     }
 
-    /// The disk after a power cut now: of what was not synced, each write is kept or lost at random.
+    /// Sets what goes wrong from now on, but for the power.
+    pub fn change_faults(&self, faults: Faults) {
+        let mut disk = self.disk();
+        let power_after_syncs = disk.faults.power_after_syncs;
+        disk.faults = Faults { power_after_syncs, ..faults };
+    }
+
+    /// What goes wrong.
+    pub fn faults(&self) -> Faults {
+        self.disk().faults
+    }
+
+    /// The power is off.
+    pub fn is_off(&self) -> bool {
+        self.disk().faults.power_after_syncs == Some(0)
+    }
+
+    /// The disk after a power cut now: of what was not synced, each write is kept or lost at random, and the last one may
+    /// be torn.
     pub fn after_power_cut(&self, rng: &mut StdRng) -> MemoryStore {
         let disk = self.disk();
         let mut after = Disk { quarantined: disk.quarantined.clone(), ..Disk::default() };
         for (id, slots) in &disk.segments {
             let mut synced = slots.synced.clone();
+            let last = slots.unsynced.keys().next_back();
             for (slot, value) in &slots.unsynced {
-                if rng.random() {
+                if Some(slot) == last && rng.random() {
+                    synced.insert(*slot, torn(value, rng));
+                } else if rng.random() {
                     synced.insert(*slot, value.clone());
                 }
             }
             after.segments.insert(*id, Slots { synced, unsynced: BTreeMap::new() });
         }
+        after.unfinished.clone_from(&disk.unfinished);
+        for id in &disk.cut {
+            match rng.random_range(0..3) {
+                0 => {}
+                1 => drop(after.unfinished.insert(*id)),
+                _ => drop(after.segments.insert(*id, Slots::default())),
+            }
+        }
         for (name, state) in &disk.states {
-            let kept = if rng.random() { &state.now } else { &state.synced };
-            after.states.insert(name.clone(), State { synced: kept.clone(), now: kept.clone() });
+            let mut kept = state.synced.clone();
+            for key in state.now.keys().chain(state.synced.keys()) {
+                if rng.random() {
+                    match state.now.get(key) {
+                        Some(value) => drop(kept.insert(key.clone(), value.clone())),
+                        None => drop(kept.remove(key)),
+                    }
+                }
+            }
+            after.states.insert(name.clone(), State { synced: kept.clone(), now: kept });
         }
         MemoryStore(Arc::new(Mutex::new(after)))
     }
@@ -112,6 +179,7 @@ impl Store for MemoryStore {
     }
 
     fn remove_unfinished(&self, _first_needed: u64) -> Result<(), StoreError> {
+        self.disk().unfinished.clear();
         Ok(())
     }
 
@@ -120,12 +188,16 @@ impl Store for MemoryStore {
     }
 
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
-        let disk = self.disk();
+        let mut disk = self.disk();
+        disk.faults.check(disk.faults.prepare_fails, "prepare segment")?;
         if disk.faults.segments_max.is_some_and(|max| disk.segments.len() >= max) {
             return Err(StoreError::io("prepare segment")(std::io::Error::from_raw_os_error(libc::ENOSPC)));
         }
+        assert!(!disk.segments.contains_key(&id) && !disk.quarantined.contains(&id), "segment {id} was there before");
+        disk.cut.insert(id);
         drop(disk);
         self.sync("prepare segment", |disk| {
+            disk.cut.remove(&id);
             disk.segments.insert(id, Slots::default());
         })?;
         self.open(id)
@@ -140,16 +212,21 @@ impl Store for MemoryStore {
     }
 
     fn seal(&self, _id: u64) -> Result<(), StoreError> {
-        Ok(())
+        let faults = self.faults();
+        faults.check(faults.housekeeping_fails, "seal segment")
     }
 
     fn remove(&self, id: u64) -> Result<(), StoreError> {
+        let faults = self.faults();
+        faults.check(faults.housekeeping_fails, "remove segment")?;
         self.sync("remove segment", |disk| {
             disk.segments.remove(&id);
         })
     }
 
     fn quarantine(&self, id: u64) -> Result<(), StoreError> {
+        let faults = self.faults();
+        faults.check(faults.housekeeping_fails, "quarantine segment")?;
         self.sync("quarantine segment", |disk| {
             disk.segments.remove(&id);
             disk.quarantined.push(id);
@@ -179,6 +256,7 @@ struct MemorySegment {
 impl SegmentFile for MemorySegment {
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
         let mut disk = self.store.disk();
+        disk.faults.check(false, "write slot")?;
         let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
         slots.unsynced.insert(slot, Bytes::copy_from_slice(value));
         Ok(())
@@ -224,6 +302,8 @@ impl StateDb for MemoryState {
     }
 
     fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        let faults = self.store.faults();
+        faults.check(faults.put_fails, "write state")?;
         self.with(|state| state.now.insert(key.to_vec(), value.to_vec()));
         Ok(())
     }
@@ -250,6 +330,20 @@ impl StateDb for MemoryState {
             state.synced = state.now.clone();
         })
     }
+}
+
+/// What is left of a write that the power cut: the front of it, or some of its sectors.
+fn torn(value: &Bytes, rng: &mut StdRng) -> Bytes {
+    if rng.random() {
+        return value.slice(..rng.random_range(0..=value.len()));
+    }
+    let mut torn = value.to_vec();
+    for sector in torn.chunks_mut(SECTOR_BYTES) {
+        if rng.random() {
+            sector.fill(0);
+        }
+    }
+    torn.into()
 }
 
 /// A small shape, so that tests meet every boundary.

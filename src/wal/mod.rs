@@ -33,6 +33,8 @@ mod losses;
 #[cfg(test)]
 mod memory;
 mod offline;
+#[cfg(test)]
+mod power_cuts;
 mod reader;
 mod record;
 mod recovery;

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prost::Message;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
 use super::memory::{Faults, MemoryStore, small_shape};
 use super::store::{STATE_VALUE_BYTES_MAX, SegmentShape, SledStore, Store};
@@ -26,7 +24,7 @@ pub(super) fn batch(number: u64, bytes: usize) -> Batch {
     Batch { received_at_ms: number, client: Client { group: "g".into(), id: "c".into() }, request }
 }
 
-fn number(batch: &Batch) -> u64 {
+pub(super) fn number(batch: &Batch) -> u64 {
     batch.request.req_guid().parse().unwrap()
 }
 
@@ -45,7 +43,7 @@ fn open_sled(directory: &Path, segment_bytes: u64) -> Wal {
 }
 
 /// Waits for a commit on a thread that no runtime owns.
-fn wait(commit: Commit) -> Result<u64, CommitError> {
+pub(super) fn wait(commit: Commit) -> Result<u64, CommitError> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(commit).map(|stored| match stored {
         Stored::New(sequence) => sequence.0,
@@ -298,7 +296,7 @@ fn a_batch_cut_short_by_a_crash_is_not_damage() {
     assert!(store.quarantined().unwrap().is_empty());
 }
 
-fn stored(wal: &Wal, batch: Batch) -> Stored {
+pub(super) fn stored(wal: &Wal, batch: Batch) -> Stored {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(wal.append(batch).unwrap()).unwrap()
 }
@@ -438,77 +436,4 @@ fn the_small_maps_make_no_blob_files() {
     // What is removed is used again.
     let bytes = std::fs::metadata(directory.path().join("meta/db")).unwrap().len();
     assert!(bytes < 64 << 20, "{bytes}");
-}
-
-/// Random histories of append, commit, read, deliver, trim, rotate, power cut at any sync and reopen, against a model: every
-/// acked batch is there once, in order, unless it was delivered before.
-#[test]
-fn no_power_cut_loses_an_acked_batch() {
-    let seed: u64 = std::env::var("RINGTAIL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random);
-    let histories: u64 = std::env::var("RINGTAIL_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
-    println!("RINGTAIL_SEED={seed} RINGTAIL_HISTORIES={histories}");
-    for history in 0..histories {
-        let mut rng = StdRng::seed_from_u64(seed ^ history);
-        power_cut_history(&mut rng, history);
-    }
-}
-
-fn power_cut_history(rng: &mut StdRng, history: u64) {
-    let mut store = MemoryStore::default();
-    let (mut next, mut acked, mut delivered) = (1, Vec::new(), 0);
-    let mut batches = std::collections::HashMap::new();
-    for _ in 0..rng.random_range(1..5) {
-        let wal = open_memory(&store);
-        let mut reader = wal.reader();
-        let mut seen = delivered;
-        let syncs = rng.random_range(0..60);
-        store.set_faults(Faults { power_after_syncs: Some(syncs), ..Faults::default() });
-        let mut flying: Vec<(u64, Commit)> = Vec::new();
-        for _ in 0..rng.random_range(0..80) {
-            if rng.random_bool(0.7) {
-                let bytes = if rng.random_bool(0.1) { rng.random_range(500..1500) } else { rng.random_range(8..300) };
-                batches.insert(next, batch(next, bytes));
-                match wal.append(batches[&next].clone()) {
-                    Ok(commit) => flying.push((next, commit)),
-                    Err(_) => break,
-                }
-                next += 1;
-                if rng.random_bool(0.5) {
-                    continue;
-                }
-            }
-            for (number, commit) in flying.drain(..) {
-                if wait(commit).is_ok() {
-                    acked.push(number);
-                }
-            }
-            while rng.random_bool(0.8) {
-                let Some(record) = reader.next_record().unwrap() else { break };
-                let number = number(&record.batch);
-                assert!(number > seen || number <= delivered, "history {history}: {number} after {seen}");
-                seen = seen.max(number);
-                wal.deliver(record.end);
-                delivered = delivered.max(number);
-            }
-        }
-        for (number, commit) in flying {
-            if wait(commit).is_ok() {
-                acked.push(number);
-            }
-        }
-        let cut = store.after_power_cut(rng);
-        wal.close();
-        store = cut;
-        let wal = open_memory(&store);
-        let read = drain(&mut wal.reader());
-        assert!(read.is_sorted_by(|a, b| a < b), "history {history}: out of order or twice: {read:?}");
-        for number in acked.iter().filter(|number| **number > delivered) {
-            assert!(read.contains(number), "history {history}: {number} was acked and is gone: {read:?}");
-        }
-        for number in &acked {
-            let retried = stored(&wal, batches[number].clone());
-            assert_eq!(retried, Stored::Before, "history {history}: a retry of {number} was stored again");
-        }
-        wal.close();
-    }
 }

@@ -54,6 +54,16 @@ impl Oracle {
         assert!(self.open.insert((client, number)), "{client}-{number} was acked twice");
     }
 
+    /// A complaint about records that the test has damaged: until the cursor has passed them, each life misses them anew,
+    /// also when their segment is in quarantine.
+    pub fn expects(&self, complaint: &str) -> bool {
+        let Some((_, rest)) = complaint.split_once("committed records are missing from the log first_sequence=") else {
+            return false;
+        };
+        let sequence = rest.split(' ').next().and_then(|sequence| sequence.parse().ok()).expect("a sequence");
+        self.sequences.get(&sequence).is_some_and(|name| self.at_risk.contains(name))
+    }
+
     /// The log is about to be damaged, whole as it is: gives back the names of what is pending in it.
     pub fn note_risk(&mut self, directory: &Path, load: &Load) -> Vec<Name> {
         let wal = open(directory);

@@ -4,12 +4,30 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::wal::error::StoreError;
 
 pub(super) fn own_descriptor(path: &Path) -> Result<File, StoreError> {
     let file = File::options().read(true).write(true).open(path.join("db"));
     file.map_err(StoreError::io("open segment file"))
+}
+
+/// Longest wait for sled to let go of a file.
+const UNLOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Waits until nobody has a Db locked. Nobody else may use this directory, but sled's own threads may hold a Db for a moment
+/// after it was closed, and opening it then fails.
+pub(super) fn await_unlocked(path: &Path) -> Result<(), StoreError> {
+    let file = match File::open(path.join("db")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file.map_err(StoreError::io("open segment file"))?,
+    };
+    let deadline = Instant::now() + UNLOCK_PATIENCE;
+    while matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), StoreError> {
@@ -107,4 +125,23 @@ pub(super) fn check_readable(path: &Path) -> Result<(), StoreError> {
 /// sled never syncs the `conf` that it writes, and does not open a Db with half of one.
 pub(super) fn sync_conf(path: &Path) -> Result<(), StoreError> {
     File::open(path.join("conf")).and_then(|conf| conf.sync_all()).map_err(StoreError::io("sync conf"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_locked_for_a_moment_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        await_unlocked(directory.path()).unwrap();
+        let held = File::create(directory.path().join("db")).unwrap();
+        held.lock().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| await_unlocked(directory.path()));
+            drop(held);
+            waiting.join().unwrap().unwrap();
+        });
+        File::open(directory.path().join("db")).unwrap().try_lock().unwrap();
+    }
 }

@@ -30,17 +30,16 @@ mod files;
 mod segments;
 mod state;
 
-use std::fs::{self, File};
+use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use super::error::StoreError;
 pub(super) use copies::{copy_directory, open_state, segment_directories};
-use files::{check_readable, remove_files};
+use files::{await_unlocked, check_readable, remove_files};
 pub(super) use segments::MarkerState;
 pub use segments::SledStore;
 
@@ -51,8 +50,6 @@ pub const STATE_VALUE_BYTES_MAX: usize = 48 * 1024;
 const STATE_SLED_SEGMENT_BYTES: usize = 4 << 20;
 /// Disk held back for a start on a full disk.
 const RESERVE: &str = "reserve";
-/// Longest that sled's own threads may hold a closed Db.
-const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
 /// A copy of a segment's `db` from before it was opened, beside it, if that has lost a chunk.
@@ -179,6 +176,7 @@ fn open_by_ladder(
     open: impl Fn() -> Result<sled::Db, StoreError>,
 ) -> Result<sled::Db, StoreError> {
     remove_files(path, |name| name.ends_with(".generating"))?;
+    await_unlocked(path)?;
     check_readable(&path.join("db"))?;
     let mut db = open();
     if db.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(reserve).is_ok() {
@@ -198,15 +196,10 @@ fn open_by_ladder(
     db
 }
 
-/// Closes a Db whose `db` file is `file`.
-fn close(db: sled::Db, file: &File) {
+/// Closes a Db.
+fn close(db: sled::Db) {
     if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
         tracing::warn!("closing a database panicked");
-    }
-    // A thread of sled may hold the file, and the lock on it, for a moment longer: who opens it next must not meet that.
-    let deadline = Instant::now() + CLOSE_TIME_MAX;
-    while file.try_lock().is_err() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

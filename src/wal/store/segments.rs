@@ -373,7 +373,7 @@ impl SegmentFile for SledSegment {
 impl Drop for SledSegment {
     fn drop(&mut self) {
         if let Some(db) = self.db.take() {
-            close(db, &self.file);
+            close(db);
         }
     }
 }

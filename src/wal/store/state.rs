@@ -60,8 +60,8 @@ impl SledState {
         }
         let result = guard(operation, || call(open.as_ref().expect("opened above")));
         if result.is_err() {
-            let (db, file) = open.take().expect("opened above");
-            close(db, &file);
+            let (db, _) = open.take().expect("opened above");
+            close(db);
             if result.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(&self.reserve).is_ok() {
                 // The cursor must get on for segments to go.
                 tracing::warn!("the disk is full, using up the reserve");

@@ -1,0 +1,253 @@
+//! Random histories on the store in memory, against a model: append, commit, read, deliver, trim, rotate, calls that fail,
+//! restarts, and power cuts at any sync. Every acked batch is there once, in order, under the sequence that its ack said,
+//! unless it was delivered before; and a retry of it is not stored again.
+//!
+//! `RINGTAIL_SEED` replays the choices of a run (not the timing of the log's threads), `RINGTAIL_HISTORIES` sets their
+//! number.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::memory::{Faults, MemoryStore, small_shape};
+use super::tests::{batch, number, stored, wait};
+use super::{Commit, OpenError, Stored, Wal};
+use crate::batch::Batch;
+use crate::config::WalConfig;
+use crate::metrics::Metrics;
+
+fn number_from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|value| value.parse().ok())
+}
+
+fn seed_and_histories() -> (u64, u64) {
+    let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(rand::random);
+    let histories = number_from_environment("RINGTAIL_HISTORIES").unwrap_or(200);
+    println!("RINGTAIL_SEED={seed} RINGTAIL_HISTORIES={histories}");
+    (seed, histories)
+}
+
+#[test]
+fn no_power_cut_loses_an_acked_batch() {
+    let (seed, histories) = seed_and_histories();
+    let mut total = Counts::default();
+    for number in 0..histories {
+        let mut history = History::new(seed ^ number, format!("history {number}"));
+        for _ in 0..history.rng.random_range(1..5) {
+            let syncs = history.rng.random_range(0..60);
+            let power_after_syncs = history.rng.random_bool(0.7).then_some(syncs);
+            history.store.set_faults(Faults { power_after_syncs, ..Faults::default() });
+            history.live();
+        }
+        total.add(&history.counts);
+    }
+    println!("{total:?}");
+    assert!(histories < 100 || total.covers_everything(), "{total:?}");
+}
+
+/// The same history again and again, with the power cut at its first sync, its second, and so on.
+#[test]
+fn no_power_cut_at_any_sync_of_a_history_loses_an_acked_batch() {
+    let (seed, _) = seed_and_histories();
+    for syncs in 0.. {
+        let mut history = History::new(seed, format!("cut after {syncs} syncs"));
+        history.faults_at_random = false;
+        history.store.set_faults(Faults { power_after_syncs: Some(syncs), ..Faults::default() });
+        let mut lives = 0;
+        while history.counts.cuts == 0 && lives < 4 {
+            history.live();
+            lives += 1;
+        }
+        if history.counts.cuts == 0 {
+            println!("{syncs} syncs, {:?}", history.counts);
+            assert!(syncs > 8, "the history is short");
+            return;
+        }
+    }
+}
+
+/// What happened, to prove that it did.
+#[derive(Debug, Default)]
+struct Counts {
+    acked: u64,
+    cuts: u64,
+    restarts: u64,
+    trimmed: u64,
+    failed_logs: u64,
+    failed_starts: u64,
+    refused: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: &Counts) {
+        self.acked += other.acked;
+        self.cuts += other.cuts;
+        self.restarts += other.restarts;
+        self.trimmed += other.trimmed;
+        self.failed_logs += other.failed_logs;
+        self.failed_starts += other.failed_starts;
+        self.refused += other.refused;
+    }
+
+    fn covers_everything(&self) -> bool {
+        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused } = *self;
+        [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused].iter().all(|count| *count > 0)
+    }
+}
+
+/// One disk through several lives of the log.
+struct History {
+    name: String,
+    rng: StdRng,
+    store: MemoryStore,
+    next: u64,
+    /// What was sent, by number.
+    batches: BTreeMap<u64, Batch>,
+    /// Number of every acked batch by its sequence.
+    acked: BTreeMap<u64, u64>,
+    /// The last one that was delivered.
+    delivered: u64,
+    counts: Counts,
+    /// Calls fail at random, and the power may also be cut when a life has ended, between two syncs.
+    faults_at_random: bool,
+    metrics: Arc<Metrics>,
+}
+
+impl History {
+    fn new(seed: u64, name: String) -> History {
+        let (store, acked, batches) = (MemoryStore::default(), BTreeMap::new(), BTreeMap::new());
+        let rng = StdRng::seed_from_u64(seed);
+        let (counts, metrics) = (Counts::default(), Metrics::new());
+        History { name, rng, store, next: 1, batches, acked, delivered: 0, counts, faults_at_random: true, metrics }
+    }
+
+    fn open(&self) -> Result<Wal, OpenError> {
+        let (config, store) = (WalConfig::default(), Arc::new(self.store.clone()));
+        Wal::open_in(&config, 1 << 20, small_shape(), store, self.metrics.clone(), None)
+    }
+
+    /// One life, which ends with a power cut if the power is off by then, and a look at what is there afterwards.
+    fn live(&mut self) {
+        self.store.change_faults(Faults::default());
+        match self.open() {
+            Ok(wal) => self.work(&wal),
+            Err(error) => {
+                assert!(self.store.is_off(), "{}: {error:?}", self.name);
+                self.counts.failed_starts += 1;
+            }
+        }
+        if self.store.is_off() || (self.faults_at_random && self.rng.random_bool(0.2)) {
+            self.store = self.store.after_power_cut(&mut self.rng);
+            self.counts.cuts += 1;
+        } else {
+            self.counts.restarts += 1;
+        }
+        let faults = self.store.faults();
+        self.store.set_faults(Faults::default());
+        self.check();
+        // The look itself takes no part in counting the syncs.
+        self.store.set_faults(faults);
+    }
+
+    fn work(&mut self, wal: &Wal) {
+        let mut reader = wal.reader();
+        let (mut flying, mut last) = (Vec::new(), 0);
+        for _ in 0..self.rng.random_range(0..80) {
+            self.change_faults();
+            if self.rng.random_bool(0.7) {
+                let large = self.rng.random_bool(0.1);
+                let bytes = if large { self.rng.random_range(500..1500) } else { self.rng.random_range(8..300) };
+                self.batches.insert(self.next, batch(self.next, bytes));
+                match wal.append(self.batches[&self.next].clone()) {
+                    Ok(commit) => flying.push((self.next, commit)),
+                    Err(_) => self.counts.refused += 1,
+                }
+                self.next += 1;
+                if self.rng.random_bool(0.5) {
+                    continue;
+                }
+            }
+            self.land(&mut flying);
+            while self.rng.random_bool(0.8) {
+                let Some(record) = reader.next_record().unwrap() else { break };
+                self.check_ack(record.sequence.0, number(&record.batch));
+                wal.deliver(record.end);
+                last = number(&record.batch);
+                self.delivered = self.delivered.max(last);
+            }
+        }
+        self.land(&mut flying);
+        drop(reader);
+        let segments = wal.status().segments;
+        self.counts.failed_logs += u64::from(wal.status().failed);
+        let faults = self.store.faults();
+        wal.close();
+        self.counts.trimmed += segments.saturating_sub(wal.status().segments);
+        if faults.is_none() && !wal.status().failed {
+            // Everything was saved: not even a duplicate comes again.
+            let again = self.open().unwrap();
+            let first = again.reader().next_record().unwrap().map(|record| number(&record.batch));
+            assert!(first.is_none_or(|first| first > last), "{}: {first:?} again", self.name);
+            again.close();
+        }
+    }
+
+    /// Now and then something begins or ceases to fail. The power stays as it is.
+    fn change_faults(&mut self) {
+        if !self.faults_at_random || !self.rng.random_bool(0.05) {
+            return;
+        }
+        let mut faults = self.store.faults();
+        match self.rng.random_range(0..10) {
+            0 => faults.prepare_fails ^= true,
+            1..4 => faults.housekeeping_fails ^= true,
+            4..7 => faults.put_fails ^= true,
+            7 => faults.sync_fails ^= true,
+            _ => faults.segments_max = faults.segments_max.is_none().then_some(4),
+        }
+        self.store.change_faults(faults);
+    }
+
+    fn land(&mut self, flying: &mut Vec<(u64, Commit)>) {
+        for (number, commit) in flying.drain(..) {
+            if let Ok(sequence) = wait(commit) {
+                self.counts.acked += 1;
+                let before = self.acked.insert(sequence, number);
+                assert_eq!(before, None, "{}: sequence {sequence} was acked twice", self.name);
+            }
+        }
+    }
+
+    fn check_ack(&self, sequence: u64, number: u64) {
+        if let Some(acked) = self.acked.get(&sequence) {
+            assert_eq!(*acked, number, "{}: sequence {sequence} holds another batch", self.name);
+        }
+    }
+
+    /// Opens the log and looks for everything that was acked.
+    fn check(&mut self) {
+        let wal = self.open().unwrap();
+        let mut reader = wal.reader();
+        let mut read: Vec<u64> = Vec::new();
+        while let Some(record) = reader.next_record().unwrap() {
+            self.check_ack(record.sequence.0, number(&record.batch));
+            read.push(number(&record.batch));
+        }
+        assert!(read.is_sorted_by(|a, b| a < b), "{}: out of order or twice: {read:?}", self.name);
+        for number in self.acked.values().filter(|number| **number > self.delivered) {
+            assert!(read.contains(number), "{}: {number} was acked and is gone: {read:?}", self.name);
+        }
+        for loss in wal.losses() {
+            let acked = self.acked.range(loss.first_sequence..loss.end_sequence).next();
+            assert!(acked.is_none(), "{}: {acked:?} was acked and is reported lost", self.name);
+        }
+        for number in self.acked.values() {
+            let retried = stored(&wal, self.batches[number].clone());
+            assert_eq!(retried, Stored::Before, "{}: a retry of {number} was stored again", self.name);
+        }
+        drop(reader);
+        wal.close();
+    }
+}
