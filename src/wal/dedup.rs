@@ -217,26 +217,34 @@ pub(super) struct SavedWindow {
     next_block: u64,
     /// Every committed batch before this sequence is saved, if it belongs into the window.
     pub end_sequence: u64,
+    /// All of it is durable.
+    durable: bool,
 }
 
 impl SavedWindow {
-    /// Reads what was saved into `window`. A damaged block is passed over: what it held is not known again.
+    /// Reads what was saved into `window`. What a damaged or missing block held is not known again, unless it is still in
+    /// the log: the window counts as saved only up to there.
     pub fn load(meta: &dyn StateDb, window: &mut Window) -> Result<SavedWindow, StoreError> {
         let mut saved = SavedWindow::default();
         let mut from = PREFIX.to_vec();
+        let mut whole = true;
         loop {
             let Some((key, value)) = meta.scan(&from, 1)?.pop() else { break };
             let Some(number) = key.strip_prefix(PREFIX) else { break };
             from = [&key[..], &[0]].concat(); // the smallest key after that one
             let Ok(number) = number.try_into().map(u64::from_be_bytes) else { continue };
+            whole &= saved.blocks.is_empty() || number == saved.next_block;
             saved.next_block = number + 1;
             let Some((end_sequence, entries)) = decode(&value) else {
-                tracing::warn!("a block of the dedup window is damaged, its batches are not known again");
+                tracing::warn!("a block of the dedup window is damaged");
                 saved.blocks.push_back((number, 0));
+                whole = false;
                 continue;
             };
             saved.blocks.push_back((number, entries.len()));
-            saved.end_sequence = end_sequence;
+            if whole {
+                saved.end_sequence = end_sequence;
+            }
             for entry in entries {
                 window.remember(entry.fingerprint, u64::from(entry.received_at_s) * 1000);
             }
@@ -246,32 +254,49 @@ impl SavedWindow {
         Ok(saved)
     }
 
-    /// Writes `unsaved`, and removes the blocks that the window has left. Durable with the next sync of `meta`.
+    /// Writes `unsaved`, and removes blocks that the window has left. [`SavedWindow::synced`] must follow.
     pub fn save(&mut self, meta: &dyn StateDb, unsaved: &Unsaved) -> Result<(), StoreError> {
         if unsaved.entries.is_empty() && unsaved.end_sequence == self.end_sequence {
             return Ok(());
         }
-        let mut blocks: Vec<&[Entry]> = unsaved.entries.chunks(BLOCK_ENTRIES).collect();
-        if blocks.is_empty() {
-            // Nothing but the sequence is new.
-            blocks.push(&[]);
+        self.remove_left(meta, unsaved.len - unsaved.entries.len())?;
+        let blocks = unsaved.entries.chunks(BLOCK_ENTRIES).collect::<Vec<_>>();
+        // Nothing but the sequence may be new.
+        let (last, others) = blocks.split_last().map_or((&[][..], &[][..]), |(last, others)| (*last, others));
+        self.durable = false;
+        for block in others {
+            // What they say holds even if the last one is lost.
+            self.put(meta, self.end_sequence, block)?;
         }
-        for block in blocks {
-            meta.put(&key(self.next_block), &encode(unsaved.end_sequence, block))?;
-            self.blocks.push_back((self.next_block, block.len()));
-            self.next_block += 1;
-        }
+        self.put(meta, unsaved.end_sequence, last)?;
+        self.end_sequence = unsaved.end_sequence;
+        Ok(())
+    }
+
+    /// `meta` was synced, or failed to be.
+    pub fn synced(&mut self, durable: bool) {
+        self.durable = durable;
+    }
+
+    fn put(&mut self, meta: &dyn StateDb, end_sequence: u64, entries: &[Entry]) -> Result<(), StoreError> {
+        meta.put(&key(self.next_block), &encode(end_sequence, entries))?;
+        self.blocks.push_back((self.next_block, entries.len()));
+        self.next_block += 1;
+        Ok(())
+    }
+
+    /// Removes blocks that are not needed for the newest `needed` entries. Only if what remains is durable.
+    fn remove_left(&mut self, meta: &dyn StateDb, needed: usize) -> Result<(), StoreError> {
         let mut entries: usize = self.blocks.iter().map(|(_, entries)| entries).sum();
-        while let Some((number, len)) = self.blocks.front().copied() {
-            // The last one holds the sequence.
-            if self.blocks.len() == 1 || entries - len < unsaved.len {
+        while self.durable && self.blocks.len() > 1 {
+            let (number, len) = self.blocks[0];
+            if entries - len < needed {
                 break;
             }
             meta.remove(&key(number))?;
             self.blocks.pop_front();
             entries -= len;
         }
-        self.end_sequence = unsaved.end_sequence;
         Ok(())
     }
 }

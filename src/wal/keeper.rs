@@ -38,9 +38,9 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub fn new(shared: Arc<Shared>, saved_window: SavedWindow) -> Keeper {
-        let durable_window_end = saved_window.end_sequence;
-        let (window_is_saved, last_pass, last_error) = (false, None, None);
-        Keeper { shared, saved_tail: 0, saved_window, window_is_saved, durable_window_end, last_pass, last_error }
+        let (saved_tail, window_is_saved, durable_window_end) = (0, false, 0);
+        let (last_pass, last_error) = (None, None);
+        Keeper { shared, saved_tail, saved_window, window_is_saved, durable_window_end, last_pass, last_error }
     }
 
     /// Keeps the log until it is closed.
@@ -180,10 +180,11 @@ impl Keeper {
     /// Saves what recovery needs: the dedup window, the losses, the cursor. All of it, or it is tried again.
     fn save(&mut self) -> Result<(), StoreError> {
         let saved = self.save_window().and_then(|()| self.save_cursor());
+        self.saved_window.synced(saved.is_ok());
         if saved.is_err() {
             // What `meta` took before its error may be gone.
             self.shared.queue().window.save_again();
-            self.window_is_saved = false;
+            (self.window_is_saved, self.durable_window_end) = (false, 0);
         }
         saved
     }
