@@ -6,6 +6,7 @@
 //! meta/               a small Db: the cursor
 //! parked/             a small Db: dead letters
 //! quarantine/         damaged segments, set aside
+//! reserve             disk held back for a start on a full disk
 //! ```
 //!
 //! # Why sled is used this way (0.34.7, pinned: the rules rest on its internals)
@@ -16,6 +17,7 @@
 //!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
 //! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
 //! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
+//! - sled needs free disk to open: on a full one it gets the `reserve`, or nothing could be delivered that would make room.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 
 use std::fs::{self, File};
@@ -31,6 +33,9 @@ use bytes::Bytes;
 use super::error::StoreError;
 
 const READY: &str = "READY";
+const RESERVE: &str = "reserve";
+/// sled's `segment_size` of a [`StateDb`].
+const STATE_SLED_SEGMENT_BYTES: usize = 4 << 20;
 /// Longest that sled's own threads may hold a closed Db.
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller.
@@ -162,6 +167,19 @@ impl SledStore {
         self.wal().join(format!("{id:012}"))
     }
 
+    /// Holds disk back: opening fills up the last sled segment of two small maps and of a segment.
+    fn hold_reserve(&self) -> Result<(), StoreError> {
+        let bytes = (2 * STATE_SLED_SEGMENT_BYTES + self.shape.sled_segment_bytes + (1 << 20)) as u64;
+        let file = File::options().create(true).truncate(false).write(true).open(self.directory.join(RESERVE));
+        let file = file.map_err(StoreError::io("open reserve"))?;
+        let missing = bytes.saturating_sub(blocks_bytes(&file.metadata().map_err(StoreError::io("measure reserve"))?));
+        if missing > 0 && free_bytes(&self.directory)? < missing + self.shape.reserved_bytes {
+            // What is free on a full disk is for those who have to write, and not to be taken by a reserve alone.
+            return Err(StoreError::io("hold reserve")(io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
+        reserve(&file, bytes)
+    }
+
     fn open_db(path: &Path, sled_segment_bytes: usize) -> Result<sled::Db, StoreError> {
         let config = sled::Config::new()
             .path(path)
@@ -193,6 +211,8 @@ impl Store for SledStore {
     }
 
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        // No new segment before the next start is provided for.
+        self.hold_reserve()?;
         let path = self.segment(id);
         let prepared = self.try_prepare(&path);
         if prepared.is_err() {
@@ -205,7 +225,8 @@ impl Store for SledStore {
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_shape(&path)?;
-        let db = open_by_ladder(&path, || SledStore::open_db(&path, sled_segment_bytes))?;
+        let db =
+            open_by_ladder(&path, &self.directory.join(RESERVE), || SledStore::open_db(&path, sled_segment_bytes))?;
         Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
     }
 
@@ -245,12 +266,14 @@ impl Store for SledStore {
             let used = disk_bytes(&self.directory.join(name));
             space.other_bytes += used.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         }
+        let reserve = fs::metadata(self.directory.join(RESERVE)).map(|reserve| blocks_bytes(&reserve));
+        space.other_bytes += reserve.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         space.quarantined_segments = self.quarantined()?.len() as u64;
         Ok(space)
     }
 
     fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
-        Ok(Arc::new(SledState::open(self.directory.join(name))?))
+        Ok(Arc::new(SledState::open(self.directory.join(name), self.directory.join(RESERVE))?))
     }
 }
 
@@ -347,14 +370,15 @@ impl Drop for SledSegment {
 /// A small map on sled. After an error its Db is opened anew, because sled keeps the error for good.
 struct SledState {
     path: PathBuf,
+    reserve: PathBuf,
     open: Mutex<Option<(sled::Db, File)>>,
 }
 
 impl SledState {
-    fn open(path: PathBuf) -> Result<SledState, StoreError> {
+    fn open(path: PathBuf, reserve: PathBuf) -> Result<SledState, StoreError> {
         let existed = path.exists();
         fs::create_dir_all(&path).map_err(StoreError::io("create state directory"))?;
-        let state = SledState { path, open: Mutex::new(None) };
+        let state = SledState { path, reserve, open: Mutex::new(None) };
         state.with("open state", |_| Ok(()))?;
         if !existed {
             state.sync()?;
@@ -372,9 +396,8 @@ impl SledState {
     ) -> Result<T, StoreError> {
         let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if open.is_none() {
-            let config =
-                sled::Config::new().path(&self.path).segment_size(4 << 20).cache_capacity(8 << 20).flush_every_ms(None);
-            let db = open_by_ladder(&self.path, || guard("open state", || config.open()))?;
+            let try_open = || SledStore::open_db(&self.path, STATE_SLED_SEGMENT_BYTES);
+            let db = open_by_ladder(&self.path, &self.reserve, try_open)?;
             sync_conf(&self.path)?;
             *open = Some((db, own_descriptor(&self.path)?));
         }
@@ -382,6 +405,10 @@ impl SledState {
         if result.is_err() {
             let (db, file) = open.take().expect("opened above");
             close(db, &file);
+            if result.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(&self.reserve).is_ok() {
+                // The cursor must get on for segments to go.
+                tracing::warn!("the disk is full, using up the reserve");
+            }
         }
         result
     }
@@ -421,10 +448,19 @@ impl StateDb for SledState {
 }
 
 /// Opens a Db. The log in it is enough to recover everything: what else is damaged is removed, one after the other.
-fn open_by_ladder(path: &Path, open: impl Fn() -> Result<sled::Db, StoreError>) -> Result<sled::Db, StoreError> {
+fn open_by_ladder(
+    path: &Path,
+    reserve: &Path,
+    open: impl Fn() -> Result<sled::Db, StoreError>,
+) -> Result<sled::Db, StoreError> {
     remove_files(path, |name| name.ends_with(".generating"))?;
     check_readable(&path.join("db"))?;
     let mut db = open();
+    if db.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(reserve).is_ok() {
+        tracing::warn!(path = %path.display(), "the disk is full, using up the reserve to open");
+        remove_files(path, |name| name.ends_with(".generating"))?;
+        db = open();
+    }
     for (what, prefix) in [("snapshot", "snap."), ("conf", "conf")] {
         let Err(error) = &db else { break };
         if !error.is_damage() {
@@ -517,7 +553,6 @@ fn remove_files(directory: &Path, matches: impl Fn(&str) -> bool) -> Result<(), 
 
 /// Disk taken by everything in `directory`.
 fn disk_bytes(directory: &Path) -> io::Result<u64> {
-    use std::os::unix::fs::MetadataExt;
     let mut bytes = 0;
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -528,10 +563,15 @@ fn disk_bytes(directory: &Path) -> io::Result<u64> {
         bytes += if metadata.is_dir() {
             disk_bytes(&entry.path()).or_else(absent_is_default)?
         } else {
-            metadata.blocks() * 512
+            blocks_bytes(&metadata)
         };
     }
     Ok(bytes)
+}
+
+fn blocks_bytes(metadata: &fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    metadata.blocks() * 512
 }
 
 /// What vanished while it was measured takes no space.
