@@ -200,7 +200,8 @@ impl Store for SledStore {
     fn remove_unfinished(&self) -> Result<(), StoreError> {
         for id in list(&self.wal())? {
             if !self.segment(id).join(READY).exists() {
-                fs::remove_dir_all(self.segment(id)).map_err(StoreError::io("remove unfinished segment"))?;
+                // Not only what is there: a marker whose removal was not durable could come back after a power loss.
+                self.remove(id)?;
             }
         }
         Ok(())
@@ -291,13 +292,15 @@ impl SledStore {
             db.flush()
         })?;
         file.sync_all().map_err(StoreError::io("sync segment"))?;
+        sync_conf(path)?;
+        // Before there is a marker: it must not outlive a power loss that the names of the others do not.
+        sync_directory(path)?;
         // The marker keeps the segment's shape, so that `wal.segment_bytes` may change while there is a backlog.
         let ready = File::create(path.join(READY)).and_then(|mut ready| {
             writeln!(ready, "{slots} {sled_segment_bytes}")?;
             ready.sync_all()
         });
         ready.map_err(StoreError::io("mark segment ready"))?;
-        sync_conf(path)?;
         sync_directory(path)?;
         sync_directory(&self.wal())?;
         Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
