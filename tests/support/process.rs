@@ -33,6 +33,8 @@ pub struct Options {
     pub settings: Vec<String>,
     /// A command, with its arguments, that runs the binary: it must become the binary's process, or keep its id.
     pub wrapper: Vec<String>,
+    /// More environment variables.
+    pub environment: Vec<(String, String)>,
 }
 
 /// Where a ready process listens.
@@ -99,12 +101,9 @@ impl Process {
 
     /// Ends the process with SIGKILL and waits for its end, which must be by that signal.
     pub fn kill(&mut self) {
-        use std::os::unix::process::ExitStatusExt;
         let child = self.child.as_mut().expect("the process was ended");
         child.kill().expect("kill the process");
-        let status = child.wait().expect("wait for the process");
-        assert_eq!(status.signal(), Some(libc::SIGKILL), "the process ended by itself: {status}");
-        self.child = None;
+        self.wait_for_kill();
     }
 
     /// Ends the process with SIGTERM and waits for its end.
@@ -112,6 +111,11 @@ impl Process {
         // SAFETY: kill has no preconditions; the child has not been waited for, so the id is still its own.
         let result = unsafe { libc::kill(self.pid(), libc::SIGTERM) };
         assert_eq!(result, 0, "signal the process: {}", std::io::Error::last_os_error());
+        self.wait_for_end()
+    }
+
+    /// Waits until the process ends by itself.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
         let child = self.child.as_mut().expect("the process was ended");
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -119,9 +123,16 @@ impl Process {
                 self.child = None;
                 return status;
             }
-            assert!(Instant::now() < deadline, "the process does not stop");
+            assert!(Instant::now() < deadline, "the process does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Waits until SIGKILL, sent by somebody else, has ended the process.
+    pub fn wait_for_kill(&mut self) {
+        use std::os::unix::process::ExitStatusExt;
+        let status = self.wait_for_end();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "the process ended by itself: {status}");
     }
 
     /// Lines of the log of an ended process that say WARN or ERROR, among its last ones.
@@ -184,6 +195,7 @@ impl Options {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RINGTAIL_")) {
             command.env_remove(name);
         }
+        command.envs(self.environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command
     }

@@ -1,0 +1,127 @@
+//! The disk is full: by a neighbour, by the backlog, at any call that takes space. It is a state, and not a failure: what
+//! was acked stays, what comes is refused and told so, and all of it ends by itself once there is room.
+
+use crate::disk::{Call, Rule};
+use crate::http::wait_until;
+use crate::seed;
+use crate::service::Service;
+
+const MIB: usize = 1 << 20;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_refuses_and_delivery_makes_room() {
+    let mut service = Service::start(seed());
+    // Room for the first segment, its spares, and one more.
+    service.disk.set_capacity(Some(48 << 20));
+    service.send(100 * MIB).await;
+    assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+    service.assert_refuses("full").await;
+    assert!(service.clients.acks().len() > 1000);
+    service.kafka.up();
+    service.wait_until_delivered().await;
+    service.wait_until_accepting().await;
+    service.wait_until_delivered().await;
+    service.stop();
+    service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_filled_by_a_neighbour_refuses_and_delivery_goes_on() {
+    let mut service = Service::start(seed());
+    service.send(4 * MIB).await;
+    // Not a block is left, not even for the cursor.
+    service.disk.fill();
+    service.send(100 * MIB).await;
+    assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+    service.assert_refuses("full").await;
+    service.kafka.up();
+    // Until nothing more can be parked, or the cursor be saved.
+    wait_until("a delivery", || !service.kafka.deliveries().is_empty()).await;
+    service.disk.set_capacity(None);
+    service.wait_until_delivered().await;
+    service.wait_until_accepting().await;
+    service.stop();
+    service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_starts_on_a_full_disk() {
+    let mut service = Service::start(seed());
+    service.send(12 * MIB).await;
+    service.stop();
+    service.disk.fill();
+    service.restart();
+    // The spares that were not used made some room.
+    service.send(100 * MIB).await;
+    service.assert_refuses("full").await;
+    assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+    service.kafka.up();
+    service.wait_until_delivered().await;
+    service.disk.set_capacity(None);
+    service.wait_until_accepting().await;
+    service.stop();
+    service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_finds_no_space_acks_nothing_and_the_next_start_goes_on() {
+    let mut service = Service::start(seed());
+    service.send(2 * MIB).await;
+    service.disk.set_rule(0, Rule::always(Call::Write, libc::ENOSPC, "wal/", "/db"));
+    service.send(MIB).await;
+    assert_eq!(service.process.wait_for_end().code(), Some(1));
+    assert!(service.disk.hits(0) > 0);
+    service.disk.clear_rule(0);
+    service.restart();
+    service.wait_until_accepting().await;
+    service.stop();
+    service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_that_cannot_be_saved_is_saved_later() {
+    let mut service = Service::start(seed());
+    service.send(12 * MIB).await;
+    let segments = service.wal("segments");
+    service.disk.set_rule(0, Rule::always(Call::Write, libc::ENOSPC, "meta/", ""));
+    service.kafka.up();
+    service.wait_until_delivered().await;
+    wait_until("the cursor to fail", || service.disk.hits(0) > 1).await;
+    assert_eq!(service.wal("segments"), segments, "trimmed without a durable cursor");
+    service.send(MIB).await;
+    service.disk.clear_rule(0);
+    wait_until("the log to be trimmed", || service.wal("segments") < segments).await;
+    service.wait_until_accepting().await;
+    service.stop();
+    service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_that_cannot_be_parked_wait() {
+    let mut service = Service::start(seed());
+    service.disk.set_rule(0, Rule::always(Call::Write, libc::ENOSPC, "parked/", ""));
+    service.send(2 * MIB).await;
+    service.kafka.up();
+    wait_until("parking to fail", || service.disk.hits(0) > 2).await;
+    assert!(service.wal("pending_events") > 0);
+    service.disk.clear_rule(0);
+    service.wait_until_delivered().await;
+    service.stop();
+    assert!(service.check().parked > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_that_finds_no_space_is_prepared_later() {
+    let mut service = Service::start(seed());
+    for call in [Call::Reserve, Call::Create] {
+        service.disk.set_rule(0, Rule::always(call, libc::ENOSPC, "wal/", ""));
+        service.send(100 * MIB).await;
+        service.assert_refuses("full").await;
+        assert!(service.disk.hits(0) > 0);
+        service.disk.clear_rule(0);
+        // The keeper tries again by itself.
+        service.wait_until_accepting().await;
+    }
+    service.stop();
+    service.check();
+}

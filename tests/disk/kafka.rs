@@ -1,0 +1,141 @@
+//! A mock of Kafka in the test, and what it was given.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::DefaultProducerContext;
+use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
+
+use crate::disk::Disk;
+use crate::http::{status, wait_until};
+use crate::load::{Clients, GOOD_TYPE, Load, Name};
+use crate::process::{Addresses, Options};
+
+/// Many, because each keeps 5 MiB and no more.
+const PARTITIONS: usize = 64;
+
+/// Events that arrived, and how long the journal was when they were seen.
+pub type Deliveries = HashMap<(Name, usize), usize>;
+
+/// A broker with one topic.
+pub struct Kafka {
+    cluster: MockCluster<'static, DefaultProducerContext>,
+    load: Arc<Load>,
+    disk: Arc<Disk>,
+    reader: Option<Reader>,
+    /// Where each partition is read on.
+    offsets: [i64; PARTITIONS],
+    deliveries: Arc<Mutex<Deliveries>>,
+}
+
+/// Reads all the time while the broker is up, because the mock keeps only the last 5 MiB of a partition.
+struct Reader {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<[i64; PARTITIONS]>,
+}
+
+impl Kafka {
+    /// Starts the broker, which is away.
+    pub fn start(load: &Arc<Load>, disk: &Arc<Disk>) -> Kafka {
+        let cluster = MockCluster::new(1).expect("start the mock");
+        cluster.create_topic(GOOD_TYPE, PARTITIONS as i32, 1).expect("make the topic");
+        let (load, disk) = (load.clone(), disk.clone());
+        let kafka = Kafka { cluster, load, disk, reader: None, offsets: [0; PARTITIONS], deliveries: Arc::default() };
+        kafka.cluster.broker_down(1).expect("take the broker away");
+        kafka
+    }
+
+    /// `options` with settings that forward here, and do not wait long for it.
+    pub fn forward(&self, mut options: Options, record_key: &str) -> Options {
+        options.brokers = vec![self.cluster.bootstrap_servers()];
+        let settings =
+            [("topic", "%s"), ("stop_timeout", "1s"), ("retry_delay_max", "100ms"), ("record_key", record_key)];
+        options.settings.extend(settings.map(|(name, value)| format!("forward.{name} = {value:?}")));
+        let settings = [("reconnect.backoff.ms", 10), ("reconnect.backoff.max.ms", 50), ("retry.backoff.ms", 10)];
+        options.settings.extend(settings.map(|(name, value)| format!("forward.kafka.{name:?} = {value}")));
+        options
+    }
+
+    /// Takes the broker away: connections break, new ones are refused.
+    pub fn down(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.stop.store(true, Ordering::Relaxed);
+            self.offsets = reader.thread.join().expect("every delivery is what was sent");
+        }
+        self.cluster.broker_down(1).expect("take the broker away");
+    }
+
+    /// Brings it back.
+    pub fn up(&mut self) {
+        self.cluster.broker_up(1).expect("bring the broker back");
+        // A new consumer each time: one that lost its broker may take a minute to fetch again.
+        let consumer = self.consumer();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (load, disk, deliveries) = (self.load.clone(), self.disk.clone(), self.deliveries.clone());
+        let (mut offsets, stopped) = (self.offsets, stop.clone());
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let Some(Ok(message)) = consumer.poll(Duration::from_millis(20)) else { continue };
+                let payload = message.payload().expect("a payload");
+                let (name, event) = Load::parse_payload(payload).expect("a payload that was sent");
+                let sent = load.events(name).swap_remove(event);
+                assert!(sent.0 == GOOD_TYPE && sent.1 == payload, "{name:?} is not what was sent");
+                deliveries.lock().unwrap().entry((name, event)).or_insert_with(|| disk.journal_bytes());
+                offsets[message.partition() as usize] = message.offset() + 1;
+            }
+            offsets
+        });
+        self.reader = Some(Reader { stop, thread });
+    }
+
+    /// What has arrived.
+    pub fn deliveries(&self) -> Deliveries {
+        self.deliveries.lock().unwrap().clone()
+    }
+
+    /// Waits until the log is empty, and every acked event was read here or parked.
+    pub async fn wait_until_delivered(&self, addresses: Addresses, clients: &Clients) {
+        wait_until("the log to be empty", || status(addresses)["wal"]["pending_batches"] == 0).await;
+        let events = |name| self.load.events(name).into_iter().enumerate().map(move |(at, (kind, _))| (name, at, kind));
+        let good = clients.acks().into_keys().flat_map(events).filter(|(.., kind)| *kind == GOOD_TYPE);
+        let good: Vec<_> = good.map(|(name, event, _)| (name, event)).collect();
+        wait_until("every event to be seen in Kafka", || {
+            let deliveries = self.deliveries.lock().unwrap();
+            good.iter().all(|event| deliveries.contains_key(event))
+        })
+        .await;
+    }
+
+    fn consumer(&self) -> BaseConsumer {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", self.cluster.bootstrap_servers())
+            .set("group.id", "test")
+            .set("enable.auto.commit", "false")
+            .set("auto.offset.reset", "error")
+            .set("fetch.wait.max.ms", "20")
+            .set("log_level", "0")
+            .create()
+            .expect("make a consumer");
+        let mut assignment = TopicPartitionList::new();
+        for (partition, offset) in (0..).zip(self.offsets) {
+            assignment.add_partition_offset(GOOD_TYPE, partition, Offset::Offset(offset)).expect("it is new");
+        }
+        consumer.assign(&assignment).expect("assign the partitions");
+        consumer
+    }
+}
+
+impl Drop for Kafka {
+    fn drop(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.stop.store(true, Ordering::Relaxed);
+            // A failure of its own was reported when it happened.
+            let _ = reader.thread.join();
+        }
+    }
+}

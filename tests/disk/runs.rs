@@ -1,0 +1,111 @@
+//! Runs of the service on a journalled disk: what a power cut may strike.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use crate::disk::Disk;
+use crate::image;
+use crate::journal::records;
+use crate::kafka::{Deliveries, Kafka};
+use crate::load::{Clients, Load};
+use crate::model::{Disbelief, Model};
+use crate::process::Process;
+
+/// A run of the service, in several lives, and what others saw of it.
+pub struct Run {
+    pub load: Arc<Load>,
+    pub journal: Vec<u8>,
+    pub clients: Clients,
+    /// What Kafka was given.
+    pub deliveries: Deliveries,
+    /// Parts of the journal during which Kafka was away, and had been read to its end.
+    pub outages: Vec<Range<usize>>,
+}
+
+/// Clients send to a service that forwards nothing. A life ends with SIGKILL at a random sync, the next one by SIGTERM.
+pub async fn collect(rng: &mut StdRng) -> Run {
+    let disk = Arc::new(Disk::new());
+    let load = Load::new(rng.random(), 700 << 10);
+    let mut clients = Clients::new(&load, &disk);
+    let (mut process, addresses) = Process::start(&disk.options());
+    disk.kill_at_sync(disk.syncs() + rng.random_range(100..200));
+    clients.send(addresses, usize::MAX).await;
+    process.wait_for_kill();
+    disk.kill_at_sync(0);
+    let (mut process, addresses) = Process::start(&disk.options());
+    clients.send(addresses, 12 << 20).await;
+    assert!(process.stop().success());
+    finish(&disk, load, clients, Deliveries::new(), Vec::new())
+}
+
+/// Clients send to a service that forwards to Kafka, which goes away and comes back, and parks what Kafka does not take.
+/// One life ends with SIGKILL at a random sync, while it delivers.
+pub async fn forward(rng: &mut StdRng) -> Run {
+    const ROUNDS: u32 = 6;
+    const BYTES: usize = 2 << 20;
+    let disk = Arc::new(Disk::new());
+    let load = Load::new(rng.random(), 200 << 10);
+    let mut clients = Clients::new(&load, &disk);
+    let mut kafka = Kafka::start(&load, &disk);
+    let options = kafka.forward(disk.options(), "connection_id");
+    let (mut process, mut addresses) = Process::start(&options);
+    let (mut outages, killed_in) = (Vec::new(), rng.random_range(2..ROUNDS - 1));
+    for round in 0..ROUNDS {
+        kafka.down();
+        let began = disk.journal_bytes();
+        clients.send(addresses, BYTES).await;
+        outages.push(began..disk.journal_bytes());
+        if round == ROUNDS - 1 {
+            break;
+        }
+        kafka.up();
+        if round == killed_in {
+            disk.kill_at_sync(disk.syncs() + rng.random_range(20..60));
+            clients.send(addresses, usize::MAX).await;
+            process.wait_for_kill();
+            disk.kill_at_sync(0);
+            (process, addresses) = Process::start(&options);
+        } else {
+            clients.send(addresses, BYTES).await;
+        }
+        kafka.wait_until_delivered(addresses, &clients).await;
+    }
+    // With Kafka away and a backlog.
+    assert!(process.stop().success());
+    let deliveries = kafka.deliveries();
+    finish(&disk, load, clients, deliveries, outages)
+}
+
+/// Proves that the journal has every change, by making the directory from it.
+fn finish(disk: &Disk, load: Arc<Load>, clients: Clients, deliveries: Deliveries, outages: Vec<Range<usize>>) -> Run {
+    let journal = disk.journal();
+    let mut model = Model::new(&journal, Disbelief::default());
+    records(&journal).for_each(|record| model.apply(&record.change));
+    let made = tempfile::tempdir().expect("make a directory");
+    image::write_volatile(&model, made.path()).expect("write the image");
+    assert_eq!(files(made.path()), files(&disk.root()), "the journal misses something");
+    Run { load, journal, clients, deliveries, outages }
+}
+
+/// Every file below `directory`, with its length and a checksum of its content.
+fn files(directory: &Path) -> Vec<(String, usize, u32)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).expect("list a directory") {
+        let path = entry.expect("list a directory").path();
+        let name = path.file_name().expect("it has a name").to_string_lossy().into_owned();
+        if path.is_dir() {
+            found.push((name.clone(), 0, 0));
+            found.extend(files(&path).into_iter().map(|(inner, bytes, sum)| (format!("{name}/{inner}"), bytes, sum)));
+        } else {
+            let content = std::fs::read(&path).expect("read a file");
+            let sum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &content) as u32;
+            found.push((name, content.len(), sum));
+        }
+    }
+    found.sort_unstable();
+    found
+}
