@@ -67,7 +67,7 @@ pub fn check(directory: &Path, promise: &Promise) -> Result<Found, String> {
     let mut found = result?;
     found.segments = status.segments;
     if status.quarantined_segments > 0 {
-        return Err(format!("{} segments in quarantine", status.quarantined_segments));
+        return Err(format!("{} segments in quarantine: {:#?}", status.quarantined_segments, complaints()));
     }
     let dropped = "ringtail_forward_dropped_events_total{reason=\"damaged\"} 0";
     if !metrics.handle().render().lines().any(|line| line == dropped) {

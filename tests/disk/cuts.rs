@@ -85,6 +85,8 @@ async fn serve(run: &Run, directory: &Path) -> Acks {
     let mut clients = run.clients.anew();
     clients.send(addresses, 1 << 20).await;
     assert!(process.stop().success());
+    let errors: Vec<String> = process.complaints().into_iter().filter(|line| line.contains("ERROR ringtail")).collect();
+    assert!(errors.is_empty(), "the service complains: {errors:#?}");
     assert!(!clients.acks().is_empty());
     clients.acks()
 }

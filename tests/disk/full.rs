@@ -109,3 +109,19 @@ async fn events_that_cannot_be_parked_wait() {
     service.stop();
     assert!(service.check().parked > 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_that_finds_no_space_is_prepared_later() {
+    let mut service = Service::start(seed());
+    for call in [Call::Reserve, Call::Create] {
+        service.disk.set_rule(0, Rule::always(call, libc::ENOSPC, "wal/", ""));
+        service.send(100 * MIB).await;
+        service.assert_refuses("full").await;
+        assert!(service.disk.hits(0) > 0);
+        service.disk.clear_rule(0);
+        // The keeper tries again by itself.
+        service.wait_until_accepting().await;
+    }
+    service.stop();
+    service.check();
+}

@@ -106,7 +106,7 @@ fn content(node: &Node, journal: &[u8], fate: Fate, rng: &mut StdRng) -> Vec<u8>
     }
     let certain_bytes = content.len();
     let mut after = content.clone();
-    // Up to which write a page is kept: whole pages, as the page cache writes them back.
+    // A page that is kept has every write up to that one: whole pages, as the page cache writes them back.
     let keep: Vec<bool> = pending.iter().map(|_| survives(fate, rng)).collect();
     for (at, change) in pending.iter().enumerate() {
         let FileChangeKind::Write(offset, data) = &change.kind else { unreachable!("they were split off") };
@@ -115,6 +115,7 @@ fn content(node: &Node, journal: &[u8], fate: Fate, rng: &mut StdRng) -> Vec<u8>
         content.resize(content.len().max(after.len()), 0);
         for page in from / PAGE_BYTES..until.div_ceil(PAGE_BYTES) {
             let range = page * PAGE_BYTES..((page + 1) * PAGE_BYTES).min(after.len());
+            let is_kept = if fate == Fate::Pages { rng.random() } else { keep[at] };
             let is_torn = fate == Fate::Pages && at + 1 == pending.len() && rng.random_ratio(1, 4);
             if is_torn {
                 for sector in range.clone().step_by(SECTOR_BYTES) {
@@ -123,21 +124,16 @@ fn content(node: &Node, journal: &[u8], fate: Fate, rng: &mut StdRng) -> Vec<u8>
                         content[sector.clone()].copy_from_slice(&after[sector]);
                     }
                 }
-            } else if if fate == Fate::Pages { rng.random() } else { keep[at] } {
+            } else if is_kept {
                 content[range.clone()].copy_from_slice(&after[range]);
             }
         }
     }
     // The file's new size may be lost, and what is beyond the old one with it.
-    if content.len() > certain_bytes {
-        let is_size_lost = fate == Fate::Lost || (fate != Fate::Kept && rng.random_ratio(1, 3));
-        if is_size_lost {
-            content.truncate(rng.random_range(certain_bytes..=content.len()).min(if fate == Fate::Lost {
-                certain_bytes
-            } else {
-                usize::MAX
-            }));
-        }
+    if fate == Fate::Lost {
+        content.truncate(certain_bytes);
+    } else if fate != Fate::Kept && content.len() > certain_bytes && rng.random_ratio(1, 3) {
+        content.truncate(rng.random_range(certain_bytes..content.len()));
     }
     content
 }

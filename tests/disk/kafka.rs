@@ -12,10 +12,12 @@ use rdkafka::producer::DefaultProducerContext;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use crate::disk::Disk;
-use crate::load::{GOOD_TYPE, Load, Name};
+use crate::http::{status, wait_until};
+use crate::load::{Clients, GOOD_TYPE, Load, Name};
+use crate::process::{Addresses, Options};
 
 /// Many, because each keeps 5 MiB and no more.
-const PARTITIONS: usize = 32;
+const PARTITIONS: usize = 64;
 
 /// Events that arrived, and how long the journal was when they were seen.
 pub type Deliveries = HashMap<(Name, usize), usize>;
@@ -48,9 +50,15 @@ impl Kafka {
         kafka
     }
 
-    /// `forward.brokers`
-    pub fn brokers(&self) -> Vec<String> {
-        vec![self.cluster.bootstrap_servers()]
+    /// `options` with settings that forward here, and do not wait long for it.
+    pub fn forward(&self, mut options: Options, record_key: &str) -> Options {
+        options.brokers = vec![self.cluster.bootstrap_servers()];
+        let settings =
+            [("topic", "%s"), ("stop_timeout", "1s"), ("retry_delay_max", "100ms"), ("record_key", record_key)];
+        options.settings.extend(settings.map(|(name, value)| format!("forward.{name} = {value:?}")));
+        let settings = [("reconnect.backoff.ms", 10), ("reconnect.backoff.max.ms", 50), ("retry.backoff.ms", 10)];
+        options.settings.extend(settings.map(|(name, value)| format!("forward.kafka.{name:?} = {value}")));
+        options
     }
 
     /// Takes the broker away: connections break, new ones are refused.
@@ -88,6 +96,19 @@ impl Kafka {
     /// What has arrived.
     pub fn deliveries(&self) -> Deliveries {
         self.deliveries.lock().unwrap().clone()
+    }
+
+    /// Waits until the log is empty, and every acked event was read here or parked.
+    pub async fn wait_until_delivered(&self, addresses: Addresses, clients: &Clients) {
+        wait_until("the log to be empty", || status(addresses)["wal"]["pending_batches"] == 0).await;
+        let events = |name| self.load.events(name).into_iter().enumerate().map(move |(at, (kind, _))| (name, at, kind));
+        let good = clients.acks().into_keys().flat_map(events).filter(|(.., kind)| *kind == GOOD_TYPE);
+        let good: Vec<_> = good.map(|(name, event, _)| (name, event)).collect();
+        wait_until("every event to be seen in Kafka", || {
+            let deliveries = self.deliveries.lock().unwrap();
+            good.iter().all(|event| deliveries.contains_key(event))
+        })
+        .await;
     }
 
     fn consumer(&self) -> BaseConsumer {

@@ -8,13 +8,12 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::disk::Disk;
-use crate::http::{status, wait_until};
 use crate::image;
 use crate::journal::records;
 use crate::kafka::{Deliveries, Kafka};
-use crate::load::{BAD_TYPE, Clients, Load};
+use crate::load::{Clients, Load};
 use crate::model::{Disbelief, Model};
-use crate::process::{Addresses, Options, Process};
+use crate::process::Process;
 
 /// A run of the service, in several lives, and what others saw of it.
 pub struct Run {
@@ -52,7 +51,7 @@ pub async fn forward(rng: &mut StdRng) -> Run {
     let load = Load::new(rng.random(), 200 << 10);
     let mut clients = Clients::new(&load, &disk);
     let mut kafka = Kafka::start(&load, &disk);
-    let options = forward_settings(&disk, &kafka);
+    let options = kafka.forward(disk.options(), "connection_id");
     let (mut process, mut addresses) = Process::start(&options);
     let (mut outages, killed_in) = (Vec::new(), rng.random_range(2..ROUNDS - 1));
     for round in 0..ROUNDS {
@@ -73,34 +72,12 @@ pub async fn forward(rng: &mut StdRng) -> Run {
         } else {
             clients.send(addresses, BYTES).await;
         }
-        wait_until_delivered(addresses, &load, &clients, &kafka).await;
+        kafka.wait_until_delivered(addresses, &clients).await;
     }
     // With Kafka away and a backlog.
     assert!(process.stop().success());
     let deliveries = kafka.deliveries();
     finish(&disk, load, clients, deliveries, outages)
-}
-
-/// Options for a service that forwards to `kafka`, and does not wait long for it.
-pub fn forward_settings(disk: &Disk, kafka: &Kafka) -> Options {
-    let mut options = Options { brokers: kafka.brokers(), ..disk.options() };
-    let settings = ["topic = \"%s\"", "stop_timeout = \"1s\"", "retry_delay_max = \"100ms\""];
-    options.settings.extend(settings.map(|setting| format!("forward.{setting}")));
-    let kafka_settings = [("reconnect.backoff.ms", 10), ("reconnect.backoff.max.ms", 50), ("retry.backoff.ms", 10)];
-    options.settings.extend(kafka_settings.map(|(name, value)| format!("forward.kafka.{name:?} = {value}")));
-    options
-}
-
-/// Waits until the log is empty, and Kafka was read to its end.
-pub async fn wait_until_delivered(addresses: Addresses, load: &Load, clients: &Clients, kafka: &Kafka) {
-    wait_until("the log to be empty", || status(addresses)["wal"]["pending_batches"] == 0).await;
-    let events = |name| load.events(name).into_iter().enumerate().map(move |(event, (kind, _))| (name, event, kind));
-    let acked: Vec<_> = clients.acks().into_keys().flat_map(events).collect();
-    wait_until("every event to be seen in Kafka", || {
-        let deliveries = kafka.deliveries();
-        acked.iter().all(|(name, event, kind)| *kind == BAD_TYPE || deliveries.contains_key(&(*name, *event)))
-    })
-    .await;
 }
 
 /// Proves that the journal has every change, by making the directory from it.

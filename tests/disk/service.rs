@@ -12,7 +12,6 @@ use crate::http::{get, status, wait_until};
 use crate::kafka::Kafka;
 use crate::load::{Clients, Load};
 use crate::process::{Addresses, Options, Process};
-use crate::runs::{forward_settings, wait_until_delivered};
 
 /// A service that forwards to a Kafka, which is away at first.
 pub struct Service {
@@ -32,7 +31,7 @@ impl Service {
         let load = Load::new(seed, 200 << 10);
         let clients = Clients::new(&load, &disk);
         let kafka = Kafka::start(&load, &disk);
-        let options = forward_settings(&disk, &kafka);
+        let options = kafka.forward(disk.options(), "connection_id");
         let (process, addresses) = Process::start(&options);
         Service { disk, load, clients, kafka, process, addresses, options }
     }
@@ -83,7 +82,7 @@ impl Service {
 
     /// Waits until everything is delivered or parked.
     pub async fn wait_until_delivered(&self) {
-        wait_until_delivered(self.addresses, &self.load, &self.clients, &self.kafka).await;
+        self.kafka.wait_until_delivered(self.addresses, &self.clients).await;
     }
 
     /// Stops it.

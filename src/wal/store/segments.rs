@@ -58,8 +58,14 @@ impl SledStore {
         let bytes = (2 * STATE_SLED_SEGMENT_BYTES + self.shape.sled_segment_bytes + (1 << 20)) as u64;
         let file = File::options().create(true).truncate(false).write(true).open(self.reserve());
         let file = file.map_err(StoreError::io("open reserve"))?;
-        if blocks_bytes(&file.metadata().map_err(StoreError::io("measure reserve"))?) >= bytes {
+        let held = blocks_bytes(&file.metadata().map_err(StoreError::io("measure reserve"))?);
+        let missing = bytes.saturating_sub(held);
+        if missing == 0 {
             return Ok(());
+        }
+        if free_bytes(&self.directory)? < missing + self.shape.reserved_bytes {
+            // What is free on a full disk is for those who have to write, and not to be taken by a reserve alone.
+            return Err(StoreError::io("hold reserve")(io::Error::from_raw_os_error(libc::ENOSPC)));
         }
         reserve(&file, bytes)
     }
@@ -94,7 +100,8 @@ impl Store for SledStore {
                 mark_lost(&path)?;
                 continue;
             }
-            fs::remove_dir_all(path).map_err(StoreError::io("remove unfinished segment"))?;
+            // Not only what is there: a marker whose removal was not durable could come back after a power loss.
+            self.remove(id)?;
         }
         Ok(())
     }
@@ -201,9 +208,11 @@ impl SledStore {
         kill_point::pass("prepare.slots");
         file.sync_all().map_err(StoreError::io("sync segment"))?;
         kill_point::pass("prepare.synced");
+        sync_conf(path)?;
+        // Before there is a marker: it must not outlive a power loss that the names of the others do not.
+        sync_directory(path)?;
         write_marker(path, slots, sled_segment_bytes)?;
         kill_point::pass("prepare.marked");
-        sync_conf(path)?;
         sync_directory(path)?;
         sync_directory(&self.wal())?;
         Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
