@@ -545,3 +545,18 @@ fn what_grows_old_in_flight_is_dropped_without_a_broker() {
     setup.assert_books_balance(2);
     assert_eq!(setup.consume("t", 1, 1)[0].1, [2]);
 }
+
+#[test]
+fn parked_events_that_vanish_are_reported_and_counted() {
+    let setup = Setup::new();
+    let forwarder = setup.start();
+    setup.send("client", &[("not a topic", vec![1]), ("nor this", vec![2])]);
+    setup.wait_for_empty_log(&forwarder);
+    forwarder.stop(DEADLINE);
+    let store = ParkedStore::open(setup.wal.parked()).unwrap();
+    assert_eq!((store.count(), setup.wal.noted_parked()), (2, 2));
+    assert!(store.remove(1).unwrap());
+    let _forwarder = setup.start();
+    assert_eq!(setup.metric("ringtail_forward_dropped_events_total"), 1);
+    assert_eq!(setup.wal.noted_parked(), 1);
+}

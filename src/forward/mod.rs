@@ -108,6 +108,12 @@ impl Forwarder {
     ) -> Result<Forwarder, ForwardError> {
         validate(config)?;
         let parked = ParkedStore::open(wal.parked())?;
+        let missing = wal.noted_parked().saturating_sub(parked.count());
+        if missing > 0 {
+            tracing::error!(events = missing, "parked events are missing: the parked store was damaged");
+            metrics.forward.dropped_events_damaged.increment(missing);
+            wal.note_parked(parked.count());
+        }
         let properties = properties::properties(config, batch_bytes_max);
         let shared = Arc::new(Shared::new());
         let producer = if config.brokers.is_empty() { None } else { Some(Producer::new(&properties)?) };

@@ -362,6 +362,7 @@ impl Replay {
         drop(status);
         // Last, so that whoever sees an empty backlog finds everything counted.
         if let Some(end) = passed.end {
+            self.wal.note_parked(self.parking.count());
             self.wal.deliver(end);
         }
     }

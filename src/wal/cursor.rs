@@ -16,6 +16,7 @@ use super::store::StateDb;
 use crate::kill_point;
 
 const KEY: &[u8] = b"cursor";
+const PARKED_KEY: &[u8] = b"parked";
 const VERSION: u8 = 1;
 const BYTES: usize = 1 + 8 + 4 + 24 + 24 + 4;
 
@@ -37,6 +38,17 @@ pub(super) fn save(meta: &dyn StateDb, cursor: Position, tail: Totals) -> Result
     meta.sync()?;
     kill_point::pass("cursor.synced");
     Ok(())
+}
+
+/// Saves how many events are in the parked store. Durable with the next sync of `meta`.
+pub(super) fn put_parked(meta: &dyn StateDb, events: u64) -> Result<(), StoreError> {
+    meta.put(PARKED_KEY, &events.to_le_bytes())
+}
+
+/// How many events were in the parked store when the cursor was saved. 0 if that is not known.
+pub(super) fn load_parked(meta: &dyn StateDb) -> Result<u64, StoreError> {
+    let value = meta.get(PARKED_KEY)?.and_then(|value| value.try_into().ok());
+    Ok(value.map_or(0, u64::from_le_bytes))
 }
 
 /// The saved cursor and tail; none in a new log, or when what is there is not right.

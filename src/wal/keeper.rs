@@ -26,6 +26,8 @@ pub(super) struct Keeper {
     shared: Arc<Shared>,
     /// The tail as saved with the cursor.
     saved_tail: u64,
+    /// Parked events, as saved with it.
+    saved_parked: u64,
     /// The dedup window as saved.
     saved_window: SavedWindow,
     /// What recovery found, or what a failed save may have lost, is saved.
@@ -38,9 +40,17 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub fn new(shared: Arc<Shared>, saved_window: SavedWindow) -> Keeper {
-        let (saved_tail, window_is_saved, durable_window_end) = (0, false, 0);
-        let (last_pass, last_error) = (None, None);
-        Keeper { shared, saved_tail, saved_window, window_is_saved, durable_window_end, last_pass, last_error }
+        let saved_parked = shared.log().parked_events;
+        Keeper {
+            shared,
+            saved_tail: 0,
+            saved_parked,
+            saved_window,
+            window_is_saved: false,
+            durable_window_end: 0,
+            last_pass: None,
+            last_error: None,
+        }
     }
 
     /// Keeps the log until it is closed.
@@ -204,14 +214,15 @@ impl Keeper {
     }
 
     fn save_cursor(&mut self) -> Result<(), StoreError> {
-        let (cursor, tail, saved, losses) = {
+        let (cursor, tail, saved, losses, parked) = {
             let log = self.shared.log();
-            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone())
+            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone(), log.parked_events)
         };
         let window_end = self.saved_window.end_sequence;
         if cursor == saved
             && tail.sequence == self.saved_tail
             && losses.is_empty()
+            && parked == self.saved_parked
             && window_end == self.durable_window_end
         {
             return Ok(());
@@ -219,7 +230,9 @@ impl Keeper {
         let meta = &*self.shared.meta;
         // Before the cursor, which may pass them: a loss that nobody can look up later would be a silent one.
         losses.iter().try_for_each(|loss| losses::put(meta, loss))?;
+        cursor::put_parked(meta, parked)?;
         cursor::save(meta, cursor, tail)?;
+        self.saved_parked = parked;
         self.saved_tail = tail.sequence;
         self.durable_window_end = window_end;
         let mut log = self.shared.log();

@@ -63,6 +63,8 @@ pub(super) struct Log {
     pub losses: BTreeMap<u64, Loss>,
     /// Losses that are not in the ledger yet.
     pub unsaved_losses: Vec<Loss>,
+    /// Events in the parked store, as of the cursor.
+    pub parked_events: u64,
     /// Since when the oldest segment is wanted for its space.
     pub giving_up_since: Option<Instant>,
     /// No space to prepare another segment.

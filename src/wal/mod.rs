@@ -259,6 +259,16 @@ impl Wal {
         self.shared.parked.clone()
     }
 
+    /// How many events the parked store holds. Saved with the cursor, so that the next start knows if some are missing.
+    pub fn note_parked(&self, events: u64) {
+        self.shared.log().parked_events = events;
+    }
+
+    /// What [`Wal::note_parked`] said last, before the start.
+    pub fn noted_parked(&self) -> u64 {
+        self.shared.log().parked_events
+    }
+
     /// Wakes a reader that waits.
     pub fn wake_reader(&self) {
         self.shared.log().reader_woken = true;

@@ -80,6 +80,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         received: VecDeque::new(),
         losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
+        parked_events: cursor::load_parked(meta)?,
         giving_up_since: None,
         space_short: false,
         full_since: None,

@@ -48,6 +48,8 @@ pub use segments::SledStore;
 pub const STATE_VALUE_BYTES_MAX: usize = 48 * 1024;
 /// sled's `segment_size` of a [`StateDb`].
 const STATE_SLED_SEGMENT_BYTES: usize = 4 << 20;
+/// Marks what was made completely, and durably.
+const READY: &str = "READY";
 /// Disk held back for a start on a full disk.
 const RESERVE: &str = "reserve";
 /// Most slots of a segment.

@@ -12,14 +12,12 @@ use super::files::{
 };
 use super::state::SledState;
 use super::{
-    DB_BEFORE, RESERVE, SLOTS_MAX, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb, Store, close,
-    guard, open_by_ladder,
+    DB_BEFORE, READY, RESERVE, SLOTS_MAX, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb, Store,
+    close, guard, open_by_ladder,
 };
 use crate::kill_point;
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
-
-const READY: &str = "READY";
 
 /// The store on sled, in one directory.
 pub struct SledStore {

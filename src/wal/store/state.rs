@@ -6,8 +6,18 @@ use std::sync::Mutex;
 
 use super::files::{own_descriptor, sync_conf, sync_directory};
 use super::segments::SledStore;
-use super::{Entry, RESERVE, STATE_SLED_SEGMENT_BYTES, STATE_VALUE_BYTES_MAX, StateDb, close, guard, open_by_ladder};
+use super::{
+    Entry, READY, RESERVE, STATE_SLED_SEGMENT_BYTES, STATE_VALUE_BYTES_MAX, StateDb, close, guard, open_by_ladder,
+};
 use crate::wal::error::StoreError;
+
+/// Name of the tree, key and value that show that a Db was not emptied.
+const MARK: &str = "mark";
+
+/// What a map is like that has lost its mark.
+fn emptied() -> StoreError {
+    StoreError::Sled { operation: "read state", message: "sled shows none of what was in it".to_owned() }
+}
 
 /// A small map on sled. After an error its Db is opened anew, because sled keeps the error for good.
 pub(super) struct SledState {
@@ -32,18 +42,30 @@ impl SledState {
     }
 
     pub(super) fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
-        let existed = path.exists();
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
         let state = SledState { path: path.to_path_buf(), reserve: reserve.to_path_buf(), open: Mutex::new(None) };
         // Read through once: damage shows now, while it can be set aside, and not when the service rests on it.
         state.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(drop)))?;
-        if !existed {
-            state.sync()?;
-            for synced in [path, path.parent().expect("it is below wal.directory")] {
-                sync_directory(synced)?;
-            }
+        if path.join(READY).exists() {
+            return if state.is_marked()? { Ok(state) } else { Err(emptied()) };
         }
+        state.with("mark state", |(db, _)| db.open_tree(MARK)?.insert(MARK, MARK))?;
+        state.sync()?;
+        sync_directory(path)?;
+        sync_directory(path.parent().expect("it is below wal.directory"))?;
+        let ready = File::create(path.join(READY)).and_then(|ready| ready.sync_all());
+        ready.map_err(StoreError::io("mark state ready"))?;
+        sync_directory(path)?;
         Ok(state)
+    }
+
+    /// Whether the Db still holds what was put into it first of all. sled takes a log with a damaged beginning for an empty
+    /// one, and says nothing.
+    fn is_marked(&self) -> Result<bool, StoreError> {
+        self.with("read state", |(db, _)| {
+            Ok(db.tree_names().iter().any(|name| **name == *MARK.as_bytes())
+                && db.open_tree(MARK)?.contains_key(MARK)?)
+        })
     }
 
     fn with<T>(
@@ -112,5 +134,35 @@ impl StateDb for SledState {
             db.flush()?;
             file.sync_data().map_err(sled::Error::from)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_map_that_sled_shows_as_empty_is_set_aside() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("quarantine")).unwrap();
+        let open = || SledState::open(directory.path(), "parked").unwrap();
+        let state = open();
+        state.put(b"key", b"value").unwrap();
+        state.sync().unwrap();
+        drop(state);
+        assert_eq!(open().get(b"key").unwrap().as_deref(), Some(&b"value"[..]));
+        // Without its snapshot all is in the log, whose first byte decides.
+        super::super::remove_files(&directory.path().join("parked"), |name| name.starts_with("snap.")).unwrap();
+        let db = directory.path().join("parked/db");
+        let mut bytes = fs::read(&db).unwrap();
+        bytes[0] ^= 1;
+        fs::write(&db, bytes).unwrap();
+        let state = open();
+        assert_eq!(state.get(b"key").unwrap(), None);
+        assert!(directory.path().join("quarantine/parked-1").is_dir());
+        state.put(b"key", b"again").unwrap();
+        state.sync().unwrap();
+        drop(state);
+        assert_eq!(open().get(b"key").unwrap().as_deref(), Some(&b"again"[..]));
     }
 }
