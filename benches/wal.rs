@@ -9,8 +9,9 @@
 //! Every case runs both in turn, on one file system, several times, and prints medians and their ratio: the figures of one
 //! run can be compared, those of two runs cannot. Payloads are incompressible.
 //!
-//! The file is reserved ahead in steps of 32 MiB, as the log is, which makes the baseline faster: a file that takes a new
-//! block with every append also waits for the file system's journal.
+//! There are two baselines: a file that just grows, and one that is reserved ahead in steps of 32 MiB, as the log is. The
+//! second is faster, because an append that takes new blocks also waits for the file system's journal. Ratios are of the
+//! log to each of them: throughput (more is better), median latency (less is better).
 //!
 //! - `groups`: one appender, so that each batch is a group commit of its own.
 //! - `appenders`: many at once, with batches of 4 KB; the raw file gets the same bytes in groups of the same size.
@@ -98,8 +99,9 @@ impl Bench {
 
     fn groups(&self) {
         for bytes in [4 << 10, 32 << 10, 256 << 10, 1 << 20] {
-            let rounds = (0..ROUNDS).map(|_| (self.raw(bytes), self.log(bytes, 1))).collect();
-            print_row(&format!("groups of {}", ByteSize::b(bytes as u64)), rounds);
+            let round = |_| [self.raw(bytes, false), self.raw(bytes, true), self.log(bytes, 1)];
+            let rounds: Vec<_> = (0..ROUNDS).map(round).collect();
+            print_row(&format!("groups of {}", ByteSize::b(bytes as u64)), &rounds);
         }
     }
 
@@ -107,23 +109,24 @@ impl Bench {
         for appenders in [16, 256, 2000] {
             let rounds = (0..ROUNDS).map(|_| {
                 let log = self.log(4 << 10, appenders);
-                (self.raw(log.group_bytes as usize), log)
+                let group = log.group_bytes as usize;
+                [self.raw(group, false), self.raw(group, true), log]
             });
             let rounds: Vec<_> = rounds.collect();
-            let group = ByteSize::b(median(rounds.iter().map(|(_, log)| log.group_bytes)) as u64);
-            print_row(&format!("{name}: {appenders} × 4 KiB (groups of {group})"), rounds);
+            let group = ByteSize::b(median(rounds.iter().map(|[.., log]| log.group_bytes)) as u64);
+            print_row(&format!("{name}: {appenders} × 4 KiB (groups of {group})"), &rounds);
         }
     }
 
     /// Appends groups of `bytes` to a file and syncs each.
-    fn raw(&self, bytes: usize) -> Shown {
+    fn raw(&self, bytes: usize, reserved_ahead: bool) -> Shown {
         let path = self.directory.join("raw");
         let mut file = File::create(&path).expect("make the raw file");
         let payload = noise(bytes);
         let (mut latencies, mut total, mut reserved, written) = (Vec::new(), 0, 0, written_bytes());
         let began = Instant::now();
         while began.elapsed() < self.round {
-            if total >= reserved {
+            if reserved_ahead && total >= reserved {
                 reserve(&file, reserved);
                 reserved += RESERVE_STEP;
             }
@@ -307,17 +310,19 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn print_row(name: &str, rounds: Vec<(Shown, Shown)>) {
-    let raw = |of: fn(&Shown) -> f64| median(rounds.iter().map(|(raw, _)| of(raw)));
-    let log = |of: fn(&Shown) -> f64| median(rounds.iter().map(|(_, log)| of(log)));
-    let (raw_rate, log_rate) = (raw(|shown| shown.bytes_per_second / 1e6), log(|shown| shown.bytes_per_second / 1e6));
-    let (raw_p50, log_p50) = (raw(|shown| shown.p50_ms), log(|shown| shown.p50_ms));
+fn print_row(name: &str, rounds: &[[Shown; 3]]) {
+    let medians = |of: fn(&Shown) -> f64| [0, 1, 2].map(|which| median(rounds.iter().map(|round| of(&round[which]))));
+    let [grown_rate, reserved_rate, log_rate] = medians(|shown| shown.bytes_per_second / 1e6);
+    let [grown_p50, reserved_p50, log_p50] = medians(|shown| shown.p50_ms);
     println!(
-        "| {name} | {raw_rate:.1} | {log_rate:.1} | {:.2} | {raw_p50:.2} | {log_p50:.2} | {:.2} | {:.2} | {:.2} |",
-        log_rate / raw_rate,
-        log_p50 / raw_p50,
-        log(|shown| shown.written_per_byte),
-        log(|shown| shown.kept_per_byte),
+        "| {name} | {grown_rate:.0}, {reserved_rate:.0}, {log_rate:.0} | {:.2}, {:.2} \
+         | {grown_p50:.2}, {reserved_p50:.2}, {log_p50:.2} | {:.2}, {:.2} | {:.2} | {:.2} |",
+        log_rate / grown_rate,
+        log_rate / reserved_rate,
+        log_p50 / grown_p50,
+        log_p50 / reserved_p50,
+        medians(|shown| shown.written_per_byte)[2],
+        medians(|shown| shown.kept_per_byte)[2],
     );
 }
 
