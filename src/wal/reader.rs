@@ -99,7 +99,7 @@ impl Reader {
                 self.chunk = None;
             }
             let slot = self.at.slot;
-            match record.and_then(|record| Ok((record.after(before), record.decode()))) {
+            match record.map(|record| (record.after(before), record.decode())) {
                 Ok((after, Ok(batch))) => {
                     self.at.totals = after;
                     return Some(Record { sequence, batch, end: self.at });
