@@ -28,7 +28,7 @@ pub struct Loss {
     pub end_sequence: u64,
     /// How many events they held.
     pub events: u64,
-    /// The segment that they were in, or the first of several; the one in which they were missed if theirs is gone.
+    /// A segment that they were in; the one in which they were missed if theirs is gone.
     pub segment: u64,
     /// When they were missed, milliseconds since the Unix epoch.
     pub found_at_ms: u64,

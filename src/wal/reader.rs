@@ -268,7 +268,9 @@ impl Reader {
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
         let from = self.at.totals;
-        let segment = self.left.first().copied().unwrap_or(self.at.segment);
+        // The surest of all that may have held them: the one whose slots were passed over, or the last that showed nothing.
+        let left = self.left.last().copied().filter(|_| self.at.slot == 0);
+        let segment = left.unwrap_or(self.at.segment);
         let first_sequence = if self.lost.1 == from { self.lost.0 } else { from.sequence };
         self.lost = (first_sequence, until);
         self.at.totals = until;
