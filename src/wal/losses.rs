@@ -28,7 +28,7 @@ pub struct Loss {
     pub end_sequence: u64,
     /// How many events they held.
     pub events: u64,
-    /// The segment that held them, or that of several most likely did.
+    /// A segment that they were in; the one in which they were missed if theirs is gone.
     pub segment: u64,
     /// When they were missed, milliseconds since the Unix epoch.
     pub found_at_ms: u64,

@@ -302,7 +302,7 @@ impl Reader {
         self.shared.log().note_loss(Loss { first_sequence, end_sequence, events, segment, found_at_ms: now_ms() });
     }
 
-    /// Keeps every segment aside that may hold what is missing here. The one that most likely does.
+    /// Keeps every segment aside that may hold what is missing here. Returns the one that most surely does.
     fn mark_incomplete(&self) -> u64 {
         let mut log = self.shared.log();
         // Of the present one, something was passed over.
@@ -312,8 +312,10 @@ impl Reader {
                 segment.damaged = true;
             }
         }
+        // The surest of them: one that did not open, the one whose slots were passed over, or the last that showed nothing.
         let unopened = self.left.iter().find(|id| !log.segments.contains_key(id));
-        unopened.or(self.left.first()).copied().unwrap_or(self.at.segment)
+        let last = self.left.last().filter(|_| self.at.slot == 0);
+        unopened.or(last).copied().unwrap_or(self.at.segment)
     }
 
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.

@@ -437,3 +437,53 @@ fn the_small_maps_make_no_blob_files() {
     let bytes = std::fs::metadata(directory.path().join("meta/db")).unwrap().len();
     assert!(bytes < 64 << 20, "{bytes}");
 }
+
+/// sled may recover a log that is shorter than it was: only the next segment shows it, when this one is read and delivered.
+#[test]
+fn a_segment_that_lost_its_end_is_kept_also_after_a_restart() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    for number in 1..=40 {
+        wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+    }
+    wal.close();
+    (4..12).for_each(|slot| store.damage(1, slot, Vec::clear));
+    // The process ends after the cursor was saved, and before the segment was set aside.
+    let wal = open_memory(&store);
+    store.set_faults(Faults { housekeeping_fails: true, ..Faults::default() });
+    let mut reader = wal.reader();
+    while let Some(record) = reader.next_record().unwrap() {
+        wal.deliver(record.end);
+    }
+    let losses = wal.losses();
+    assert_eq!((losses.len(), losses[0].first_sequence, losses[0].segment), (1, 5, 1), "{losses:?}");
+    drop(reader);
+    wal.close();
+    store.set_faults(Faults::default());
+    assert!(store.quarantined().unwrap().is_empty());
+    let wal = open_memory(&store);
+    assert_eq!((wal.status().pending_batches, wal.losses()), (0, losses));
+    wal.close();
+    assert_eq!(store.quarantined().unwrap(), [1]);
+}
+
+#[test]
+fn a_newest_segment_that_shows_none_of_its_records_is_set_aside() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    for number in 1..=3 {
+        wait(wal.append(batch(number, 10)).unwrap()).unwrap();
+    }
+    wal.close();
+    drop(wal);
+    let db = directory.path().join("wal/000000000001/db");
+    let mut bytes = std::fs::read(&db).unwrap();
+    // The header of sled's first segment: sled takes it for free space, and the log for empty.
+    bytes[..20].fill(0);
+    std::fs::write(&db, bytes).unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    assert_eq!(wal.status().quarantined_segments, 1);
+    assert!(drain(&mut wal.reader()).is_empty());
+    assert_eq!(wal.status().lost_batches, 3);
+    wal.close();
+}

@@ -152,12 +152,8 @@ impl Test {
         let killed = tokio::task::block_in_place(|| process.wait_for_own_kill());
         assert!(killed, "{point} was not passed {passage} times");
         let complaints = process.complaints();
-        let oracle = self.oracle.lock().unwrap();
-        assert!(
-            damaged || complaints.iter().all(|line| oracle.expects(line)),
-            "{point}:{passage} met damage: {complaints:#?}"
-        );
-        drop(oracle);
+        let expected = |line: &String| self.oracle.lock().unwrap().expects(line);
+        assert!(damaged || complaints.iter().all(expected), "{point}:{passage} met damage: {complaints:#?}");
         if let Some(running) = running {
             self.clients.finish(running).await;
         }

@@ -19,6 +19,9 @@ use crate::kill_point;
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
 
+/// Disk taken by a segment's directories, marker, `conf` and snapshot.
+const SMALL_FILES_BYTES: u64 = 20 << 10;
+
 /// The store on sled, in one directory.
 pub struct SledStore {
     directory: PathBuf,
@@ -168,7 +171,13 @@ impl Store for SledStore {
     }
 
     fn segment_bytes(&self, id: u64) -> Result<u64, StoreError> {
-        disk_bytes(&self.segment(id)).map_err(StoreError::io("measure segment"))
+        // Not the whole directory: at start there may be a thousand of them.
+        let mut bytes = SMALL_FILES_BYTES;
+        for name in ["db", DB_BEFORE] {
+            let file = fs::metadata(self.segment(id).join(name)).map(|file| blocks_bytes(&file));
+            bytes += file.or_else(absent_is_default).map_err(StoreError::io("measure segment"))?;
+        }
+        Ok(bytes)
     }
 
     fn space(&self) -> Result<Space, StoreError> {
