@@ -72,7 +72,8 @@ pub(super) struct Discard {
     age_max_ms: Option<u64>,
     when_aged: WhenAged,
     topics: HashMap<Box<str>, Arc<str>>,
-    stuck_since: Option<Instant>,
+    /// The oldest record, and since when it has been that.
+    stuck: Option<(Position, Instant)>,
     aged_at: Option<Instant>,
     log_limit: LogLimit,
     unlogged: u64,
@@ -85,7 +86,7 @@ impl Discard {
             age_max_ms: (age_max_ms > 0).then_some(age_max_ms),
             when_aged: config.when_aged,
             topics: HashMap::new(),
-            stuck_since: None,
+            stuck: None,
             aged_at: None,
             log_limit: LogLimit::new(LOG_INTERVAL),
             unlogged: 0,
@@ -123,14 +124,15 @@ impl Discard {
         let given_up = wal.is_given_up(end);
         let resting = self.aged_at.is_some_and(|aged_at| now < aged_at + AGE_INTERVAL);
         if !given_up && (resting || !self.is_aged(received_at_ms, now_ms)) {
-            self.stuck_since = None;
+            self.stuck = None;
             return false;
         }
-        let stuck_since = *self.stuck_since.get_or_insert(now);
-        if connected && now < stuck_since + PATIENCE {
+        let since = self.stuck.filter(|(before, _)| *before == end).map_or(now, |(_, since)| since);
+        self.stuck = Some((end, since));
+        if connected && now < since + PATIENCE {
             return false;
         }
-        self.stuck_since = None;
+        self.stuck = None;
         self.aged_at = Some(now);
         true
     }

@@ -143,10 +143,12 @@ impl InFlight {
         });
     }
 
-    /// The end of the oldest record with an open event, and when it was received.
+    /// The end of the oldest record with an open event that has a topic, and when it was received. Those without one are
+    /// being parked.
     pub(super) fn oldest(&self) -> Option<(Position, u64)> {
         let slot = self.slots.front()?;
-        Some((slot.end, slot.live.as_ref()?.batch.received_at_ms))
+        let live = slot.live.as_ref()?;
+        live.lanes.iter().any(Option::is_some).then_some((slot.end, live.batch.received_at_ms))
     }
 
     /// Says which lane each event of `slot` went to.

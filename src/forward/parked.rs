@@ -27,7 +27,7 @@ const VERSION: u8 = 1;
 const HEAD_BYTES: usize = 7;
 const KEY_BYTES: usize = 10;
 
-/// Entries read at a time: at most 4 MiB.
+/// Entries read at a time: at most 768 KiB.
 const SCAN_ENTRIES: usize = 16;
 
 /// A parked event. As JSON: one flat object, the payload in base64.
@@ -84,7 +84,7 @@ pub enum ParkedError {
         /// What is wrong with it.
         what: &'static str,
     },
-    /// The event needs more parts than an id has room for (16 GiB).
+    /// The event needs more parts than an id has room for (3 GiB).
     #[error("an event of {bytes} bytes is too large to park")]
     TooLarge {
         /// Its size.

@@ -417,8 +417,9 @@ impl Replay {
 
     /// Whether the oldest record may be one to be discarded.
     fn has_discarded(&self) -> bool {
-        let oldest = self.wal.status().oldest_pending_received_at_ms;
-        oldest.is_some_and(|at| self.discard.is_aged(at, now_ms()) || self.wal.has_given_up())
+        let status = self.wal.status();
+        let aged = status.oldest_pending_received_at_ms.is_none_or(|at| self.discard.is_aged(at, now_ms()));
+        self.wal.has_given_up() || (aged && status.pending_batches > 0)
     }
 
     fn park_record(&mut self, record: &Record) {

@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -21,10 +21,15 @@ use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_reco
 use super::store::SegmentFile;
 use super::syncer::{self, Group};
 use crate::batch::{Batch, Sequence};
+use crate::config::WhenFull;
 use crate::kill_point;
 
 /// Most bytes of one group commit, unless a single batch is larger.
 const GROUP_BYTES_MAX: usize = 4 << 20;
+
+/// How long commits wait for a segment to be prepared, or given up for another, before batches are refused as if the log
+/// were full.
+const SPARE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Batches that wait for their commit, and those that had it.
 pub(super) struct Queue {
@@ -285,6 +290,7 @@ impl Appender {
     fn rotate(&mut self) -> Result<(), CommitError> {
         // A segment is left when everything in it is durable: the reader goes by that.
         self.shared.pipeline.wait_until_empty();
+        let began = Instant::now();
         let mut log = self.shared.log();
         if let Some(sealed) = self.active.take() {
             log.active = None;
@@ -297,7 +303,8 @@ impl Appender {
                 return Err(CommitError::Poisoned);
             }
             if let Some((id, file)) = log.spares.pop_front() {
-                self.shared.pool.insert(id, file.clone());
+                // Whether another can be made is decided anew.
+                log.space_short &= !log.spares.is_empty() || self.shared.config.when_full == WhenFull::Reject;
                 let disk_bytes = self.shared.shape.reserved_bytes;
                 log.segments.insert(id, Segment { disk_bytes, ..Segment::default() });
                 log.active = Some((id, 0));
@@ -306,7 +313,7 @@ impl Appender {
                 self.shared.log_changed.notify_all();
                 return Ok(());
             }
-            if log.space_short {
+            if log.space_short || began.elapsed() >= SPARE_PATIENCE {
                 if log.full_since.is_none() {
                     let (used, free) = (log.disk_bytes(&self.shared.shape), log.space.free_bytes);
                     tracing::warn!(disk_bytes = used, free_bytes = free, "log full, refusing batches");
@@ -314,7 +321,8 @@ impl Appender {
                 }
                 return Err(CommitError::Full);
             }
-            log = self.shared.log_changed.wait(log).unwrap_or_else(std::sync::PoisonError::into_inner);
+            let waited = self.shared.log_changed.wait_timeout(log, SPARE_PATIENCE);
+            log = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
     }
 

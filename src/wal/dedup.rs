@@ -15,6 +15,8 @@
 //! ```
 //!
 //! # Limits
+//! A batch that is lost to damage later is still known, and a retry of it acked: the ledger of losses says that it is gone.
+//!
 //! The newest `wal.dedup.entries_max` batches, none older than `wal.dedup.age_max`; at most 100 bytes of memory each, 60
 //! as a rule.
 
@@ -203,9 +205,9 @@ impl Window {
         Unsaved { entries, end_sequence: self.end_sequence, len: self.order.len() }
     }
 
-    /// What was saved may be gone again.
-    pub fn save_again(&mut self) {
-        self.unsaved = self.order.len();
+    /// What was taken is still to be saved.
+    pub fn not_saved(&mut self, unsaved: &Unsaved) {
+        self.unsaved = (self.unsaved + unsaved.entries.len()).min(self.order.len());
     }
 }
 
@@ -217,8 +219,6 @@ pub(super) struct SavedWindow {
     next_block: u64,
     /// Every committed batch before this sequence is saved, if it belongs into the window.
     pub end_sequence: u64,
-    /// All of it is durable.
-    durable: bool,
 }
 
 impl SavedWindow {
@@ -254,28 +254,33 @@ impl SavedWindow {
         Ok(saved)
     }
 
-    /// Writes `unsaved`, and removes blocks that the window has left. [`SavedWindow::synced`] must follow.
+    /// Saves `unsaved`, and removes blocks that the window has left. Durable on return. After an error everything is as
+    /// before, but for what `meta` kept of it, which the next try writes over.
     pub fn save(&mut self, meta: &dyn StateDb, unsaved: &Unsaved) -> Result<(), StoreError> {
         if unsaved.entries.is_empty() && unsaved.end_sequence == self.end_sequence {
             return Ok(());
         }
         self.remove_left(meta, unsaved.len - unsaved.entries.len())?;
+        let before = self.blocks.len();
+        let saved = self.put_all(meta, unsaved).and_then(|()| meta.sync());
+        if saved.is_ok() {
+            self.end_sequence = unsaved.end_sequence;
+        } else {
+            self.next_block -= (self.blocks.len() - before) as u64;
+            self.blocks.truncate(before);
+        }
+        saved
+    }
+
+    fn put_all(&mut self, meta: &dyn StateDb, unsaved: &Unsaved) -> Result<(), StoreError> {
         let blocks = unsaved.entries.chunks(BLOCK_ENTRIES).collect::<Vec<_>>();
         // Nothing but the sequence may be new.
         let (last, others) = blocks.split_last().map_or((&[][..], &[][..]), |(last, others)| (*last, others));
-        self.durable = false;
         for block in others {
             // What they say holds even if the last one is lost.
             self.put(meta, self.end_sequence, block)?;
         }
-        self.put(meta, unsaved.end_sequence, last)?;
-        self.end_sequence = unsaved.end_sequence;
-        Ok(())
-    }
-
-    /// `meta` was synced, or failed to be.
-    pub fn synced(&mut self, durable: bool) {
-        self.durable = durable;
+        self.put(meta, unsaved.end_sequence, last)
     }
 
     fn put(&mut self, meta: &dyn StateDb, end_sequence: u64, entries: &[Entry]) -> Result<(), StoreError> {
@@ -285,10 +290,10 @@ impl SavedWindow {
         Ok(())
     }
 
-    /// Removes blocks that are not needed for the newest `needed` entries. Only if what remains is durable.
+    /// Removes blocks that are not needed for the newest `needed` entries. All of them are durable.
     fn remove_left(&mut self, meta: &dyn StateDb, needed: usize) -> Result<(), StoreError> {
         let mut entries: usize = self.blocks.iter().map(|(_, entries)| entries).sum();
-        while self.durable && self.blocks.len() > 1 {
+        while self.blocks.len() > 1 {
             let (number, len) = self.blocks[0];
             if entries - len < needed {
                 break;

@@ -16,8 +16,6 @@ use crate::config::WhenFull;
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
 const SPARES: usize = 2;
-/// How long commits may wait for the oldest segment to go, before batches are refused.
-const GIVE_UP_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the cursor is saved while it moves, and the disk is measured.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -32,8 +30,7 @@ pub(super) struct Keeper {
     saved_window: SavedWindow,
     /// What recovery found, or what a failed save may have lost, is saved.
     window_is_saved: bool,
-    /// Batches before this sequence are durable in the saved window.
-    durable_window_end: u64,
+
     last_pass: Option<Instant>,
     last_error: Option<String>,
 }
@@ -47,7 +44,6 @@ impl Keeper {
             saved_parked,
             saved_window,
             window_is_saved: false,
-            durable_window_end: 0,
             last_pass: None,
             last_error: None,
         }
@@ -62,7 +58,7 @@ impl Keeper {
             self.report(result);
         }
         // The cursor is saved last: nothing moves it any more.
-        let result = self.save().and_then(|()| self.trim());
+        let result = self.save_and_trim();
         self.report(result);
     }
 
@@ -74,9 +70,8 @@ impl Keeper {
                 return true;
             }
             let due = self.last_pass.map_or(Duration::ZERO, |last| INTERVAL.saturating_sub(last.elapsed()));
-            let drops = self.shared.config.when_full == WhenFull::DropOldest;
-            let spares_wanted = if log.space_short { usize::from(drops) } else { SPARES };
-            let urgent = (log.spares.len() < spares_wanted && log.giving_up_since.is_none())
+            let wanted = if log.space_short { self.can_give_up(&log) } else { log.spares.len() < SPARES };
+            let urgent = (wanted && !self.is_giving_up(&log))
                 || (log.cursor.segment > log.saved_cursor.segment
                     && log.segments.range(..log.cursor.segment).next().is_some());
             // After an error the next try waits for its time.
@@ -93,12 +88,22 @@ impl Keeper {
         // The active segment's successor comes first: commits may wait for it.
         let prepared = self.prepare_spares();
         let sealed = self.seal();
-        let trimmed = self.save().and_then(|()| self.trim());
+        let trimmed = self.save_and_trim();
         self.shared.pool.close_unused();
         let space = self.shared.store.space()?;
         self.shared.log().space = space;
         // One that fails does not keep the others from their work.
         prepared.and(sealed).and(trimmed)
+    }
+
+    fn save_and_trim(&mut self) -> Result<(), StoreError> {
+        let window = self.save_window();
+        self.save_cursor()?;
+        match window {
+            // On a full disk a batch that is not known again costs less than a segment that stays.
+            Err(error) if error.is_full() => self.trim(u64::MAX).and(Err(error)),
+            window => window.and_then(|()| self.trim(self.saved_window.end_sequence)),
+        }
     }
 
     fn prepare_spares(&self) -> Result<(), StoreError> {
@@ -119,6 +124,7 @@ impl Keeper {
             }
             match self.shared.store.prepare(id) {
                 Ok(file) => {
+                    self.shared.pool.insert(id, file.clone());
                     let mut log = self.shared.log();
                     log.next_segment = id + 1;
                     log.spares.push_back((id, file));
@@ -148,25 +154,47 @@ impl Keeper {
     /// Says so, unless the oldest segment is to make room.
     fn space_is_short(&self) -> Result<(), StoreError> {
         let mut log = self.shared.log();
-        log.space_short = !self.gives_up_oldest(&mut log);
+        if self.can_give_up(&log) {
+            self.give_up_oldest(&mut log);
+        }
+        log.space_short = !self.is_giving_up(&log);
         drop(log);
         self.shared.log_changed.notify_all();
         Ok(())
     }
 
-    /// Gives up the oldest segment, if that is what the operator chose and the last spare is in use. False: there is none, or
-    /// it does not go.
-    fn gives_up_oldest(&self, log: &mut Log) -> bool {
-        if self.shared.config.when_full != WhenFull::DropOldest || !log.spares.is_empty() {
+    /// Whether a segment is given up and not gone yet.
+    fn is_giving_up(&self, log: &Log) -> bool {
+        let oldest = log.full_segments().next();
+        oldest.is_some_and(|(id, _)| *id <= self.shared.given_up.load(Ordering::Relaxed))
+    }
+
+    /// Whether giving up the oldest segment is what the operator chose, the last spare is in use, and it would help: space
+    /// that others take cannot be had this way.
+    fn can_give_up(&self, log: &Log) -> bool {
+        if self.shared.config.when_full != WhenFull::DropOldest || !log.spares.is_empty() || self.is_giving_up(log) {
             return false;
         }
-        let active = log.active.map(|(id, _)| id);
-        let Some(oldest) = log.segments.keys().find(|id| Some(**id) != active) else { return false };
-        if *oldest > self.shared.given_up.fetch_max(*oldest, Ordering::Relaxed) {
-            log.giving_up_since = Some(Instant::now());
-            log.reader_woken = true;
-        }
-        log.giving_up_since.is_some_and(|since| since.elapsed() < GIVE_UP_PATIENCE)
+        let Some((_, oldest)) = log.full_segments().next() else { return false };
+        let (config, needed) = (&self.shared.config, self.shared.shape.reserved_bytes);
+        let gained: u64 = log.full_segments().map(|(_, segment)| segment.disk_bytes).sum();
+        let within_budget = log.disk_bytes(&self.shared.shape) - gained + needed <= config.bytes_max.as_u64();
+        oldest.disk_bytes > 0
+            && within_budget
+            && log.space.free_bytes + gained >= needed + config.free_bytes_min.as_u64()
+    }
+
+    fn give_up_oldest(&self, log: &mut Log) {
+        let Some((id, segment)) = log.full_segments().next().map(|(id, segment)| (*id, *segment)) else { return };
+        self.shared.given_up.fetch_max(id, Ordering::Relaxed);
+        log.reader_woken = true;
+        let free_bytes = log.space.free_bytes;
+        tracing::warn!(
+            segment = id,
+            disk_bytes = segment.disk_bytes,
+            free_bytes,
+            "log full, giving up its oldest segment"
+        );
     }
 
     /// Gives back the disk reserved for segments that take no more records.
@@ -187,20 +215,7 @@ impl Keeper {
         Ok(())
     }
 
-    /// Saves what recovery needs: the dedup window, the losses, the cursor. All of it, or it is tried again.
-    fn save(&mut self) -> Result<(), StoreError> {
-        let saved = self.save_window().and_then(|()| self.save_cursor());
-        self.saved_window.synced(saved.is_ok());
-        if saved.is_err() {
-            // What `meta` took before its error may be gone.
-            self.shared.queue().window.save_again();
-            (self.window_is_saved, self.durable_window_end) = (false, 0);
-        }
-        saved
-    }
-
     /// Saves the dedup window when a segment is full: what is in the segment that is being filled is found there again.
-    /// Durable with the cursor, which is saved next.
     fn save_window(&mut self) -> Result<(), StoreError> {
         let saved = self.saved_window.end_sequence;
         let is_full = |segment: &Segment| segment.end.is_some_and(|end| end.sequence > saved);
@@ -208,9 +223,12 @@ impl Keeper {
             return Ok(());
         }
         let unsaved = self.shared.queue().window.take_unsaved();
-        self.saved_window.save(&*self.shared.meta, &unsaved)?;
-        self.window_is_saved = true;
-        Ok(())
+        let saved = self.saved_window.save(&*self.shared.meta, &unsaved);
+        self.window_is_saved = saved.is_ok();
+        if saved.is_err() {
+            self.shared.queue().window.not_saved(&unsaved);
+        }
+        saved
     }
 
     fn save_cursor(&mut self) -> Result<(), StoreError> {
@@ -218,13 +236,7 @@ impl Keeper {
             let log = self.shared.log();
             (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone(), log.parked_events)
         };
-        let window_end = self.saved_window.end_sequence;
-        if cursor == saved
-            && tail.sequence == self.saved_tail
-            && losses.is_empty()
-            && parked == self.saved_parked
-            && window_end == self.durable_window_end
-        {
+        if cursor == saved && tail.sequence == self.saved_tail && losses.is_empty() && parked == self.saved_parked {
             return Ok(());
         }
         let meta = &*self.shared.meta;
@@ -234,15 +246,14 @@ impl Keeper {
         cursor::save(meta, cursor, tail)?;
         self.saved_parked = parked;
         self.saved_tail = tail.sequence;
-        self.durable_window_end = window_end;
         let mut log = self.shared.log();
         log.saved_cursor = cursor;
         log.unsaved_losses.drain(..losses.len());
         Ok(())
     }
 
-    /// Removes the segments before the saved cursor.
-    fn trim(&self) -> Result<(), StoreError> {
+    /// Removes the segments before the saved cursor, and before `window_end`.
+    fn trim(&self, window_end: u64) -> Result<(), StoreError> {
         loop {
             let first = {
                 let log = self.shared.log();
@@ -250,7 +261,7 @@ impl Keeper {
             };
             let Some((id, segment)) = first else { return Ok(()) };
             // Its batches are not known again before they are saved. Segments from before the start were saved first of all.
-            if self.shared.dedup && segment.end.is_some_and(|end| end.sequence > self.durable_window_end) {
+            if self.shared.dedup && segment.end.is_some_and(|end| end.sequence > window_end) {
                 return Ok(());
             }
             self.shared.pool.close_unused();
@@ -265,7 +276,6 @@ impl Keeper {
             log.segments.remove(&id);
             // There may be room for another spare now.
             log.space_short = false;
-            log.giving_up_since = None;
             drop(log);
             let space = self.shared.store.space()?;
             self.shared.log().space = space;

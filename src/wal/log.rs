@@ -65,8 +65,6 @@ pub(super) struct Log {
     pub unsaved_losses: Vec<Loss>,
     /// Events in the parked store, as of the cursor.
     pub parked_events: u64,
-    /// Since when the oldest segment is wanted for its space.
-    pub giving_up_since: Option<Instant>,
     /// No space to prepare another segment.
     pub space_short: bool,
     /// Since when batches are refused for lack of space.
@@ -122,20 +120,45 @@ impl Log {
 
     /// Notes that committed records are missing, as far as the ledger does not say so already: a reader that goes back, or
     /// the next process, finds the same ones missing again, perhaps as one gap what was two.
-    pub fn note_loss(&mut self, mut loss: Loss) {
-        while let Some(known) = self.losses.get(&loss.first_sequence) {
-            (loss.first_sequence, loss.events) = (known.end_sequence, loss.events.saturating_sub(known.events));
+    pub fn note_loss(&mut self, loss: Loss) {
+        let (mut from, mut events) = (loss.first_sequence, loss.events);
+        let known = self.losses.range(..loss.end_sequence).map(|(_, known)| *known);
+        let known: Vec<Loss> = known.filter(|known| known.end_sequence > loss.first_sequence).collect();
+        for known in &known {
+            events = events.saturating_sub(known.events);
         }
-        if loss.first_sequence >= loss.end_sequence {
-            return;
+        let mut new = Vec::new();
+        for known in known {
+            if known.first_sequence > from {
+                new.push((from, known.first_sequence));
+            }
+            from = from.max(known.end_sequence);
         }
-        self.losses.insert(loss.first_sequence, loss);
-        self.unsaved_losses.push(loss);
+        if from < loss.end_sequence {
+            new.push((from, loss.end_sequence));
+        }
+        for (first_sequence, end_sequence) in new {
+            // How many events each piece held is not known, only how many all of them did.
+            let piece = Loss { first_sequence, end_sequence, events: std::mem::take(&mut events), ..loss };
+            self.losses.insert(first_sequence, piece);
+            self.unsaved_losses.push(piece);
+        }
     }
 
     /// When the oldest pending record was received, to within a chunk.
     pub fn oldest_received_at_ms(&self) -> Option<u64> {
         if self.pending().sequence == 0 { None } else { self.received.front().map(|(_, at)| *at) }
+    }
+
+    /// The segments that take no more records, oldest first.
+    pub fn full_segments(&self) -> impl Iterator<Item = (&u64, &Segment)> {
+        let active = self.active.map(|(id, _)| id);
+        self.segments.iter().filter(move |(id, _)| Some(**id) != active)
+    }
+
+    /// Whether a batch would be refused for lack of space.
+    pub fn is_full(&self) -> bool {
+        self.full_since.is_some() || (self.space_short && self.active.is_none() && self.spares.is_empty())
     }
 
     /// Disk taken by the log: what is reserved counts as taken.
@@ -306,10 +329,12 @@ mod tests {
             segment,
             found_at_ms: 0,
         };
-        for noted in [loss(10, 15, 1), loss(15, 18, 2), loss(10, 18, 1), loss(10, 15, 3), loss(10, 20, 3)] {
+        for noted in
+            [loss(10, 15, 1), loss(15, 18, 2), loss(10, 18, 1), loss(10, 15, 3), loss(10, 20, 3), loss(8, 18, 4)]
+        {
             wal.shared.log().note_loss(noted);
         }
-        assert_eq!(wal.losses(), [loss(10, 15, 1), loss(15, 18, 2), loss(18, 20, 3)]);
+        assert_eq!(wal.losses(), [loss(8, 10, 4), loss(10, 15, 1), loss(15, 18, 2), loss(18, 20, 3)]);
         wal.close();
     }
 }

@@ -207,6 +207,13 @@ impl Store for MemoryStore {
         Ok(self.disk().segments[&id].synced.values().all(|value| value.is_empty()))
     }
 
+    fn settle(&self, id: u64) -> Result<(), StoreError> {
+        self.sync("settle segment", |disk| {
+            let slots = disk.segments.get_mut(&id).expect("it is there");
+            slots.synced.append(&mut slots.unsynced);
+        })
+    }
+
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         Ok(Arc::new(MemorySegment { store: self.clone(), id }))
     }
@@ -243,7 +250,11 @@ impl Store for MemoryStore {
     }
 
     fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
-        self.disk().states.entry(name.into()).or_default();
+        // As it was, and durable before it is believed.
+        self.sync("settle state", |disk| {
+            let state = disk.states.entry(name.into()).or_default();
+            state.synced = state.now.clone();
+        })?;
         Ok(Arc::new(MemoryState { store: self.clone(), name: name.into() }))
     }
 }

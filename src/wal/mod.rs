@@ -239,7 +239,7 @@ impl Wal {
             disk_bytes: log.disk_bytes(&self.shared.shape),
             disk_limit_bytes: self.shared.config.bytes_max.as_u64(),
             free_bytes: log.space.free_bytes,
-            full: log.full_since.is_some(),
+            full: log.is_full(),
             failed: self.shared.failed.is_cancelled(),
             segments: (log.segments.len() + log.spares.len()) as u64,
             quarantined_segments: log.space.quarantined_segments,

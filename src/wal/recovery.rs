@@ -81,7 +81,6 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
         parked_events: cursor::load_parked(meta)?,
-        giving_up_since: None,
         space_short: false,
         full_since: None,
         space: store.space()?,
@@ -97,6 +96,9 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
 fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
+        if mode == Mode::Repair {
+            pool.store().settle(id)?;
+        }
         // Looked at before sled opens it, which may empty a damaged one without a word. A spare was never written to.
         let blank = pool.store().is_blank(id)?;
         let content = match pool.get(id) {
@@ -117,6 +119,11 @@ fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> 
                 pool.store().quarantine(id)?;
                 tracing::error!(segment = id, "segment holds no readable record, set aside");
             }
+            // A first batch that was cut short was never acked.
+            Content::Torn if mode == Mode::Repair => {
+                pool.close_unused();
+                pool.store().remove(id)?;
+            }
             Content::Nothing if mode == Mode::Repair && !blank => {
                 pool.close_unused();
                 pool.store().quarantine(id)?;
@@ -127,7 +134,7 @@ fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> 
                 pool.store().remove(id)?;
                 kill_point::pass("recover.spare_removed");
             }
-            Content::Damaged | Content::Nothing => {}
+            Content::Damaged | Content::Nothing | Content::Torn => {}
         }
         segments.remove(&id);
     }

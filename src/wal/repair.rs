@@ -32,6 +32,11 @@ impl Wal {
         self.strike_off(|loss| Some(rest_of(loss, records)).filter(|rest| rest != &[*loss]))
     }
 
+    /// Whether a segment is in the log, and not set aside.
+    pub fn holds_segment(&self, id: u64) -> bool {
+        self.shared.log().segments.contains_key(&id)
+    }
+
     /// Strikes losses off the ledger for which nothing more can be done: the operator has decided. Durable on return.
     ///
     /// # Errors

@@ -107,6 +107,8 @@ pub(super) enum Content {
     Nothing,
     /// Records, up to these totals.
     Records(Totals),
+    /// The front of one chunk, and nothing else.
+    Torn,
     /// Something, but no chunk that is whole.
     Damaged,
 }
@@ -121,7 +123,10 @@ pub(super) fn last_totals(file: &dyn SegmentFile) -> Result<Content, StoreError>
     for slot in (0..slots).rev() {
         let (header, mut body) = match read_slot(file, slot, slots)? {
             Slot::Chunk { header, body, .. } => (header, body),
-            // A batch that was cut short was never acked.
+            Slot::Torn if matches!(content, Content::Nothing) => {
+                content = Content::Torn;
+                continue;
+            }
             Slot::Empty | Slot::Torn | Slot::Part => continue,
             Slot::Damaged(_) => {
                 content = Content::Damaged;

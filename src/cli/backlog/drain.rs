@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::ProgressBar;
-use ringtail::config::{Config, LogConfig};
+use ringtail::config::{Config, LogConfig, WalConfig, WhenFull};
 use ringtail::forward::Forwarder;
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
@@ -63,7 +63,9 @@ pub async fn run(args: DrainArgs) -> anyhow::Result<ExitCode> {
     let stop = ringtail::shutdown::on_signals()?;
     let began = Instant::now();
     let metrics = Metrics::new();
-    let wal = alone(Wal::open(&config.wal, 0, metrics.clone()))?;
+    // Nothing comes in, so nothing has to make room.
+    let log = WalConfig { when_full: WhenFull::Reject, ..config.wal.clone() };
+    let wal = alone(Wal::open(&log, 0, metrics.clone()))?;
     let batch_bytes_max = config.ingest.batch_bytes_max.as_u64();
     let forwarder = Forwarder::start(&config.forward, batch_bytes_max, wal.clone(), metrics.clone());
     let forwarder = forwarder.inspect_err(|_| wal.close())?;

@@ -112,6 +112,8 @@ async fn repair(args: &RepairArgs, wal: &Wal) -> anyhow::Result<Summary> {
         }
         let discarded = |id: u64| summary.segments.iter().any(|segment| segment.segment == id && segment.discarded);
         let mut losses = wal.losses();
+        // What is still in the log itself is set aside when it is delivered, and can be salvaged then.
+        losses.retain(|loss| !wal.holds_segment(loss.segment));
         losses.retain(|loss| owner(loss, &all).map_or(args.segment.is_none(), discarded));
         wal.write_off(&losses)?;
         summary.written_off = losses;

@@ -122,6 +122,19 @@ pub(super) fn check_readable(path: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// Makes what the page cache holds of a file durable, and drops it from there, so that it is read from the disk: after a sync
+/// that failed, the cache shows what the disk does not have. A file that is not there is fine.
+pub(super) fn settle(path: &Path) -> Result<(), StoreError> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file.map_err(StoreError::io("open segment file"))?,
+    };
+    file.sync_data().map_err(StoreError::io("sync what the last process left"))?;
+    // SAFETY: the descriptor is open, and the call touches no memory of ours. It is advice: if it fails, nothing is lost.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    Ok(())
+}
+
 /// sled never syncs the `conf` that it writes, and does not open a Db with half of one.
 pub(super) fn sync_conf(path: &Path) -> Result<(), StoreError> {
     File::open(path.join("conf")).and_then(|conf| conf.sync_all()).map_err(StoreError::io("sync conf"))

@@ -110,6 +110,8 @@ pub trait Store: Send + Sync {
     fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
     /// No trace of a record is in a segment's files, whether it can still show it or not.
     fn is_blank(&self, id: u64) -> Result<bool, StoreError>;
+    /// Makes what the last process wrote to a segment durable, before it is believed. The segment is not open.
+    fn settle(&self, id: u64) -> Result<(), StoreError>;
     /// Opens a segment, repairing what can be repaired without loss.
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
     /// Gives back the disk that was reserved for a segment and not used. No write may follow.

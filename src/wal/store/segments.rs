@@ -8,7 +8,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::files::{
-    absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, sync_conf, sync_directory,
+    absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
+    sync_directory,
 };
 use super::state::SledState;
 use super::{
@@ -127,6 +128,10 @@ impl Store for SledStore {
         Ok(!salvage::holds_chunks(&self.segment(id).join("db"))?)
     }
 
+    fn settle(&self, id: u64) -> Result<(), StoreError> {
+        settle(&self.segment(id).join("db"))
+    }
+
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
@@ -149,6 +154,9 @@ impl Store for SledStore {
 
     fn remove(&self, id: u64) -> Result<(), StoreError> {
         let path = self.segment(id);
+        if !path.exists() {
+            return Ok(());
+        }
         // READY goes first and durably: a half-removed directory must not look like a segment.
         kill_point::pass("trim.begin");
         remove_if_there(&path.join(READY)).map_err(StoreError::io("remove segment marker"))?;
@@ -266,6 +274,10 @@ fn keep_damaged(path: &Path) -> Result<(), StoreError> {
     let keep = fs::copy(&db, &unfinished)
         .and_then(|_| File::open(&unfinished)?.sync_all())
         .and_then(|()| fs::rename(&unfinished, &copy));
+    if keep.is_err() {
+        // On a full disk half a copy would only take what is left.
+        let _ = fs::remove_file(&unfinished);
+    }
     keep.map_err(StoreError::io("keep a copy of a damaged segment"))?;
     sync_directory(path)
 }

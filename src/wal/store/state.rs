@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::files::{own_descriptor, sync_conf, sync_directory};
+use super::files::{own_descriptor, settle, sync_conf, sync_directory};
 use super::segments::SledStore;
 use super::{
     Entry, READY, RESERVE, STATE_SLED_SEGMENT_BYTES, STATE_VALUE_BYTES_MAX, StateDb, close, guard, open_by_ladder,
@@ -43,6 +43,7 @@ impl SledState {
 
     pub(super) fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
+        settle(&path.join("db"))?;
         let state = SledState { path: path.to_path_buf(), reserve: reserve.to_path_buf(), open: Mutex::new(None) };
         // Read through once: damage shows now, while it can be set aside, and not when the service rests on it.
         state.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(drop)))?;
