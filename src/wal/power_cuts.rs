@@ -5,7 +5,7 @@
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the log's threads), `RINGTAIL_HISTORIES` sets their
 //! number.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -99,6 +99,7 @@ struct Counts {
     failed_logs: u64,
     failed_starts: u64,
     refused: u64,
+    retried: u64,
 }
 
 impl Counts {
@@ -110,11 +111,12 @@ impl Counts {
         self.failed_logs += other.failed_logs;
         self.failed_starts += other.failed_starts;
         self.refused += other.refused;
+        self.retried += other.retried;
     }
 
     fn covers_everything(&self) -> bool {
-        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused } = *self;
-        [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused].iter().all(|count| *count > 0)
+        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried } = *self;
+        [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried].iter().all(|count| *count > 0)
     }
 }
 
@@ -128,8 +130,9 @@ struct History {
     batches: BTreeMap<u64, Batch>,
     /// Number of every acked batch by its sequence.
     acked: BTreeMap<u64, u64>,
-    /// The last one that was delivered.
-    delivered: u64,
+    /// Batches that were refused, and then acked as retries.
+    retried: BTreeSet<u64>,
+    delivered: BTreeSet<u64>,
     counts: Counts,
     /// Calls fail at random, and the power may also be cut when a life has ended, between two syncs.
     faults_at_random: bool,
@@ -139,9 +142,22 @@ struct History {
 impl History {
     fn new(seed: u64, name: String) -> History {
         let (store, acked, batches) = (MemoryStore::default(), BTreeMap::new(), BTreeMap::new());
+        let (retried, delivered) = (BTreeSet::new(), BTreeSet::new());
         let rng = StdRng::seed_from_u64(seed);
         let (counts, metrics) = (Counts::default(), Metrics::new());
-        History { name, rng, store, next: 1, batches, acked, delivered: 0, counts, faults_at_random: true, metrics }
+        History {
+            name,
+            rng,
+            store,
+            next: 1,
+            batches,
+            acked,
+            retried,
+            delivered,
+            counts,
+            faults_at_random: true,
+            metrics,
+        }
     }
 
     fn open(&self) -> Result<Wal, OpenError> {
@@ -175,6 +191,7 @@ impl History {
     fn work(&mut self, wal: &Wal) {
         let mut reader = wal.reader();
         let (mut flying, mut last) = (Vec::new(), 0);
+        self.retry_refused(wal);
         for _ in 0..self.rng.random_range(0..80) {
             self.change_faults();
             if self.rng.random_bool(0.7) {
@@ -195,8 +212,8 @@ impl History {
                 let Some(record) = reader.next_record().unwrap() else { break };
                 self.check_ack(record.sequence.0, number(&record.batch));
                 wal.deliver(record.end);
-                last = number(&record.batch);
-                self.delivered = self.delivered.max(last);
+                last = record.sequence.0;
+                self.delivered.insert(number(&record.batch));
             }
         }
         self.land(&mut flying);
@@ -209,9 +226,26 @@ impl History {
         if faults.is_none() && !wal.status().failed {
             // Everything was saved: not even a duplicate comes again.
             let again = self.open().unwrap();
-            let first = again.reader().next_record().unwrap().map(|record| number(&record.batch));
+            let first = again.reader().next_record().unwrap().map(|record| record.sequence.0);
             assert!(first.is_none_or(|first| first > last), "{}: {first:?} again", self.name);
             again.close();
+        }
+    }
+
+    /// Clients send again what they saw no ack for. The ack of a retry is worth as much as any other.
+    fn retry_refused(&mut self, wal: &Wal) {
+        if !self.faults_at_random {
+            return;
+        }
+        let acked: BTreeSet<u64> = self.acked.values().copied().collect();
+        let unacked = (1..self.next).filter(|number| !acked.contains(number) && !self.retried.contains(number));
+        for number in unacked.collect::<Vec<_>>() {
+            if let Ok(commit) = wal.append(self.batches[&number].clone())
+                && tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(commit).is_ok()
+            {
+                self.counts.retried += 1;
+                self.retried.insert(number);
+            }
         }
     }
 
@@ -251,20 +285,22 @@ impl History {
     fn check(&mut self) {
         let wal = self.open().unwrap();
         let mut reader = wal.reader();
-        let mut read: Vec<u64> = Vec::new();
+        let (mut read, mut last) = (BTreeSet::new(), 0);
         while let Some(record) = reader.next_record().unwrap() {
-            self.check_ack(record.sequence.0, number(&record.batch));
-            read.push(number(&record.batch));
+            let (sequence, number) = (record.sequence.0, number(&record.batch));
+            self.check_ack(sequence, number);
+            assert!(sequence > last, "{}: {sequence} after {last}", self.name);
+            assert!(read.insert(number), "{}: {number} twice", self.name);
+            last = sequence;
         }
-        assert!(read.is_sorted_by(|a, b| a < b), "{}: out of order or twice: {read:?}", self.name);
-        for number in self.acked.values().filter(|number| **number > self.delivered) {
+        for number in self.acked.values().chain(&self.retried).filter(|number| !self.delivered.contains(number)) {
             assert!(read.contains(number), "{}: {number} was acked and is gone: {read:?}", self.name);
         }
         for loss in wal.losses() {
             let acked = self.acked.range(loss.first_sequence..loss.end_sequence).next();
             assert!(acked.is_none(), "{}: {acked:?} was acked and is reported lost", self.name);
         }
-        for number in self.acked.values() {
+        for number in self.acked.values().chain(&self.retried) {
             let retried = stored(&wal, self.batches[number].clone());
             assert_eq!(retried, Stored::Before, "{}: a retry of {number} was stored again", self.name);
         }
