@@ -1,12 +1,13 @@
 //! The write-ahead log: a batch in it survives `kill -9` and power loss.
 //!
 //! # How
-//! The log is a row of **segments**, each a sled database of its own (see `store.rs` for why, and how sled is kept
-//! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, writes them as **chunks**
-//! (`record.rs`), syncs once, and then completes every waiter. `reader.rs` reads in order. [`Wal::deliver`] moves the
-//! **cursor**; `keeper.rs` saves it and removes whole segments that it has left, and prepares spare ones ahead of need.
-//! `recovery.rs` finds the state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `check.rs` and
-//! `repair.rs` are for the tools that look after it.
+//! The log is a row of **segments**, each a sled database of its own (see `store/mod.rs` for why, and how sled is kept
+//! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, unless `dedup.rs` knows it as a
+//! retry, and writes them as **chunks** (`record.rs`). `syncer.rs` makes them durable and completes every waiter. `reader.rs`
+//! reads in order; what it misses goes into the ledger of `losses.rs`. [`Wal::deliver`] moves the **cursor**; `keeper.rs`
+//! saves it and removes whole segments that it has left, and prepares spare ones ahead of need. `recovery.rs` finds the
+//! state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `salvage.rs`, `check/` and `repair.rs` are
+//! for the tools that look after it.
 //!
 //! # Invariants
 //! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
@@ -290,7 +291,7 @@ impl Wal {
 }
 
 /// Reads the log's state from a directory that no process has open. Segments stay where they are; sled may tidy the files
-/// inside those that it opens, so run it as their owner.
+/// inside those that it opens, and a small Db that is damaged is set aside, as by the service. Run it as their owner.
 ///
 /// # Errors
 /// [`OpenError::InUse`] while a process has it open.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use memchr::memmem;
 use prost::Message;
@@ -148,7 +149,14 @@ impl Log {
     /// Changes the value of a slot in a way that sled does not notice.
     pub fn rewrite(&self, segment: u64, slot: u64, change: impl FnOnce(&mut Vec<u8>)) {
         let config = sled::Config::new().path(self.segment(segment)).segment_size(1 << 20).flush_every_ms(None);
-        let db = config.open().unwrap();
+        // A thread of sled may hold the lock of a Db that was closed for a moment longer.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let db = loop {
+            match config.open() {
+                Ok(db) => break db,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        };
         let mut value = db.get(slot.to_be_bytes()).unwrap().unwrap().to_vec();
         change(&mut value);
         db.insert(slot.to_be_bytes(), value).unwrap();

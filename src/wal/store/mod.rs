@@ -2,8 +2,8 @@
 //!
 //! # Layout
 //! ```text
-//! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY
-//! meta/               a small Db: the cursor, the ledger of losses
+//! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY; before-db if damaged
+//! meta/               a small Db: the cursor, the ledger of losses, the dedup window
 //! parked/             a small Db: dead letters
 //! quarantine/         what was damaged, set aside: segments under their number, small Dbs as meta-1, parked-1, …
 //! reserve             disk held back for a start on a full disk
