@@ -17,7 +17,7 @@ use super::{alone, count, open_wal, print, progress_bar, require_log};
     The service sets aside what it finds damaged, and writes the batches that it misses into a ledger of losses. Those of\n\
     them that a quarantined segment still holds are appended to the log, with the time they were first received, and struck\n\
     off the ledger once they are durable. Interrupted, it can be run again; what it was doing may then be delivered twice.\n\n\
-    --discard removes the segments afterwards, and strikes what stays lost in them off the ledger off the ledger: without --segment\n\
+    --discard removes the segments afterwards, and strikes what stays lost in them off the ledger: without --segment\n\
     everything. Nothing is discarded while anything of it could not be put back.\n\n\
     Exit codes: 0 if nothing stays lost, 1 if something does or the log is full, 64 for bad usage.")]
 pub struct RepairArgs {
