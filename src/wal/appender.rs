@@ -315,8 +315,14 @@ impl Appender {
             }
             if log.space_short || began.elapsed() >= SPARE_PATIENCE {
                 if log.full_since.is_none() {
-                    let (used, free) = (log.disk_bytes(&self.shared.shape), log.space.free_bytes);
-                    tracing::warn!(disk_bytes = used, free_bytes = free, "log full, refusing batches");
+                    let config = &self.shared.config;
+                    tracing::warn!(
+                        disk_bytes = log.disk_bytes(&self.shared.shape),
+                        bytes_max = config.bytes_max.as_u64(),
+                        free_bytes = log.space.free_bytes,
+                        free_bytes_min = config.free_bytes_min.as_u64(),
+                        "log full, refusing batches"
+                    );
                     log.full_since = Some(Instant::now());
                 }
                 return Err(CommitError::Full);
