@@ -419,6 +419,23 @@ fn the_window_forgets_by_count_and_by_age() {
     wal.close();
 }
 
+/// A kill or a full disk while sled opens leaves such a file, and no later open would succeed.
+#[test]
+fn an_unfinished_snapshot_does_not_keep_the_log_shut() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    wait(wal.append(batch(1, 100)).unwrap()).unwrap();
+    wal.close();
+    drop(wal);
+    for database in ["wal/000000000001", "meta", "parked"] {
+        std::fs::write(directory.path().join(database).join("snap.00000000000000FF.generating"), b"").unwrap();
+    }
+    let wal = open_sled(directory.path(), 8 << 20);
+    assert_eq!(drain(&mut wal.reader()), [1]);
+    assert_eq!(std::fs::read_dir(directory.path().join("quarantine")).unwrap().count(), 0);
+    wal.close();
+}
+
 #[test]
 fn the_small_maps_make_no_blob_files() {
     let directory = tempfile::tempdir().unwrap();
