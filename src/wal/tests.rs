@@ -428,7 +428,7 @@ fn an_unfinished_snapshot_does_not_keep_the_log_shut() {
     wal.close();
     drop(wal);
     for database in ["wal/000000000001", "meta", "parked"] {
-        std::fs::write(directory.path().join(database).join("snap.00000000000000FF.generating"), b"").unwrap();
+        std::fs::write(directory.path().join(database).join("snap.7FFFFFFFFFFFFFFF.generating"), b"").unwrap();
     }
     let wal = open_sled(directory.path(), 8 << 20);
     assert_eq!(drain(&mut wal.reader()), [1]);
