@@ -228,8 +228,7 @@ impl SavedWindow {
         let mut saved = SavedWindow::default();
         let mut from = PREFIX.to_vec();
         let mut whole = true;
-        loop {
-            let Some((key, value)) = meta.scan(&from, 1)?.pop() else { break };
+        while let Some((key, value)) = meta.scan(&from, 1)?.pop() {
             let Some(number) = key.strip_prefix(PREFIX) else { break };
             from = [&key[..], &[0]].concat(); // the smallest key after that one
             let Ok(number) = number.try_into().map(u64::from_be_bytes) else { continue };
