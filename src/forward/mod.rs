@@ -109,9 +109,17 @@ impl Forwarder {
         validate(config)?;
         let parked = ParkedStore::open(wal.parked())?;
         let missing = wal.noted_parked().saturating_sub(parked.count());
-        if missing > 0 {
+        if missing > 0 && parked.count() == 0 {
+            // Removed by the operator; or set aside as damaged, which was reported as an error of its own.
+            tracing::info!(
+                events = missing,
+                "the parked store is empty, it held events when the cursor was last saved"
+            );
+        } else if missing > 0 {
             tracing::error!(events = missing, "parked events are missing: the parked store was damaged");
             metrics.forward.dropped_events_damaged.increment(missing);
+        }
+        if missing > 0 {
             wal.note_parked(parked.count());
         }
         let properties = properties::properties(config, batch_bytes_max);

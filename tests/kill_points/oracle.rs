@@ -180,6 +180,8 @@ impl Oracle {
                 assert!(store.remove(id).expect("a parked event can be removed"));
             }
             store.sync().expect("the parked store syncs");
+            // Otherwise the next start would miss them.
+            wal.note_parked(store.count());
         }
         parked
     }
