@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::mocking::MockCluster;
-use rdkafka::producer::DefaultProducerContext;
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use super::load::{EVENT_TYPE, Load};
@@ -52,7 +52,8 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Starts both.
+    /// Starts both. When this returns, the reader is reading every partition: it could not catch up with a mock that had
+    /// dropped records before.
     pub fn start(load: &Arc<Load>) -> Destination {
         let cluster = MockCluster::new(1).expect("start a mock cluster");
         cluster.create_topic(EVENT_TYPE, PARTITIONS, 1).expect("make the topic");
@@ -73,7 +74,21 @@ impl Destination {
             let (consumer, seen, stop, load) = (consumer.clone(), Arc::clone(&seen), stop.clone(), load.clone());
             move || read(&consumer, &seen, &stop, &load)
         });
-        Destination { cluster, consumer, seen, stop, reader: Some(reader) }
+        let destination = Destination { cluster, consumer, seen, stop, reader: Some(reader) };
+        destination.mark();
+        destination.look(|_| {});
+        destination
+    }
+
+    /// Puts a record without key and payload at the front of every partition.
+    fn mark(&self) {
+        let config = ClientConfig::new().set("bootstrap.servers", self.brokers().remove(0)).clone();
+        let producer: BaseProducer = config.create().expect("make a producer");
+        for partition in 0..PARTITIONS {
+            let record = BaseRecord::<(), ()>::to(EVENT_TYPE).partition(partition);
+            producer.send(record).map_err(|(error, _)| error).expect("queue a mark");
+        }
+        producer.flush(PATIENCE).expect("write the marks");
     }
 
     /// `forward.brokers`
@@ -110,6 +125,11 @@ fn read(consumer: &BaseConsumer, seen: &Mutex<Seen>, stop: &AtomicBool, load: &L
     while !stop.load(Ordering::Relaxed) {
         let Some(message) = consumer.poll(Duration::from_millis(50)) else { continue };
         let message = message.expect("the mock is readable");
+        if message.offset() == 0 {
+            assert_eq!((message.key(), message.payload()), (None, None), "a mark");
+            seen.lock().expect("nobody else panics with it").positions[message.partition() as usize] = 1;
+            continue;
+        }
         let (client, place) = load.identify(EVENT_TYPE, message.payload().unwrap_or_default());
         assert_eq!(message.key(), Some(Load::id(client).as_bytes()), "the key is the client's id");
         let mut seen = seen.lock().expect("nobody else panics with it");

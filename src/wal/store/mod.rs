@@ -44,7 +44,7 @@ pub(super) use segments::MarkerState;
 pub use segments::SledStore;
 
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller. A leaf of sled's tree holds up to 17
-/// and is now and then written as one piece, which must stay below a quarter of sled's `segment_size` ([`state`]).
+/// and is now and then written as one piece, which must stay below a quarter of sled's `segment_size` (see `state.rs`).
 pub const STATE_VALUE_BYTES_MAX: usize = 48 * 1024;
 /// sled's `segment_size` of a [`StateDb`].
 const STATE_SLED_SEGMENT_BYTES: usize = 4 << 20;
