@@ -43,6 +43,10 @@ pub const ALL: &[&str] = &[
     // Parking: in the store; durable there, and still open in flight.
     "park.written",
     "park.synced",
+    // A topic moves out of the way: its events are in the spill; durable there. What was delivered from there is noted.
+    "spill.written",
+    "spill.synced",
+    "spill.saved",
     // Recovery, step by step.
     "recover.cursor_loaded",
     "recover.unfinished_removed",

@@ -104,6 +104,12 @@ pub struct ForwardMetrics {
     /// Dead letters held now.
     pub parked_events: Gauge,
     parked_events_total: Vec<(ParkReason, Counter)>,
+    /// Events of held topics on disk, out of the log's way.
+    pub spilled_events: Gauge,
+    /// What they take there.
+    pub spilled_bytes: Gauge,
+    /// Topics held.
+    pub held_topics: Gauge,
     /// Events that were committed and cannot be read any more.
     pub dropped_events_damaged: Counter,
     /// Estimate until the backlog is empty.
@@ -225,6 +231,9 @@ impl ForwardMetrics {
             parked_events_total: ParkReason::ALL
                 .map(|reason| (reason, counter!("ringtail_forward_parked_events_total", "reason" => reason.as_str())))
                 .to_vec(),
+            spilled_events: gauge!("ringtail_forward_spilled_events"),
+            spilled_bytes: gauge!("ringtail_forward_spilled_bytes"),
+            held_topics: gauge!("ringtail_forward_held_topics"),
             dropped_events_damaged: counter!("ringtail_forward_dropped_events_total", "reason" => "damaged"),
             drain_seconds: gauge!("ringtail_forward_drain_seconds"),
         }
@@ -289,6 +298,12 @@ fn describe() {
     describe_gauge!("ringtail_forward_in_flight_bytes", "Bytes handed to the Kafka client and not yet acked.");
     describe_histogram!("ringtail_forward_delivery_delay_seconds", "From commit to delivery.");
     describe_gauge!("ringtail_forward_parked_events", "Dead letters held now.");
+    describe_gauge!(
+        "ringtail_forward_spilled_events",
+        "Events of topics that do not flow, moved out of the log's way; they are part of the backlog."
+    );
+    describe_gauge!("ringtail_forward_spilled_bytes", "Disk that these events take.");
+    describe_gauge!("ringtail_forward_held_topics", "Topics that Kafka refuses, or takes nothing of.");
     describe_counter!("ringtail_forward_parked_events_total", "Events parked, by reason.");
     describe_counter!(
         "ringtail_forward_dropped_events_total",

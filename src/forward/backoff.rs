@@ -68,6 +68,29 @@ impl Retry {
     }
 }
 
+/// Something that is done every so often.
+#[derive(Debug)]
+pub(super) struct Pace {
+    interval: Duration,
+    next: Option<Instant>,
+}
+
+impl Pace {
+    /// Due at once, and then every `interval`.
+    pub(super) fn new(interval: Duration) -> Pace {
+        Pace { interval, next: None }
+    }
+
+    /// Whether it is time. If so, the next time is an interval away.
+    pub(super) fn is_due(&mut self, now: Instant) -> bool {
+        let due = self.next.is_none_or(|next| now >= next);
+        if due {
+            self.next = Some(now + self.interval);
+        }
+        due
+    }
+}
+
 /// Lets one log line through per interval and counts the rest.
 #[derive(Debug)]
 pub(super) struct LogLimit {

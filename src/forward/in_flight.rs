@@ -1,6 +1,6 @@
 //! The records between the log and Kafka, in the order of the log.
 //!
-//! Delivery reports come back in any order. A record is done once each of its events is delivered or parked; the
+//! Delivery reports come back in any order. A record is done once each of its events is delivered, parked or spilled; the
 //! contiguous done records at the front move the *watermark*, and only the watermark moves the log's cursor.
 //!
 //! - A record is counted (delivered, parked, delay) when the watermark passes it, hence exactly once, however often its
@@ -27,36 +27,86 @@ pub(super) const EVENT_OVERHEAD_BYTES: u64 = 256;
 /// Most records between the watermark and the reader.
 pub(super) const RECORDS_MAX: usize = 1 << 18;
 
-// An event's tag is its slot and its index, 32 bits each.
-const _: () = assert!(usize::BITS >= 64, "tags need 64 bits");
+/// The first slot. What is below is the number of an event in the spill.
+const FRONT: u64 = 1 << 62;
 
-/// One event of a record in flight. Sorts in the order of the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+// A tag is, for an event of the log, the low bits of its slot and its index; for one of the spill, SPILLED, its lane, and the
+// low bits of its number.
+const _: () = assert!(usize::BITS >= 64, "tags need 64 bits");
+/// A request of 16 MiB has no more events: each takes two bytes.
+const INDEX_BITS: u32 = 23;
+const SLOT_BITS: u32 = 40;
+const NUMBER_BITS: u32 = 40;
+const SPILLED: u64 = 1 << 63;
+
+/// One event: of a record in flight, or of the spill. Sorts in the order of its topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct EventRef {
     slot: u64,
     index: u32,
 }
 
 impl EventRef {
-    /// What goes through the Kafka client and comes back with the delivery report.
+    /// What goes through the Kafka client and comes back with the delivery report, for an event of the log.
     pub(super) fn tag(self) -> usize {
-        ((self.slot as u32 as usize) << 32) | self.index as usize
+        debug_assert!(!self.is_spilled());
+        (((self.slot & ((1 << SLOT_BITS) - 1)) << INDEX_BITS) | u64::from(self.index)) as usize
+    }
+
+    /// The event of the spill with that number in its lane.
+    pub(super) fn spilled(number: u64) -> EventRef {
+        EventRef { slot: number, index: 0 }
+    }
+
+    /// Whether it is one of the spill.
+    pub(super) fn is_spilled(self) -> bool {
+        self.slot < FRONT
+    }
+
+    /// Its number in the spill.
+    pub(super) fn number(self) -> u64 {
+        self.slot
+    }
+
+    /// As [`EventRef::tag`], for an event of the spill.
+    pub(super) fn spilled_tag(self, lane: LaneId) -> usize {
+        (SPILLED | (u64::from(lane.0) << NUMBER_BITS) | (self.number() & ((1 << NUMBER_BITS) - 1))) as usize
+    }
+
+    /// The lane and the low bits of the number that a tag was made from; none if it was made from an event of the log.
+    pub(super) fn split_spilled_tag(tag: usize) -> Option<(LaneId, u64)> {
+        let tag = tag as u64;
+        let lane = LaneId(((tag & !SPILLED) >> NUMBER_BITS) as u32);
+        (tag & SPILLED != 0).then_some((lane, tag & ((1 << NUMBER_BITS) - 1)))
+    }
+
+    /// The first event of the spill from `number` on whose number has those low bits.
+    pub(super) fn spilled_near(number: u64, low: u64) -> EventRef {
+        EventRef::spilled(number + (low.wrapping_sub(number) & ((1 << NUMBER_BITS) - 1)))
+    }
+
+    #[cfg(test)]
+    pub(super) fn slot(self) -> u64 {
+        self.slot
     }
 
     #[cfg(test)]
     pub(super) fn new(slot: u64, index: u32) -> EventRef {
-        EventRef { slot, index }
+        EventRef { slot: FRONT + slot, index }
     }
 }
 
 /// The records in flight.
-#[derive(Default)]
 pub(super) struct InFlight {
     slots: VecDeque<Slot>,
     /// Number of the front slot; numbers count up and are never reused.
     front: u64,
     bytes: u64,
     events: u64,
+    /// Charges of all records that the watermark has not passed, done or not.
+    span_bytes: u64,
+    /// Events that are in the spill, and of which the watermark has not passed the record.
+    spilled: u64,
 }
 
 struct Slot {
@@ -69,6 +119,8 @@ struct Slot {
     charge: u64,
     delay_ms: u64,
     parked: Option<Box<ParkedCounts>>,
+    /// Events that went to the spill.
+    spilled: u32,
     /// The record was given up.
     dropped: Option<Box<Dropped>>,
     /// What it takes to send or park its events; dropped once there is none left.
@@ -84,7 +136,7 @@ pub(super) struct Live {
     pub(super) sequence: Sequence,
     /// Its own copy of the batch.
     pub(super) batch: Batch,
-    /// The lane of each event; none where the topic's name is invalid.
+    /// The lane of each open event; none where the topic's name is invalid.
     lanes: Vec<Option<LaneId>>,
 }
 
@@ -103,6 +155,12 @@ pub(super) struct Passed {
     pub(super) dropped: Vec<Dropped>,
 }
 
+impl Default for InFlight {
+    fn default() -> InFlight {
+        InFlight { slots: VecDeque::new(), front: FRONT, bytes: 0, events: 0, span_bytes: 0, spilled: 0 }
+    }
+}
+
 impl InFlight {
     /// Takes in a record, with all its events open. [`InFlight::set_lanes`] must follow before the next call.
     pub(super) fn push(&mut self, record: &Record) -> u64 {
@@ -111,6 +169,7 @@ impl InFlight {
         let events = request.event_count();
         let charge = request.as_bytes().len() as u64 + EVENT_OVERHEAD_BYTES * u64::from(events);
         self.bytes += charge;
+        self.span_bytes += charge;
         self.events += u64::from(events);
         let live = Live { sequence: record.sequence, batch: copy(&record.batch), lanes: Vec::new() };
         self.slots.push_back(Slot {
@@ -121,6 +180,7 @@ impl InFlight {
             charge,
             delay_ms: 0,
             parked: None,
+            spilled: 0,
             dropped: None,
             live: Some(Box::new(live)),
         });
@@ -138,6 +198,7 @@ impl InFlight {
             charge: 0,
             delay_ms: 0,
             parked: None,
+            spilled: 0,
             dropped: Some(Box::new(dropped)),
             live: None,
         });
@@ -165,8 +226,8 @@ impl InFlight {
 
     /// The event that [`EventRef::tag`] was made from. It must still be open.
     pub(super) fn by_tag(&self, tag: usize) -> EventRef {
-        let distance = ((tag >> 32) as u32).wrapping_sub(self.front as u32);
-        EventRef { slot: self.front + u64::from(distance), index: tag as u32 }
+        let distance = (tag as u64 >> INDEX_BITS).wrapping_sub(self.front) & ((1 << SLOT_BITS) - 1);
+        EventRef { slot: self.front + distance, index: (tag & ((1 << INDEX_BITS) - 1)) as u32 }
     }
 
     /// The lane of an open event.
@@ -187,6 +248,28 @@ impl InFlight {
         self.close_one(event, now_ms);
     }
 
+    /// An open event is durably in the spill.
+    pub(super) fn spilled(&mut self, event: EventRef, payload_bytes: u64, now_ms: u64) {
+        let slot = self.slot_mut(event.slot);
+        slot.spilled += 1;
+        slot.payload_bytes -= payload_bytes;
+        self.spilled += 1;
+        self.close_one(event, now_ms);
+    }
+
+    /// The open events of the lanes that `wanted` names, in the order of the log.
+    pub(super) fn open_events(
+        &self,
+        wanted: impl Fn(LaneId) -> bool,
+    ) -> impl Iterator<Item = (LaneId, EventRef)> {
+        let numbered = self.slots.iter().zip(self.front..);
+        let lanes = numbered.filter_map(|(slot, number)| Some((&slot.live.as_ref()?.lanes, number)));
+        lanes.flat_map(move |(lanes, slot)| {
+            let open = lanes.iter().zip(0..).filter_map(move |(lane, index)| Some(((*lane)?, EventRef { slot, index })));
+            open.filter(|(lane, _)| wanted(*lane)).collect::<Vec<_>>()
+        })
+    }
+
     /// Moves the watermark over the done records at the front. `delay` gets the milliseconds from received to
     /// delivered, once for each record that had an event delivered.
     pub(super) fn advance(&mut self, mut delay: impl FnMut(u64)) -> Passed {
@@ -196,7 +279,9 @@ impl InFlight {
             self.front += 1;
             let counts = slot.parked.map_or([0; ParkReason::ALL.len()], |counts| *counts);
             let parked: u64 = counts.iter().sum();
-            let delivered = u64::from(slot.events) - parked;
+            let delivered = u64::from(slot.events) - parked - u64::from(slot.spilled);
+            self.span_bytes -= slot.charge;
+            self.spilled -= u64::from(slot.spilled);
             passed.end = Some(slot.end);
             passed.delivered_events += delivered;
             passed.delivered_bytes += slot.payload_bytes;
@@ -213,7 +298,7 @@ impl InFlight {
     pub(super) fn clear(&mut self) {
         self.front += self.slots.len() as u64;
         self.slots.clear();
-        (self.bytes, self.events) = (0, 0);
+        (self.bytes, self.events, self.span_bytes, self.spilled) = (0, 0, 0, 0);
     }
 
     /// Bytes charged now.
@@ -226,6 +311,16 @@ impl InFlight {
         self.events
     }
 
+    /// Bytes charged for all records that the watermark has not passed.
+    pub(super) fn span_bytes(&self) -> u64 {
+        self.span_bytes
+    }
+
+    /// Events in the spill that the log still counts.
+    pub(super) fn spilled_events(&self) -> u64 {
+        self.spilled
+    }
+
     /// Records that the watermark has not passed.
     pub(super) fn records(&self) -> usize {
         self.slots.len()
@@ -235,6 +330,9 @@ impl InFlight {
         self.events -= 1;
         let slot = self.slot_mut(event.slot);
         slot.remaining -= 1;
+        if let Some(live) = &mut slot.live {
+            live.lanes[event.index as usize] = None;
+        }
         if slot.remaining == 0 {
             let received_at_ms = slot.live.as_ref().map_or(now_ms, |live| live.batch.received_at_ms);
             self.finish_if_done(event.slot, now_ms.saturating_sub(received_at_ms));
@@ -384,7 +482,7 @@ pub(super) mod tests {
 
     #[test]
     fn tags_survive_the_wrap_of_their_slot() {
-        let mut in_flight = InFlight { front: u64::from(u32::MAX) - 1, ..InFlight::default() };
+        let mut in_flight = InFlight { front: FRONT + (1 << SLOT_BITS) - 2, ..InFlight::default() };
         let records = records(&[vec![1], vec![1, 1], vec![1], vec![1]]);
         let events: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
         for event in events {
@@ -409,7 +507,7 @@ pub(super) mod tests {
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 let event = open.swap_remove((state >> 33) as usize % open.len());
                 let payload = Walk::new(&in_flight).find(event).1.payload;
-                prop_assert_eq!(payload.len(), sizes[event.slot as usize][event.index as usize]);
+                prop_assert_eq!(payload.len(), sizes[(event.slot - FRONT) as usize][event.index as usize]);
                 if state >> 62 == 0 {
                     let length = payload.len() as u64;
                     in_flight.parked(event, ParkReason::TooLarge, length, 2000);
@@ -422,7 +520,7 @@ pub(super) mod tests {
                 parked_events += passed.parked.iter().sum::<u64>();
                 bytes -= passed.delivered_bytes;
                 end = passed.end.or(end);
-                let oldest = open.iter().min().map_or(records.len() as u64, |event| event.slot);
+                let oldest = open.iter().min().map_or(FRONT + records.len() as u64, |event| event.slot);
                 prop_assert!(in_flight.front <= oldest && (open.is_empty() || in_flight.front == oldest));
                 prop_assert_eq!(in_flight.events(), open.len() as u64);
             }

@@ -84,13 +84,22 @@ pub struct ProducerError {
     pub message: String,
 }
 
+/// An event that librdkafka reports.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reported {
+    /// As it was sent with.
+    pub(super) tag: usize,
+    /// Its size.
+    pub(super) payload_bytes: u32,
+}
+
 /// What librdkafka reported since the last poll.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    /// Tags of delivered events.
-    pub(super) delivered: Vec<usize>,
-    /// Tags of failed ones.
-    pub(super) failed: Vec<(usize, Failure)>,
+    /// Delivered events.
+    pub(super) delivered: Vec<Reported>,
+    /// Failed ones.
+    pub(super) failed: Vec<(Reported, Failure)>,
     /// Brokers with a connection, by the newest statistics.
     pub(super) brokers_up: Option<u32>,
     /// librdkafka says that it has lost every broker.
@@ -210,11 +219,13 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, tag: usize) {
         let mut inbox = self.inbox();
+        let (Ok(message) | Err((_, message))) = result;
+        let reported = Reported { tag, payload_bytes: message.payload_len() as u32 };
         match result {
-            Ok(_) => inbox.delivered.push(tag),
+            Ok(_) => inbox.delivered.push(reported),
             Err((error, _)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail);
-                inbox.failed.push((tag, Failure(code)));
+                inbox.failed.push((reported, Failure(code)));
             }
         }
     }

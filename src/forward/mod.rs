@@ -5,7 +5,7 @@
 //! moves the log's cursor.
 //!
 //! # Invariants
-//! - The cursor never passes an event that is neither acked by all in-sync replicas nor durably parked.
+//! - The cursor never passes an event that is neither acked by all in-sync replicas nor durably parked or spilled.
 //! - Nothing is dropped but by a policy that the operator chose (`discard.rs`). What may succeed is retried for ever, what
 //!   never can is parked.
 //! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes.rs` states.
@@ -15,8 +15,8 @@
 //! - Delivery is at least once: after a crash, or when a producer breaks, what was in flight is sent, or parked, again.
 //! - `forward.in_flight_bytes_max` bounds what is in flight over all topics, up to one record more. It counts the bytes
 //!   of requests and 256 bytes an event; with the Kafka client's own copy, memory is about twice that.
-//! - A topic that fails holds back the cursor, and once what it holds fills that bound, the other topics as well: for at
-//!   most about `topic_grace` if it is unknown or forbidden, for as long as it lasts if its partitions have no leader.
+//! - A topic that fails, or stands still, holds back the cursor and the others only until it takes much of that bound; then
+//!   its events move out of the way, to disk (`spilling.rs`), and what follows queues up behind them.
 //!
 //! # Failure
 //! An unreachable Kafka is normal: the log grows, the thread waits. A log that cannot be read, or a parked store that
@@ -32,6 +32,8 @@ mod parking;
 mod properties;
 mod replay;
 mod router;
+mod spill;
+mod spilling;
 mod status;
 
 use std::sync::mpsc::{self, Receiver};
@@ -39,21 +41,30 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 use tracing::warn;
 
 pub use discard::DropReason;
 pub use kafka::ProducerError;
+pub use lanes::HeldTopic;
 pub use parked::{ParkedAbout, ParkedError, ParkedEvent, ParkedEvents, ParkedStore};
 pub use properties::{ForwardConfigError, validate};
 pub use router::Topics;
+pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
 
+use backoff::{Backoff, Retry};
 use crate::config::ForwardConfig;
 use crate::metrics::Metrics;
 use crate::wal::Wal;
 use kafka::Producer;
 use replay::{Parts, Replay};
+use spilling::Spilling;
 use status::Shared;
+
+/// Where the spill is, in the log's directory.
+const SPILL: &str = "spill";
 
 /// The loop turns at least every second; without a turn for so long it is not live.
 const BEAT_AGE_MAX: Duration = Duration::from_secs(30);
@@ -84,6 +95,9 @@ pub enum ForwardError {
     /// The parked store cannot be read.
     #[error("cannot open the parked store")]
     Parked(#[from] ParkedError),
+    /// The spill cannot be read.
+    #[error("cannot open the spill")]
+    Spill(#[from] SpillError),
     /// librdkafka does not start.
     #[error("cannot start the kafka producer")]
     Producer(#[from] ProducerError),
@@ -122,6 +136,13 @@ impl Forwarder {
         if missing > 0 {
             wal.note_parked(parked.count());
         }
+        let seed = rand::random();
+        let spilling = Spilling::open(
+            &wal.config().directory.join(SPILL),
+            config.in_flight_bytes_max.as_u64(),
+            Retry::new(Backoff::new(config.retry_delay_min, config.retry_delay_max)),
+            SmallRng::seed_from_u64(seed),
+        )?;
         let properties = properties::properties(config, batch_bytes_max);
         let shared = Arc::new(Shared::new());
         let producer = if config.brokers.is_empty() { None } else { Some(Producer::new(&properties)?) };
@@ -132,9 +153,10 @@ impl Forwarder {
             topic_propagation: properties::topic_propagation(config),
             wal: wal.clone(),
             parked: parked.clone(),
+            spilling,
             metrics,
             shared: shared.clone(),
-            seed: rand::random(),
+            seed,
         };
         let (told, done) = mpsc::channel();
         let handle = std::thread::Builder::new().name("forward".into()).spawn(move || {

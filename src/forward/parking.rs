@@ -11,11 +11,14 @@ use tracing::{error, info};
 use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
-use super::lanes::ToPark;
+use super::lanes::{Lanes, ToPark};
 use super::parked::{ParkedAbout, ParkedError, ParkedStore};
 use super::router::Router;
-use crate::batch::now_ms;
+use super::spill::SpillError;
+use super::spilling::Spilling;
+use crate::batch::{Sequence, now_ms};
 use crate::kill_point;
+use crate::metrics::Metrics;
 
 /// Most events parked with one sync.
 const EVENTS_MAX: usize = 1024;
@@ -27,6 +30,24 @@ pub(super) struct Parking {
     written: Vec<Written>,
     storing: Retry,
     rng: SmallRng,
+}
+
+/// Where the events to park are.
+pub(super) struct Origin<'a> {
+    pub(super) in_flight: &'a mut InFlight,
+    pub(super) lanes: &'a mut Lanes,
+    pub(super) spilling: &'a mut Spilling,
+    pub(super) router: &'a Router,
+    pub(super) metrics: &'a Metrics,
+}
+
+/// Why events are not parked yet.
+#[derive(Debug, thiserror::Error)]
+enum ParkingError {
+    #[error(transparent)]
+    Parked(#[from] ParkedError),
+    #[error("cannot read what is to be parked")]
+    Spill(#[from] SpillError),
 }
 
 /// An event in the store, not yet durable.
@@ -63,12 +84,12 @@ impl Parking {
         self.store.count()
     }
 
-    /// Parks up to [`EVENTS_MAX`] events durably and closes them in `in_flight`. Whether anything was done.
-    pub(super) fn run(&mut self, in_flight: &mut InFlight, router: &Router, now: Instant) -> bool {
+    /// Parks up to [`EVENTS_MAX`] events durably and closes them, in `of` they are. Whether anything was done.
+    pub(super) fn run(&mut self, of: &mut Origin<'_>, now: Instant) -> bool {
         if self.due(now).is_none_or(|due| due > now) {
             return false;
         }
-        if let Err(error) = self.write(in_flight, router).and_then(|()| self.store.sync()) {
+        if let Err(error) = self.write(of, now).and_then(|()| Ok(self.store.sync()?)) {
             if !self.storing.is_failing() {
                 error!(error = &error as &dyn std::error::Error, "events cannot be parked, retrying");
             }
@@ -84,41 +105,72 @@ impl Parking {
             info!("events can be parked again");
         }
         kill_point::pass("park.synced");
-        for written in self.written.drain(..) {
-            let ToPark { event, reason, .. } = written.to_park;
-            in_flight.parked(event, reason, written.payload_bytes, now_ms());
+        for Written { to_park: ToPark { event, lane, reason, .. }, payload_bytes } in self.written.drain(..) {
+            match lane.filter(|_| event.is_spilled()) {
+                None => of.in_flight.parked(event, reason, payload_bytes, now_ms()),
+                Some(lane) => {
+                    of.metrics.forward.parked_events_total(reason).increment(1);
+                    of.lanes.parked(lane, event, now);
+                }
+            }
         }
         true
     }
 
-    fn write(&mut self, in_flight: &InFlight, router: &Router) -> Result<(), ParkedError> {
-        let mut walk = Walk::new(in_flight);
+    fn write(&mut self, of: &mut Origin<'_>, now: Instant) -> Result<(), ParkingError> {
+        let mut walk = Walk::new(of.in_flight);
         while self.written.len() < EVENTS_MAX {
             let Some(to_park) = self.waiting.front().copied() else { break };
-            let ToPark { event, reason, failure } = to_park;
-            let (live, found) = walk.find(event);
-            let batch = &live.batch;
-            let topic = router.topic(found.event_type);
-            let about = ParkedAbout {
-                topic,
-                key: router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
-                event_type: found.event_type.to_owned(),
+            let ToPark { event, lane, reason, failure } = to_park;
+            let mut about = ParkedAbout {
+                topic: String::new(),
+                key: None,
+                event_type: String::new(),
                 reason,
                 error: match (failure, reason) {
                     (Some(failure), _) => failure.to_string(),
                     (None, ParkReason::Expired) => "older than wal.age_max".to_owned(),
                     (None, _) => "kafka takes no such topic name".to_owned(),
                 },
-                group: batch.client.group.to_string(),
-                connection_id: batch.client.id.to_string(),
-                req_guid: batch.request.req_guid().to_owned(),
-                sequence: live.sequence,
-                received_at_ms: batch.received_at_ms,
+                group: String::new(),
+                connection_id: String::new(),
+                req_guid: String::new(),
+                sequence: Sequence::FIRST,
+                received_at_ms: 0,
                 parked_at_ms: now_ms(),
             };
-            self.store.park(&about, found.payload)?;
+            let payload_bytes = if let Some(lane) = lane.filter(|_| event.is_spilled()) {
+                let topic = of.lanes.topic(lane);
+                let found = match of.spilling.event(topic, event.number()) {
+                    Err(SpillError::Damaged { .. }) => {
+                        of.spilling.report_lost(topic, 1, of.metrics, now);
+                        of.lanes.parked(lane, event, now);
+                        self.waiting.pop_front();
+                        continue;
+                    }
+                    found => found?,
+                };
+                about.topic = topic.to_owned();
+                (about.key, about.event_type) = (found.key, found.event_type);
+                (about.group, about.connection_id, about.req_guid) = (found.group, found.connection_id, found.req_guid);
+                (about.sequence, about.received_at_ms) = (Sequence(found.sequence), found.received_at_ms);
+                self.store.park(&about, &found.payload)?;
+                found.payload.len()
+            } else {
+                let (live, found) = walk.find(event);
+                let batch = &live.batch;
+                about.topic = of.router.topic(found.event_type);
+                about.key = of.router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned);
+                about.event_type = found.event_type.to_owned();
+                about.group = batch.client.group.to_string();
+                about.connection_id = batch.client.id.to_string();
+                about.req_guid = batch.request.req_guid().to_owned();
+                (about.sequence, about.received_at_ms) = (live.sequence, batch.received_at_ms);
+                self.store.park(&about, found.payload)?;
+                found.payload.len()
+            };
             self.waiting.pop_front();
-            self.written.push(Written { to_park, payload_bytes: found.payload.len() as u64 });
+            self.written.push(Written { to_park, payload_bytes: payload_bytes as u64 });
         }
         kill_point::pass("park.written");
         Ok(())
@@ -136,6 +188,7 @@ mod tests {
     use super::super::ParkReason;
     use super::super::backoff::Backoff;
     use super::super::in_flight::tests::{open_events, records};
+    use super::super::lanes::RetryLimits;
     use super::super::parked::tests::MemoryDb;
     use super::*;
     use crate::config::RecordKey;
@@ -148,24 +201,43 @@ mod tests {
         let mut parking =
             Parking::new(store.clone(), Retry::new(Backoff::new(second, second)), SmallRng::seed_from_u64(1));
         let router = Router::new("t-%s", RecordKey::None);
+        let directory = tempfile::tempdir().unwrap();
+        let retry = || Retry::new(Backoff::new(second, second));
+        let rng = || SmallRng::seed_from_u64(1);
+        let mut spilling = Spilling::open(&directory.path().join("spill"), 1 << 20, retry(), rng()).unwrap();
+        let ms = Duration::from_millis(1);
+        let limits = RetryLimits { delay_min: ms, delay_max: ms, topic_grace: ms, topic_propagation: ms };
+        let mut lanes = Lanes::new(limits, 1);
+        let metrics = Metrics::new();
         let record = &records(&[vec![7, 8]])[0];
         let mut in_flight = InFlight::default();
         let events = open_events(&mut in_flight, record);
         let reason = ParkReason::InvalidTopic;
-        let mut to_park = events.iter().map(|event| ToPark { event: *event, reason, failure: None }).collect();
+        let mut to_park = events.iter().map(|event| ToPark { event: *event, lane: None, reason, failure: None }).collect();
         parking.add(&mut to_park);
 
+        macro_rules! origin {
+            () => {
+                Origin {
+                    in_flight: &mut in_flight,
+                    lanes: &mut lanes,
+                    spilling: &mut spilling,
+                    router: &router,
+                    metrics: &metrics,
+                }
+            };
+        }
         let now = Instant::now();
         db.full.store(true, Ordering::SeqCst);
-        assert!(parking.run(&mut in_flight, &router, now));
-        assert!(!parking.run(&mut in_flight, &router, now), "the backoff is kept");
+        assert!(parking.run(&mut origin!(), now));
+        assert!(!parking.run(&mut origin!(), now), "the backoff is kept");
         assert_eq!((in_flight.events(), store.count()), (2, 0));
         db.full.store(false, Ordering::SeqCst);
         db.sync_fails.store(true, Ordering::SeqCst);
-        assert!(parking.run(&mut in_flight, &router, now + second));
+        assert!(parking.run(&mut origin!(), now + second));
         assert_eq!((in_flight.events(), store.count()), (2, 0), "what the store lost is not parked");
         db.sync_fails.store(false, Ordering::SeqCst);
-        assert!(parking.run(&mut in_flight, &router, now + second * 2));
+        assert!(parking.run(&mut origin!(), now + second * 2));
         assert_eq!((in_flight.events(), store.count()), (0, 2));
         assert_eq!(in_flight.advance(|_| {}).parked[reason as usize], 2);
         assert_eq!(parking.due(now), None);

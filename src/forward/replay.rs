@@ -11,14 +11,16 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tracing::{error, info};
 
-use super::backoff::{Backoff, LogLimit, Retry};
+use super::backoff::{Backoff, LogLimit, Pace, Retry};
 use super::discard::{Discard, Verdict};
-use super::in_flight::{InFlight, RECORDS_MAX, Walk};
-use super::kafka::{Failure, Inbox, Producer, Properties};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, RECORDS_MAX, Walk};
+use super::kafka::{Failure, Inbox, Producer, Properties, Reported};
 use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
 use super::parked::ParkedStore;
-use super::parking::Parking;
+use super::parking::{Origin, Parking};
 use super::router::Router;
+use super::spill::SpillError;
+use super::spilling::{STALL_PATIENCE, Spilling};
 use super::status::{Connection, Drain, Shared};
 use super::{FailureReason, ParkReason};
 use crate::batch::now_ms;
@@ -39,6 +41,15 @@ const POLL_MAX: Duration = Duration::from_millis(10);
 /// The same without a broker.
 const POLL_DISCONNECTED: Duration = Duration::from_millis(100);
 
+/// Most bytes of one round of a held lane.
+const ROUND_BYTES_MAX: u64 = 1 << 20;
+
+/// How often lanes that stand still are looked for, while there is no room.
+const STALL_LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Held topics named in the status.
+const HELD_TOPICS_SHOWN_MAX: usize = 20;
+
 /// How often the drain estimate is brought up to date.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -54,6 +65,7 @@ pub(super) struct Parts {
     pub(super) topic_propagation: Duration,
     pub(super) wal: Wal,
     pub(super) parked: ParkedStore,
+    pub(super) spilling: Spilling,
     pub(super) metrics: Arc<Metrics>,
     pub(super) shared: Arc<Shared>,
     pub(super) seed: u64,
@@ -82,6 +94,10 @@ pub(super) struct Replay {
     lanes: Lanes,
     to_park: Vec<ToPark>,
     parking: Parking,
+    spilling: Spilling,
+    /// A lane that has as much in the client as one may.
+    full_lane: Option<LaneId>,
+    stalled: Pace,
     failures: Failures,
 
     reading: Retry,
@@ -106,7 +122,7 @@ struct Failures {
 impl Replay {
     /// Starts at the log's cursor.
     pub(super) fn new(parts: Parts) -> Replay {
-        let Parts { config, properties, producer, topic_propagation, wal, parked, metrics, shared, seed } = parts;
+        let Parts { config, properties, producer, topic_propagation, wal, parked, spilling, metrics, shared, seed } = parts;
         let limits = RetryLimits {
             delay_min: config.retry_delay_min,
             delay_max: config.retry_delay_max,
@@ -132,6 +148,9 @@ impl Replay {
             lanes: Lanes::new(limits, seed),
             to_park: Vec::new(),
             parking: Parking::new(parked, Retry::new(backoff.clone()), SmallRng::seed_from_u64(seed)),
+            spilling,
+            full_lane: None,
+            stalled: Pace::new(STALL_LOOK_INTERVAL),
             failures: Failures::default(),
             reading: Retry::new(backoff.clone()),
             rebuilding: Retry::new(backoff),
@@ -156,10 +175,13 @@ impl Replay {
             let now = Instant::now();
             self.shared.beat(now);
             let mut worked = self.take_reports(now);
+            self.spilling.settle(&self.wal, &mut self.lanes, now);
             self.let_go_of_discarded(now);
             worked |= self.mend_producer(now);
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
+            worked |= self.spill(now);
+            self.spilling.work_off(&mut self.lanes, now);
             self.move_watermark(now);
             let more_to_read = self.read_on(now, &mut worked);
             self.report(now);
@@ -182,6 +204,8 @@ impl Replay {
             }
             self.poll_wait = POLL_MAX.min(stop_by - now);
         }
+        self.spilling.work_off(&mut self.lanes, Instant::now());
+        self.spilling.finish();
         self.report(Instant::now());
         info!(undelivered_events = self.in_flight.events(), "forwarder stopped");
     }
@@ -202,16 +226,22 @@ impl Replay {
         if !inbox.delivered.is_empty() {
             self.rebuilding.succeeded();
         }
-        for tag in inbox.delivered.drain(..) {
-            let event = self.in_flight.by_tag(tag);
-            let lane = self.in_flight.lane(event).expect("an event that was sent has a lane");
-            self.in_flight.delivered(event, now_ms);
-            self.lanes.delivered(lane, now, &mut self.to_park);
+        for reported in inbox.delivered.drain(..) {
+            let (lane, event) = self.reported_event(reported);
+            if event.is_spilled() {
+                self.metrics.forward.delivered_events.increment(1);
+                self.metrics.forward.delivered_bytes.increment(u64::from(reported.payload_bytes));
+                self.shared.status().delivered_events += 1;
+            } else {
+                self.in_flight.delivered(event, now_ms);
+            }
+            self.lanes.delivered(lane, event, charge(reported.payload_bytes as usize), now, &mut self.to_park);
+            self.spilling.delivered(now);
         }
-        for (tag, failure) in inbox.failed.drain(..) {
-            let event = self.in_flight.by_tag(tag);
-            let lane = self.in_flight.lane(event).expect("an event that was sent has a lane");
-            self.lanes.failed(lane, event, failure, now, &mut self.to_park);
+        for (reported, failure) in inbox.failed.drain(..) {
+            let (lane, event) = self.reported_event(reported);
+            let bytes = charge(reported.payload_bytes as usize);
+            self.lanes.failed(lane, event, bytes, failure, now, &mut self.to_park);
             self.failures.count(lane, failure, &self.metrics);
         }
         if self.forwards {
@@ -221,6 +251,13 @@ impl Replay {
         inbox.clear();
         self.inbox = inbox;
         any
+    }
+
+    fn reported_event(&mut self, reported: Reported) -> (LaneId, EventRef) {
+        self.lanes.spilled_by_tag(reported.tag).unwrap_or_else(|| {
+            let event = self.in_flight.by_tag(reported.tag);
+            (self.in_flight.lane(event).expect("an event that was sent has a lane"), event)
+        })
     }
 
     fn observe_connection(&mut self, inbox: &Inbox, now: Instant) {
@@ -281,7 +318,10 @@ impl Replay {
         self.move_watermark(now);
         self.producer = None;
         self.in_flight.clear();
+        self.spilling.work_off(&mut self.lanes, now);
+        self.spilling.unsettle();
         self.lanes.clear();
+        self.full_lane = None;
         self.to_park.clear();
         self.parking.clear();
         self.failures.newest = None;
@@ -299,27 +339,12 @@ impl Replay {
 
     /// Sends what held lanes want to try again now.
     fn send_due_rounds(&mut self, now: Instant) -> bool {
-        let Some(producer) = &self.producer else { return false };
         let mut sent = false;
-        while let Some((lane, round)) = self.lanes.next_round(now) {
+        while self.may_send_rounds()
+            && let Some((lane, round)) = self.lanes.next_round(now)
+        {
             sent = true;
-            let mut walk = Walk::new(&self.in_flight);
-            let mut refusal = None;
-            for event in round {
-                if refusal.is_some() {
-                    self.lanes.hold(lane, event);
-                    continue;
-                }
-                let (live, found) = walk.find(event);
-                let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
-                match producer.send(self.lanes.topic(lane), key, found.payload, event.tag()) {
-                    Ok(()) => self.lanes.sent(lane),
-                    Err(failure) => {
-                        self.lanes.refused(lane, event, failure, now, &mut self.to_park);
-                        refusal = Some(failure);
-                    }
-                }
-            }
+            let refusal = self.send_round(lane, round, now);
             self.lanes.settle(lane, now, &mut self.to_park);
             if let Some(failure) = refusal {
                 self.failures.count(lane, failure, &self.metrics);
@@ -328,9 +353,75 @@ impl Replay {
         sent
     }
 
+    fn may_send_rounds(&self) -> bool {
+        self.producer.is_some() && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
+    }
+
+    /// Sends events of a held lane up to the first that the client refuses, and keeps the rest.
+    fn send_round(&mut self, lane: LaneId, round: Vec<EventRef>, now: Instant) -> Option<Failure> {
+        let producer = self.producer.as_ref()?;
+        let mut walk = Walk::new(&self.in_flight);
+        let (mut refusal, mut bytes, mut is_over) = (None, 0, false);
+        for event in round {
+            if is_over {
+                self.lanes.hold(lane, event);
+                continue;
+            }
+            let topic = self.lanes.topic(lane);
+            let (result, payload_bytes) = if event.is_spilled() {
+                let found = match self.spilling.event(topic, event.number()) {
+                    Ok(found) => found,
+                    Err(SpillError::Damaged { .. }) => {
+                        self.spilling.report_lost(&topic.to_owned(), 1, &self.metrics, now);
+                        self.lanes.parked(lane, event, now);
+                        continue;
+                    }
+                    Err(error) => {
+                        self.shared.set_last_error(error.to_string(), Some(topic));
+                        self.lanes.hold(lane, event);
+                        is_over = true;
+                        continue;
+                    }
+                };
+                let tag = event.spilled_tag(lane);
+                (producer.send(topic, found.key.as_deref(), &found.payload, tag), found.payload.len())
+            } else {
+                let (live, found) = walk.find(event);
+                let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
+                (producer.send(topic, key, found.payload, event.tag()), found.payload.len())
+            };
+            match result {
+                Ok(()) => {
+                    self.lanes.sent(lane, event, charge(payload_bytes), now);
+                    bytes += charge(payload_bytes);
+                    is_over = bytes >= ROUND_BYTES_MAX;
+                }
+                Err(failure) => {
+                    self.lanes.refused(lane, event, failure, now, &mut self.to_park);
+                    (refusal, is_over) = (Some(failure), true);
+                }
+            }
+        }
+        refusal
+    }
+
     fn park(&mut self, now: Instant) -> bool {
         self.parking.add(&mut self.to_park);
-        self.parking.run(&mut self.in_flight, &self.router, now)
+        let Replay { in_flight, lanes, spilling, router, metrics, .. } = self;
+        self.parking.run(&mut Origin { in_flight, lanes, spilling, router, metrics }, now)
+    }
+
+    /// Holds the lanes that stand still when that keeps others from being read, and moves held ones out of the way.
+    fn spill(&mut self, now: Instant) -> bool {
+        let Some(connected_since) = self.connection.up_since() else { return false };
+        if !self.has_room() && self.stalled.is_due(now) {
+            self.lanes.hold_stalled(now, STALL_PATIENCE, connected_since);
+        }
+        // What is being parked is on its way out already.
+        if !self.forwards || self.parking.due(now).is_some() || !self.to_park.is_empty() {
+            return false;
+        }
+        self.spilling.relieve(&mut self.in_flight, &mut self.lanes, &self.router, now)
     }
 
     /// Tells the log how far everything is delivered or parked, and counts what that passed.
@@ -353,13 +444,19 @@ impl Replay {
         metrics.in_flight_events.set(self.in_flight.events() as f64);
         metrics.in_flight_bytes.set(self.in_flight.bytes() as f64);
         metrics.parked_events.set(self.parking.count() as f64);
+        metrics.spilled_events.set(self.spilling.count() as f64);
+        metrics.spilled_bytes.set(self.spilling.bytes() as f64);
+        metrics.held_topics.set(self.lanes.held() as f64);
         let mut status = self.shared.status();
         status.delivered_events += passed.delivered_events;
         status.in_flight_events = self.in_flight.events();
         status.in_flight_bytes = self.in_flight.bytes();
         status.parked_events = self.parking.count();
         status.held_topics = self.lanes.held() as u64;
+        status.spilled_events = self.spilling.count();
         drop(status);
+        // Until the watermark passes them, the log counts them.
+        self.wal.note_spilled(self.spilling.count() as i64 - self.in_flight.spilled_events() as i64);
         // Last, so that whoever sees an empty backlog finds everything counted.
         if let Some(end) = passed.end {
             self.wal.note_parked(self.parking.count());
@@ -368,13 +465,22 @@ impl Replay {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight.bytes() < self.in_flight_bytes_max && self.in_flight.records() < RECORDS_MAX
+        let taken = self.in_flight.bytes() + self.lanes.spilled_client_bytes();
+        let lane_has_room = |lane: &LaneId| self.lanes.client_bytes(*lane) < self.lane_bytes_max() || self.lanes.is_held(*lane);
+        taken < self.in_flight_bytes_max
+            && self.in_flight.records() < RECORDS_MAX
+            && self.full_lane.as_ref().is_none_or(lane_has_room)
+    }
+
+    /// What one lane may have in the client: never all that there may be.
+    fn lane_bytes_max(&self) -> u64 {
+        self.in_flight_bytes_max.saturating_sub(self.lanes.spilled_client_bytes()) / 2
     }
 
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle || self.reading.due(now).is_some() {
+        if idle || !self.spilling.is_settled() || self.reading.due(now).is_some() {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
@@ -427,12 +533,13 @@ impl Replay {
         let events = record.batch.request.event_count() as usize;
         self.in_flight.set_lanes(slot, vec![None; events]);
         let to_park =
-            |index| ToPark { event: InFlight::event_ref(slot, index), reason: ParkReason::Expired, failure: None };
+            |index| ToPark { event: InFlight::event_ref(slot, index), lane: None, reason: ParkReason::Expired, failure: None };
         self.to_park.extend((0..events).map(to_park));
     }
 
     fn send_record(&mut self, record: &Record, now: Instant) {
         let Some(producer) = &self.producer else { return };
+        let lane_bytes_max = self.lane_bytes_max();
         let slot = self.in_flight.push(record);
         let batch = &record.batch;
         let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
@@ -442,7 +549,7 @@ impl Replay {
             lanes.push(lane);
             let Some(lane) = lane else {
                 let reason = ParkReason::InvalidTopic;
-                self.to_park.push(ToPark { event: event_ref, reason, failure: None });
+                self.to_park.push(ToPark { event: event_ref, lane: None, reason, failure: None });
                 continue;
             };
             if self.lanes.is_held(lane) {
@@ -451,7 +558,12 @@ impl Replay {
             }
             let key = self.router.key(&batch.client, &batch.request, event.event_type);
             match producer.send(self.lanes.topic(lane), key, event.payload, event_ref.tag()) {
-                Ok(()) => self.lanes.sent(lane),
+                Ok(()) => {
+                    self.lanes.sent(lane, event_ref, charge(event.payload.len()), now);
+                    if self.lanes.client_bytes(lane) >= lane_bytes_max {
+                        self.full_lane = Some(lane);
+                    }
+                }
                 Err(failure) => {
                     self.lanes.refused(lane, event_ref, failure, now, &mut self.to_park);
                     self.lanes.settle(lane, now, &mut self.to_park);
@@ -473,7 +585,10 @@ impl Replay {
         self.report_at = now + REPORT_INTERVAL;
         let drain_seconds = self.drain.observe(self.wal.status().pending_events, now);
         self.metrics.forward.drain_seconds.set(drain_seconds.unwrap_or(f64::NAN));
-        self.shared.status().drain_seconds = drain_seconds;
+        let held = self.lanes.held_topics(HELD_TOPICS_SHOWN_MAX, now);
+        let mut status = self.shared.status();
+        status.drain_seconds = drain_seconds;
+        status.held = held;
     }
 
     /// Waits until there may be something to do, if nothing was done.
@@ -488,7 +603,8 @@ impl Replay {
             self.idle_polls = 0;
             return;
         }
-        let dues = [self.lanes.due(), self.parking.due(now), self.reading.due(now), self.rebuilding.due(now)];
+        let round_due = self.lanes.due().filter(|_| self.may_send_rounds());
+        let dues = [round_due, self.parking.due(now), self.reading.due(now), self.rebuilding.due(now), self.spilling.due(now)];
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
@@ -500,6 +616,11 @@ impl Replay {
         self.poll_wait = wait.min(POLL_MIN * 2u32.saturating_pow(self.idle_polls)).min(longest);
         self.idle_polls = (self.idle_polls + 1).min(10);
     }
+}
+
+/// What an event counts for in the client.
+fn charge(payload_bytes: usize) -> u64 {
+    payload_bytes as u64 + EVENT_OVERHEAD_BYTES
 }
 
 impl Failures {

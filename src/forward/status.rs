@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tracing::{info, warn};
 
+use super::lanes::HeldTopic;
 use crate::batch::now_ms;
 use crate::wal::WalStatus;
 
@@ -29,8 +30,12 @@ pub struct ForwardStatus {
     pub in_flight_events: u64,
     /// What they count for against `forward.in_flight_bytes_max`.
     pub in_flight_bytes: u64,
-    /// Topics that refused an event which is being retried.
+    /// Topics that refused an event which is being retried, or stand still.
     pub held_topics: u64,
+    /// Some of those topics, longest held first.
+    pub held: Vec<HeldTopic>,
+    /// Events of such topics that are on disk, out of the log's way.
+    pub spilled_events: u64,
     /// Events acked by Kafka since the start.
     pub delivered_events: u64,
     /// Dead letters held now.
@@ -126,6 +131,11 @@ impl Connection {
     /// Whether a broker is up.
     pub(super) fn is_up(&self) -> bool {
         self.up == Some(true)
+    }
+
+    /// Since when a broker is up; none while there is none.
+    pub(super) fn up_since(&self) -> Option<Instant> {
+        self.is_up().then_some(self.since)
     }
 
     /// Takes in what the client reports: how many brokers are up, or that all are down. True when that is a change.

@@ -234,7 +234,7 @@ impl Wal {
             next_sequence: log.tail.sequence,
             cursor_sequence: log.cursor.totals.sequence,
             pending_batches: pending.sequence,
-            pending_events: pending.events,
+            pending_events: pending.events.saturating_add_signed(log.spilled_events),
             pending_bytes: pending.bytes,
             oldest_pending_received_at_ms: log.oldest_received_at_ms(),
             disk_bytes: log.disk_bytes(&self.shared.shape),
@@ -268,6 +268,12 @@ impl Wal {
     /// What [`Wal::note_parked`] said last, before the start.
     pub fn noted_parked(&self) -> u64 {
         self.shared.log().parked_events
+    }
+
+    /// How many events the forwarder keeps beside the log, which no longer counts them: they belong to the backlog. Less than
+    /// none if it has delivered events that the log still counts.
+    pub fn note_spilled(&self, events: i64) {
+        self.shared.log().spilled_events = events;
     }
 
     /// Wakes a reader that waits.

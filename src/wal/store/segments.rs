@@ -190,7 +190,7 @@ impl Store for SledStore {
 
     fn space(&self) -> Result<Space, StoreError> {
         let mut space = Space { free_bytes: free_bytes(&self.directory)?, ..Space::default() };
-        for name in ["meta", "parked", "quarantine"] {
+        for name in ["meta", "parked", "spill", "quarantine"] {
             let used = disk_bytes(&self.directory.join(name));
             space.other_bytes += used.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         }

@@ -1,0 +1,254 @@
+//! The way into the spill and out of it: when events of held topics move there, and what becomes of them.
+//!
+//! They move when held topics keep much of what may be in flight, or when the cursor has been left far behind for their sake.
+//! While no topic at all takes anything, the trouble may not be a topic's but the broker's; then they move at a slow pace, so
+//! that a topic that does flow is still found, and the log is not copied for nothing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rand::rngs::SmallRng;
+use tracing::{error, info, warn};
+
+use super::backoff::{LogLimit, Pace, Retry};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, InFlight, RECORDS_MAX, Walk};
+use super::lanes::{LaneId, Lanes};
+use super::router::Router;
+use super::spill::{Spill, SpillError, SpilledEvent};
+use crate::batch::{Sequence, now_ms};
+use crate::metrics::Metrics;
+use crate::wal::Wal;
+
+/// Without a delivery of any topic for so long, topics are moved blindly.
+pub(super) const STALL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How fast then, in charged bytes.
+const BLIND_BYTES_PER_SECOND: u64 = 4 << 20;
+
+/// How often what was worked off is made durable.
+const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// One line about lost events in so long.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// See the module.
+pub(super) struct Spilling {
+    spill: Spill,
+    /// What the log shows again has been taken out.
+    settled: bool,
+    storing: Retry,
+    rng: SmallRng,
+    in_flight_bytes_max: u64,
+    delivered_at: Option<Instant>,
+    blind_at: Option<Instant>,
+    saving: Pace,
+    lost: LogLimit,
+}
+
+impl Spilling {
+    /// Opens the spill in `directory`; what fails later is tried again as `storing` says.
+    ///
+    /// # Errors
+    /// [`SpillError::Io`]
+    pub(super) fn open(
+        directory: &Path,
+        in_flight_bytes_max: u64,
+        storing: Retry,
+        rng: SmallRng,
+    ) -> Result<Spilling, SpillError> {
+        Ok(Spilling {
+            spill: Spill::open(directory)?,
+            settled: false,
+            storing,
+            rng,
+            in_flight_bytes_max,
+            delivered_at: None,
+            blind_at: None,
+            saving: Pace::new(SAVE_INTERVAL),
+            lost: LogLimit::new(LOG_INTERVAL),
+        })
+    }
+
+    /// Events in the spill.
+    pub(super) fn count(&self) -> u64 {
+        self.spill.count()
+    }
+
+    /// Bytes that they take there.
+    pub(super) fn bytes(&self) -> u64 {
+        self.spill.bytes()
+    }
+
+    /// When something is tried again; none if nothing failed.
+    pub(super) fn due(&self, now: Instant) -> Option<Instant> {
+        self.storing.due(now)
+    }
+
+    /// Something was delivered.
+    pub(super) fn delivered(&mut self, now: Instant) {
+        self.delivered_at = Some(now);
+    }
+
+    /// The log is about to be read from its cursor on, and every lane is empty.
+    pub(super) fn unsettle(&mut self) {
+        self.settled = false;
+    }
+
+    /// Whether the log may be read.
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled
+    }
+
+    /// Takes out what the log will show again, and holds the lanes of the rest, if that is not done yet.
+    pub(super) fn settle(&mut self, wal: &Wal, lanes: &mut Lanes, now: Instant) {
+        if self.settled || self.storing.due(now).is_some() {
+            return;
+        }
+        let status = wal.status();
+        let result = self.spill.settle(Sequence(status.cursor_sequence), Sequence(status.next_sequence));
+        if !self.succeeded(result, now) {
+            return;
+        }
+        for topic in self.spill.topics() {
+            lanes.restore(topic, self.spill.numbers(topic), now);
+        }
+        if self.spill.count() > 0 {
+            info!(events = self.spill.count(), topics = self.spill.topics().count(), "topics go on from the spill");
+        }
+        self.settled = true;
+    }
+
+    /// Moves open events of held topics into the spill, if it is time. Whether any were.
+    pub(super) fn relieve(
+        &mut self,
+        in_flight: &mut InFlight,
+        lanes: &mut Lanes,
+        router: &Router,
+        now: Instant,
+    ) -> bool {
+        if lanes.held() == 0 || self.storing.due(now).is_some() || !self.is_time(in_flight, lanes, now) {
+            return false;
+        }
+        let mut events: BTreeMap<LaneId, Moving> = BTreeMap::new();
+        let mut walk = Walk::new(in_flight);
+        for (lane, event) in in_flight.open_events(|lane| lanes.is_held(lane)) {
+            let (live, found) = walk.find(event);
+            let batch = &live.batch;
+            let moving = events.entry(lane).or_default();
+            moving.refs.push(event);
+            moving.bytes.push(found.payload.len() as u64 + EVENT_OVERHEAD_BYTES);
+            moving.events.push(SpilledEvent {
+                sequence: live.sequence.0,
+                received_at_ms: batch.received_at_ms,
+                group: batch.client.group.to_string(),
+                connection_id: batch.client.id.to_string(),
+                req_guid: batch.request.req_guid().to_owned(),
+                event_type: found.event_type.to_owned(),
+                key: router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
+                payload: batch.request.as_bytes().slice_ref(found.payload),
+            });
+        }
+        drop(walk);
+        if events.is_empty() {
+            return false;
+        }
+        let contents = events.iter_mut().map(|(lane, moving)| (lanes.topic(*lane), std::mem::take(&mut moving.events)));
+        let result = self.spill.put(contents.collect());
+        let firsts = match result {
+            Ok(firsts) => firsts,
+            Err(error) => {
+                self.succeeded(Err(error), now);
+                return true;
+            }
+        };
+        self.succeeded(Ok(()), now);
+        self.blind_at = Some(now);
+        for ((lane, moving), first) in events.into_iter().zip(firsts) {
+            let numbers = first..first + moving.refs.len() as u64;
+            lanes.moved(lane, &moving.refs, numbers, &moving.bytes, now);
+            for (event, bytes) in moving.refs.iter().zip(&moving.bytes) {
+                in_flight.spilled(*event, bytes - EVENT_OVERHEAD_BYTES, now_ms());
+            }
+        }
+        true
+    }
+
+    fn is_time(&self, in_flight: &InFlight, lanes: &Lanes, now: Instant) -> bool {
+        let taken = in_flight.bytes() + lanes.spilled_client_bytes();
+        let is_short = taken >= self.in_flight_bytes_max / 4 * 3;
+        let far_behind = in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
+        if !(far_behind || is_short) {
+            return false;
+        }
+        let held = lanes.held_log_events();
+        if held == 0 || (!far_behind && held * 4 < in_flight.events()) {
+            return false;
+        }
+        let is_blind = self.delivered_at.is_none_or(|at| now.saturating_duration_since(at) >= STALL_PATIENCE);
+        let pause = Duration::from_millis(in_flight.bytes() * 1000 / BLIND_BYTES_PER_SECOND);
+        !is_blind || self.blind_at.is_none_or(|at| now.saturating_duration_since(at) >= pause)
+    }
+
+    /// An event of the spill.
+    ///
+    /// # Errors
+    /// [`SpillError`], as [`Spill::event`]
+    pub(super) fn event(&mut self, topic: &str, number: u64) -> Result<SpilledEvent, SpillError> {
+        self.spill.event(topic, number)
+    }
+
+    /// Tells how many events of `topic` a damaged block has cost, and counts them.
+    pub(super) fn report_lost(&mut self, topic: &str, events: u64, metrics: &Metrics, now: Instant) {
+        metrics.forward.dropped_events_damaged.increment(events);
+        if let Some(suppressed) = self.lost.admit(now) {
+            error!(%topic, events, suppressed, "events are lost: the spill is damaged");
+        }
+    }
+
+    /// Lets go of what the lanes have worked off, durably every so often.
+    pub(super) fn work_off(&mut self, lanes: &mut Lanes, now: Instant) {
+        for (lane, number) in lanes.take_worked_off() {
+            self.spill.consume(lanes.topic(lane), number);
+        }
+        if self.settled && self.storing.due(now).is_none() && self.saving.is_due(now) {
+            let result = self.spill.save();
+            self.succeeded(result, now);
+        }
+    }
+
+    /// Makes everything durable, before the end.
+    pub(super) fn finish(&mut self) {
+        if let Err(error) = self.spill.save() {
+            warn!(error = &error as &dyn std::error::Error, "what was delivered from the spill may be delivered again");
+        }
+    }
+
+    fn succeeded(&mut self, result: Result<(), SpillError>, now: Instant) -> bool {
+        match result {
+            Ok(()) => {
+                if self.storing.is_failing() {
+                    info!("the spill works again");
+                }
+                self.storing.succeeded();
+                true
+            }
+            Err(error) => {
+                if !self.storing.is_failing() {
+                    error!(error = &error as &dyn std::error::Error, "the spill does not work, retrying");
+                }
+                self.storing.failed(now, &mut self.rng);
+                false
+            }
+        }
+    }
+}
+
+/// Events of one lane on their way into the spill.
+#[derive(Default)]
+struct Moving {
+    refs: Vec<super::in_flight::EventRef>,
+    /// What each is charged in the client.
+    bytes: Vec<u64>,
+    events: Vec<SpilledEvent>,
+}
