@@ -43,9 +43,13 @@ impl Setup {
 
     /// With a log that was changed.
     fn with_log(edit: impl FnOnce(&mut WalConfig)) -> Setup {
-        let cluster = MockCluster::new(1).unwrap();
+        Setup::with_brokers(1, edit)
+    }
+
+    fn with_brokers(brokers: i32, edit: impl FnOnce(&mut WalConfig)) -> Setup {
+        let cluster = MockCluster::new(brokers).unwrap();
         let config = ForwardConfig {
-            brokers: vec![cluster.bootstrap_servers()],
+            brokers: cluster.bootstrap_servers().split(',').map(str::to_owned).collect(),
             topic: "%s".into(),
             retry_delay_min: Duration::from_millis(10),
             retry_delay_max: Duration::from_millis(50),
@@ -108,7 +112,8 @@ impl Setup {
     fn wait_for_empty_log(&self, forwarder: &Forwarder) {
         wait_until("the log is empty", || {
             assert!(forwarder.is_live());
-            self.wal.status().pending_batches == 0
+            let status = self.wal.status();
+            status.pending_batches == 0 && status.pending_events == 0
         });
     }
 
@@ -235,7 +240,8 @@ fn an_outage_loses_nothing_and_memory_stays_bounded() {
         setup.send("a", &events);
         assert!(forwarder.status().in_flight_bytes <= (1 << 20) + record_bytes_max);
     }
-    wait_until("in flight is full", || forwarder.status().in_flight_bytes >= 1 << 20);
+    // One topic may have half of it.
+    wait_until("in flight is full", || forwarder.status().in_flight_bytes >= 1 << 19);
     assert!(forwarder.status().disconnected_since_ms.is_some());
     assert!(forwarder.status().in_flight_events < 5000);
     setup.cluster.broker_up(1).unwrap();
@@ -349,6 +355,101 @@ fn a_forbidden_topic_is_held_in_order_while_the_others_flow() {
     setup.assert_books_balance(100);
     assert_eq!(setup.parked(), []);
     wait_until("no topic is held", || forwarder.status().held_topics == 0);
+}
+
+/// Sends 4 MB of one topic, which is several times what may be in flight, and little of another.
+fn send_much_of(setup: &Setup, topic: &str, numbers: std::ops::Range<u64>) {
+    for at in numbers {
+        setup.send("a", &[(topic, [number(at), vec![7; 10_000]].concat()), ("open", number(at))]);
+    }
+}
+
+fn without_failures(setup: &Setup, forwarder: &Forwarder, moved_events: u64) {
+    wait_until("the topic is out of the way", || {
+        assert!(forwarder.is_live());
+        assert!(forwarder.status().in_flight_bytes <= (1 << 20) + 20_000);
+        let status = forwarder.status();
+        status.spilled_events > 0 && status.spilled_events + status.in_flight_events == moved_events
+    });
+    // The log counts what is delivered only when everything before has left it.
+    let delivered = setup.metric("ringtail_forward_delivered_events_total");
+    assert_eq!(delivered + setup.wal.status().pending_events, setup.metric("ringtail_wal_committed_events_total"));
+    assert!(delivered > 0);
+    assert_eq!(setup.metric("ringtail_forward_parked_events_total"), 0);
+}
+
+#[test]
+fn a_forbidden_topic_moves_out_of_the_way_and_comes_back_in_order() {
+    let mut setup = Setup::new();
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.topic("open", 1);
+    setup.topic("closed", 1);
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    send_much_of(&setup, "closed", 0..400);
+    assert_eq!(by_key(setup.consume("open", 1, 400))["a"], (0..400).collect::<Vec<_>>());
+    without_failures(&setup, &forwarder, 400);
+    let held = forwarder.status().held;
+    assert_eq!((held.len(), held[0].topic.as_str()), (1, "closed"));
+    assert!(held[0].spilled_events > 0 && held[0].error.as_deref().is_some_and(|error| error.contains("uthoriz")));
+
+    // The next process goes on, and what comes then queues up behind.
+    forwarder.stop(Duration::from_secs(1));
+    drop(forwarder);
+    let forwarder = setup.start();
+    send_much_of(&setup, "closed", 400..420);
+    wait_until("the rest flows", || {
+        let status = forwarder.status();
+        status.held_topics == 1 && status.spilled_events + status.in_flight_events == 420
+    });
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    assert_eq!(by_key(setup.consume("closed", 1, 420))["a"], (0..420).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(840);
+    wait_until("no topic is held", || forwarder.status().held_topics == 0);
+    assert_eq!(forwarder.status().spilled_events, 0);
+}
+
+#[test]
+fn a_topic_without_a_leader_moves_out_of_the_way_and_comes_back_once() {
+    let mut setup = Setup::with_brokers(2, |_| {});
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    for (topic, broker) in [("open", 1), ("stuck", 2)] {
+        setup.topic(topic, 1);
+        setup.cluster.partition_leader(topic, 0, Some(broker)).unwrap();
+    }
+    let forwarder = setup.start();
+    send_much_of(&setup, "stuck", 0..1);
+    setup.wait_for_empty_log(&forwarder);
+    setup.cluster.broker_down(2).unwrap();
+    send_much_of(&setup, "stuck", 1..400);
+    assert_eq!(by_key(setup.consume("open", 1, 400))["a"], (0..400).collect::<Vec<_>>());
+    without_failures(&setup, &forwarder, 399);
+    setup.cluster.broker_up(2).unwrap();
+    assert_eq!(by_key(setup.consume("stuck", 1, 400))["a"], (0..400).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(800);
+    wait_until("no topic is held", || forwarder.status().held_topics == 0);
+}
+
+#[test]
+fn a_spilled_topic_is_parked_after_its_grace() {
+    let mut setup = Setup::new();
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.config.topic_grace = Duration::from_secs(2);
+    setup.topic("open", 1);
+    setup.topic("closed", 1);
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    send_much_of(&setup, "closed", 0..300);
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(600);
+    let numbers: Vec<u64> =
+        setup.parked().iter().map(|event| u64::from_be_bytes(*event.payload.first_chunk().unwrap())).collect();
+    assert_eq!(numbers, (0..300).collect::<Vec<_>>());
+    let parked = &setup.parked()[299].about;
+    assert_eq!((parked.topic.as_str(), parked.key.as_deref(), parked.group.as_str()), ("closed", Some("a"), "group"));
+    assert_eq!(forwarder.status().spilled_events, 0);
 }
 
 #[test]

@@ -258,14 +258,12 @@ impl InFlight {
     }
 
     /// The open events of the lanes that `wanted` names, in the order of the log.
-    pub(super) fn open_events(
-        &self,
-        wanted: impl Fn(LaneId) -> bool,
-    ) -> impl Iterator<Item = (LaneId, EventRef)> {
+    pub(super) fn open_events(&self, wanted: impl Fn(LaneId) -> bool) -> impl Iterator<Item = (LaneId, EventRef)> {
         let numbered = self.slots.iter().zip(self.front..);
         let lanes = numbered.filter_map(|(slot, number)| Some((&slot.live.as_ref()?.lanes, number)));
         lanes.flat_map(move |(lanes, slot)| {
-            let open = lanes.iter().zip(0..).filter_map(move |(lane, index)| Some(((*lane)?, EventRef { slot, index })));
+            let open =
+                lanes.iter().zip(0..).filter_map(move |(lane, index)| Some(((*lane)?, EventRef { slot, index })));
             open.filter(|(lane, _)| wanted(*lane)).collect::<Vec<_>>()
         })
     }

@@ -54,10 +54,10 @@ pub use router::Topics;
 pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
 
-use backoff::{Backoff, Retry};
 use crate::config::ForwardConfig;
 use crate::metrics::Metrics;
 use crate::wal::Wal;
+use backoff::{Backoff, Retry};
 use kafka::Producer;
 use replay::{Parts, Replay};
 use spilling::Spilling;

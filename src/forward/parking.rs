@@ -213,7 +213,8 @@ mod tests {
         let mut in_flight = InFlight::default();
         let events = open_events(&mut in_flight, record);
         let reason = ParkReason::InvalidTopic;
-        let mut to_park = events.iter().map(|event| ToPark { event: *event, lane: None, reason, failure: None }).collect();
+        let mut to_park =
+            events.iter().map(|event| ToPark { event: *event, lane: None, reason, failure: None }).collect();
         parking.add(&mut to_park);
 
         macro_rules! origin {

@@ -122,7 +122,8 @@ struct Failures {
 impl Replay {
     /// Starts at the log's cursor.
     pub(super) fn new(parts: Parts) -> Replay {
-        let Parts { config, properties, producer, topic_propagation, wal, parked, spilling, metrics, shared, seed } = parts;
+        let Parts { config, properties, producer, topic_propagation, wal, parked, spilling, metrics, shared, seed } =
+            parts;
         let limits = RetryLimits {
             delay_min: config.retry_delay_min,
             delay_max: config.retry_delay_max,
@@ -466,7 +467,8 @@ impl Replay {
 
     fn has_room(&self) -> bool {
         let taken = self.in_flight.bytes() + self.lanes.spilled_client_bytes();
-        let lane_has_room = |lane: &LaneId| self.lanes.client_bytes(*lane) < self.lane_bytes_max() || self.lanes.is_held(*lane);
+        let lane_has_room =
+            |lane: &LaneId| self.lanes.client_bytes(*lane) < self.lane_bytes_max() || self.lanes.is_held(*lane);
         taken < self.in_flight_bytes_max
             && self.in_flight.records() < RECORDS_MAX
             && self.full_lane.as_ref().is_none_or(lane_has_room)
@@ -532,8 +534,12 @@ impl Replay {
         let slot = self.in_flight.push(record);
         let events = record.batch.request.event_count() as usize;
         self.in_flight.set_lanes(slot, vec![None; events]);
-        let to_park =
-            |index| ToPark { event: InFlight::event_ref(slot, index), lane: None, reason: ParkReason::Expired, failure: None };
+        let to_park = |index| ToPark {
+            event: InFlight::event_ref(slot, index),
+            lane: None,
+            reason: ParkReason::Expired,
+            failure: None,
+        };
         self.to_park.extend((0..events).map(to_park));
     }
 
@@ -604,7 +610,8 @@ impl Replay {
             return;
         }
         let round_due = self.lanes.due().filter(|_| self.may_send_rounds());
-        let dues = [round_due, self.parking.due(now), self.reading.due(now), self.rebuilding.due(now), self.spilling.due(now)];
+        let dues =
+            [round_due, self.parking.due(now), self.reading.due(now), self.rebuilding.due(now), self.spilling.due(now)];
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();

@@ -177,7 +177,8 @@ impl Spilling {
     fn is_time(&self, in_flight: &InFlight, lanes: &Lanes, now: Instant) -> bool {
         let taken = in_flight.bytes() + lanes.spilled_client_bytes();
         let is_short = taken >= self.in_flight_bytes_max / 4 * 3;
-        let far_behind = in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
+        let far_behind =
+            in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
         if !(far_behind || is_short) {
             return false;
         }

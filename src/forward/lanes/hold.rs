@@ -174,12 +174,14 @@ impl Hold {
                 self.retry_at = now + self.backoff.next(rng);
                 if now.saturating_duration_since(since) + waited >= limits.topic_grace {
                     *refused = true;
-                    self.log_events = 0;
-                    for event in std::mem::take(&mut self.events) {
+                    // What is in the spill is tried, refused and parked in rounds, and then what came later.
+                    let rounds_follow = self.spilled.next < self.spilled.end;
+                    let goes = |event: &EventRef| event.is_spilled() || !rounds_follow;
+                    for event in self.events.iter().copied().filter(goes).collect::<Vec<_>>() {
+                        self.remove(event);
                         self.spilled.parking(event);
                         park(ToPark { event, lane: None, reason, failure: Some(failure) });
                     }
-                    // What is in the spill is tried, refused and parked in rounds.
                     (self.next_round, self.retry_at) = (ROUND_EVENTS_MAX, now);
                 }
             }
@@ -232,7 +234,8 @@ impl Hold {
     pub(super) fn moved(&mut self, numbers: Range<u64>) {
         let spilled = &mut self.spilled;
         if spilled.consumed == spilled.end {
-            *spilled = Spilled { consumed: numbers.start, next: numbers.start, end: numbers.start, ..Spilled::default() };
+            *spilled =
+                Spilled { consumed: numbers.start, next: numbers.start, end: numbers.start, ..Spilled::default() };
         }
         spilled.end = numbers.end;
         self.events.retain(|event| event.is_spilled());

@@ -35,10 +35,10 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tracing::{info, warn};
 
+use super::ParkReason;
 use super::backoff::LogLimit;
 use super::in_flight::EventRef;
 use super::kafka::Failure;
-use super::ParkReason;
 use super::router::{Router, is_topic_name};
 use hold::{Blame, Hold, Next, blame};
 
@@ -257,7 +257,14 @@ impl Lanes {
     }
 
     /// The client reports an event delivered.
-    pub(super) fn delivered(&mut self, id: LaneId, event: EventRef, bytes: u64, now: Instant, to_park: &mut Vec<ToPark>) {
+    pub(super) fn delivered(
+        &mut self,
+        id: LaneId,
+        event: EventRef,
+        bytes: u64,
+        now: Instant,
+        to_park: &mut Vec<ToPark>,
+    ) {
         self.came_back(id, event, bytes, now);
         let lane = self.lane_mut(id);
         lane.refused = false;
@@ -337,7 +344,9 @@ impl Lanes {
     pub(super) fn hold_stalled(&mut self, now: Instant, patience: Duration, connected_since: Instant) {
         let is_stalled = |lane: &Lane| {
             let since = lane.moved_at.map(|at| at.max(connected_since));
-            lane.in_client > 0 && lane.hold.is_none() && since.is_some_and(|at| now.saturating_duration_since(at) >= patience)
+            lane.in_client > 0
+                && lane.hold.is_none()
+                && since.is_some_and(|at| now.saturating_duration_since(at) >= patience)
         };
         let stalled = (0..self.lanes.len()).filter(|at| is_stalled(&self.lanes[*at]));
         for id in stalled.map(|at| LaneId(at as u32)).collect::<Vec<_>>() {
@@ -369,7 +378,8 @@ impl Lanes {
         let park = |parked: ToPark| to_park.push(ToPark { lane: Some(id), ..parked });
         let next = hold.settle(lane.in_client, limits, now, &mut self.rng, &mut refused, park);
         lane.refused = refused;
-        if refused && !was_refused
+        if refused
+            && !was_refused
             && let Some(suppressed) = self.log_limit.admit(now)
         {
             let (topic, error) = (&lane.topic, to_park.get(parked_before).and_then(|parked| parked.failure));
@@ -392,7 +402,9 @@ impl Lanes {
         let mut found = None;
         self.due = None;
         for id in &self.held {
-            let Some(retry_at) = self.lanes[id.0 as usize].hold.as_mut().and_then(|hold| hold.retry_at()) else { continue };
+            let Some(retry_at) = self.lanes[id.0 as usize].hold.as_mut().and_then(|hold| hold.retry_at()) else {
+                continue;
+            };
             if found.is_none() && retry_at <= now {
                 found = Some(*id);
             } else {

@@ -140,7 +140,11 @@ impl Spill {
     /// # Errors
     /// [`SpillError::Io`]
     pub(super) fn open(directory: &Path) -> Result<Spill, SpillError> {
-        let state = if directory.exists() { state::load(directory).map_err(SpillError::io("read the spill's state"))? } else { None };
+        let state = if directory.exists() {
+            state::load(directory).map_err(SpillError::io("read the spill's state"))?
+        } else {
+            None
+        };
         let mut spill = Spill {
             directory: directory.to_owned(),
             topics: HashMap::new(),
@@ -160,6 +164,7 @@ impl Spill {
         if let Some(state) = state {
             spill.next_number = spill.next_number.max(state.next_number);
             spill.settled_file = state.settled_file;
+            spill.next_file = spill.next_file.max(state.settled_file);
             for known in state.topics {
                 let Some(topic) = spill.topics.get_mut(known.topic.as_str()) else { continue };
                 topic.settled_end = known.settled_end;
@@ -205,7 +210,11 @@ impl Spill {
         let end = first + u64::from(block.events);
         let topic = match self.topics.get_mut(topic) {
             Some(topic) => topic,
-            None => self.topics.entry(topic.into()).or_insert_with(|| Topic { consumed: first, end: first, ..Topic::default() }),
+            None => self.topics.entry(topic.into()).or_insert_with(|| Topic {
+                consumed: first,
+                end: first,
+                ..Topic::default()
+            }),
         };
         let before = topic.blocks.range(..first).next_back().map(|(first, block)| (*first, *block));
         if let Some((before_first, before)) = before {
@@ -239,7 +248,9 @@ impl Spill {
         for name in names {
             loop {
                 let topic = &self.topics[&name];
-                let Some((first, block)) = topic.blocks.last_key_value().map(|(first, block)| (*first, *block)) else { break };
+                let Some((first, block)) = topic.blocks.last_key_value().map(|(first, block)| (*first, *block)) else {
+                    break;
+                };
                 let events = match self.read(block.place) {
                     Err(SpillError::Damaged { .. }) => break,
                     events => events?,
@@ -336,8 +347,11 @@ impl Spill {
             }
         };
         current.file.write_all(&bytes).map_err(SpillError::io("write to the spill"))?;
-        let block =
-            Block { place: BlockPlace { file: current.id, offset: current.bytes }, bytes: bytes.len() as u64, events: count };
+        let block = Block {
+            place: BlockPlace { file: current.id, offset: current.bytes },
+            bytes: bytes.len() as u64,
+            events: count,
+        };
         current.bytes += block.bytes;
         self.files.entry(current.id).or_default().bytes = current.bytes;
         Ok(Written { topic: topic.into(), first, block })
@@ -445,7 +459,8 @@ impl Spill {
 
     /// Writes again what little is needed of the oldest file, when the files take much more than is needed.
     fn gather(&mut self) -> Result<(), SpillError> {
-        let (bytes, needed) = self.files.values().fold((0, 0), |(bytes, needed), file| (bytes + file.bytes, needed + file.needed_bytes));
+        let (bytes, needed) =
+            self.files.values().fold((0, 0), |(bytes, needed), file| (bytes + file.bytes, needed + file.needed_bytes));
         let Some((&oldest, file)) = self.files.first_key_value() else { return Ok(()) };
         let is_current = self.current.as_ref().is_some_and(|current| current.id == oldest);
         if bytes <= 2 * needed + SLACK_BYTES || is_current || file.needed_bytes == 0 {

@@ -167,9 +167,16 @@ fn a_state_that_is_lost_costs_duplicates_and_nothing_else() {
 #[derive(Debug, Clone)]
 enum Step {
     /// Records of one event each are read from the log, for that topic, and spilled.
-    Spill { topic: usize, events: usize, bytes: usize },
+    Spill {
+        topic: usize,
+        events: usize,
+        bytes: usize,
+    },
     /// The first so many of a topic are delivered.
-    Consume { topic: usize, events: u64 },
+    Consume {
+        topic: usize,
+        events: u64,
+    },
     Save,
     /// The log's cursor goes to its tail.
     Pass,
