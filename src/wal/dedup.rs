@@ -26,6 +26,7 @@ use bytes::{Buf, BufMut};
 use tokio::sync::oneshot;
 
 use super::appender::Done;
+use super::checksum::{append_checksum, strip_checksum};
 use super::error::{CommitError, StoreError};
 use super::store::{STATE_VALUE_BYTES_MAX, StateDb};
 use crate::batch::Batch;
@@ -317,13 +318,13 @@ fn encode(end_sequence: u64, entries: &[Entry]) -> Vec<u8> {
         value.put_slice(&entry.fingerprint);
         value.put_u32_le(entry.received_at_s);
     }
-    value.put_u32_le(crc(&value));
+    append_checksum(&mut value);
     value
 }
 
 fn decode(value: &[u8]) -> Option<(u64, Vec<Entry>)> {
-    let (covered, crc_bytes) = value.split_last_chunk::<4>()?;
-    if crc(covered) != u32::from_le_bytes(*crc_bytes) || covered.len() < 9 || covered[0] != VERSION {
+    let covered = strip_checksum(value)?;
+    if covered.len() < 9 || covered[0] != VERSION {
         return None;
     }
     let mut rest = &covered[1..];
@@ -334,8 +335,4 @@ fn decode(value: &[u8]) -> Option<(u64, Vec<Entry>)> {
         Entry { fingerprint, received_at_s: entry.get_u32_le() }
     });
     Some((end_sequence, entries.collect()))
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }

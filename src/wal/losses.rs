@@ -9,6 +9,7 @@
 use bytes::{Buf, BufMut};
 use serde::{Deserialize, Serialize};
 
+use super::checksum::{append_checksum, strip_checksum};
 use super::error::StoreError;
 use super::store::StateDb;
 use crate::kill_point;
@@ -41,7 +42,7 @@ pub(super) fn put(meta: &dyn StateDb, loss: &Loss) -> Result<(), StoreError> {
     for number in [loss.end_sequence, loss.events, loss.segment, loss.found_at_ms] {
         value.put_u64_le(number);
     }
-    value.put_u32_le(crc(&value));
+    append_checksum(&mut value);
     meta.put(&key(loss.first_sequence), &value)?;
     kill_point::pass("losses.written");
     Ok(())
@@ -80,11 +81,7 @@ fn decode(first_sequence: &[u8], value: &[u8]) -> Option<Loss> {
     if value.len() != BYTES || value[0] != VERSION {
         return None;
     }
-    let (covered, mut checksum) = value.split_at(BYTES - 4);
-    if checksum.get_u32_le() != crc(covered) {
-        return None;
-    }
-    let mut rest = &covered[1..];
+    let mut rest = &strip_checksum(value)?[1..];
     Some(Loss {
         first_sequence: u64::from_be_bytes(first_sequence.try_into().ok()?),
         end_sequence: rest.get_u64_le(),
@@ -92,10 +89,6 @@ fn decode(first_sequence: &[u8], value: &[u8]) -> Option<Loss> {
         segment: rest.get_u64_le(),
         found_at_ms: rest.get_u64_le(),
     })
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@
 mod appender;
 mod carved;
 mod check;
+mod checksum;
 mod cursor;
 mod dedup;
 mod error;

@@ -17,6 +17,7 @@ use super::{
     close, guard, open_by_ladder,
 };
 use crate::kill_point;
+use crate::wal::checksum::crc32c;
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
 
@@ -332,8 +333,7 @@ fn mark_lost(path: &Path) -> Result<(), StoreError> {
 /// Slots, sled's `segment_size`, and a CRC-32C of both.
 fn marker_line(slots: u32, sled_segment_bytes: usize) -> String {
     let shape = format!("{slots} {sled_segment_bytes}");
-    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, shape.as_bytes());
-    format!("{shape} {crc:08x}\n")
+    format!("{shape} {:08x}\n", crc32c(&[shape.as_bytes()]))
 }
 
 /// The `segment_size` that sled noted in its `conf`: with another one it would take the log for rubbish and empty it.
