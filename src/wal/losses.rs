@@ -11,14 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use super::checksum::{append_checksum, strip_checksum};
 use super::error::StoreError;
+use super::scan::for_each_with_prefix;
 use super::store::StateDb;
 use crate::kill_point;
 
 const PREFIX: &[u8] = b"loss";
 const VERSION: u8 = 1;
 const BYTES: usize = 1 + 4 * 8 + 4;
-/// Entries read at a time.
-const PAGE: usize = 256;
 
 /// Committed records that are not in the log any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,22 +54,12 @@ pub(super) fn remove(meta: &dyn StateDb, loss: &Loss) -> Result<(), StoreError> 
 
 /// The losses in the ledger, by sequence. One that does not decode is passed over with a warning.
 pub(super) fn load(meta: &dyn StateDb) -> Result<Vec<Loss>, StoreError> {
-    let (mut losses, mut from) = (Vec::new(), PREFIX.to_vec());
-    loop {
-        let page = meta.scan(&from, PAGE)?;
-        let is_last = page.len() < PAGE;
-        for (key, value) in page {
-            let Some(first) = key.strip_prefix(PREFIX) else { return Ok(losses) };
-            match decode(first, &value) {
-                Some(loss) => losses.push(loss),
-                None => tracing::warn!("an entry in the ledger of losses is damaged"),
-            }
-            from = [&key[..], &[0]].concat(); // the smallest key after that one
-        }
-        if is_last {
-            return Ok(losses);
-        }
-    }
+    let mut losses = Vec::new();
+    for_each_with_prefix(meta, PREFIX, |first_sequence, value| match decode(first_sequence, value) {
+        Some(loss) => losses.push(loss),
+        None => tracing::warn!("an entry in the ledger of losses is damaged"),
+    })?;
+    Ok(losses)
 }
 
 fn key(first_sequence: u64) -> Vec<u8> {
