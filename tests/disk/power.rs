@@ -12,9 +12,10 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::cuts::{Outcome, cut};
+use crate::environment::number_from_environment;
 use crate::model::Disbelief;
 use crate::runs::{Run, collect, forward};
-use crate::{number_from_environment, seed};
+use crate::seed;
 
 /// Cuts of a plain run.
 const CUTS: usize = 40;
