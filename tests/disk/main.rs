@@ -14,6 +14,7 @@ mod journal;
 mod kafka;
 mod load;
 mod model;
+mod order;
 mod power;
 #[path = "../support/process.rs"]
 mod process;
