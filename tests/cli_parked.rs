@@ -1,13 +1,17 @@
 //! `ringtail parked` on a log that no service has open.
 
+#[path = "support/parked.rs"]
+mod parked;
+#[path = "support/small_log.rs"]
+mod small_log;
+
 use std::process::{Command, Output};
 
-use bytesize::ByteSize;
-use ringtail::batch::Sequence;
-use ringtail::config::WalConfig;
-use ringtail::forward::{ParkReason, ParkedAbout, ParkedStore};
+use parked::about;
+use ringtail::forward::{ParkReason, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
+use small_log::small_log;
 
 fn parked(arguments: &[&str], directory: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringtail"));
@@ -16,22 +20,6 @@ fn parked(arguments: &[&str], directory: &str) -> Output {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-fn about(topic: &str, reason: ParkReason) -> ParkedAbout {
-    ParkedAbout {
-        reason,
-        error: "said Kafka".into(),
-        topic: topic.into(),
-        key: None,
-        event_type: "t".into(),
-        group: String::new(),
-        connection_id: "device-7".into(),
-        req_guid: "r".into(),
-        sequence: Sequence(3),
-        received_at_ms: 1,
-        parked_at_ms: 2,
-    }
 }
 
 #[test]
@@ -43,8 +31,7 @@ fn what_was_parked_is_listed_and_exported_offline() {
     assert!(text(&missing.stderr).contains("there is no log"), "{}", text(&missing.stderr));
     assert_eq!(std::fs::read_dir(path).unwrap().count(), 0, "looking made something");
 
-    let config = WalConfig { directory: path.into(), free_bytes_min: ByteSize::b(0), ..WalConfig::default() };
-    let wal = Wal::open(&config, 1 << 20, Metrics::new()).unwrap();
+    let wal = Wal::open(&small_log(directory.path()), 1 << 20, Metrics::new()).unwrap();
     let store = ParkedStore::open(wal.parked()).unwrap();
     store.park(&about("a", ParkReason::TooLarge), b"hello").unwrap();
     store.park(&about("b", ParkReason::TooLarge), b"there").unwrap();

@@ -1,6 +1,9 @@
 //! The forwarder against librdkafka's in-process mock cluster. The mock keeps 5 MiB a partition and no more, so the data
 //! sets are small.
 
+#[path = "support/small_log.rs"]
+mod small_log;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +24,7 @@ use ringtail::forward::{Forwarder, ParkReason, ParkedEvent, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::Wal;
+use small_log::small_log;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const BATCH_BYTES_MAX: u64 = 4 << 20;
@@ -68,12 +72,9 @@ impl Setup {
         let directory = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
         let mut wal_config = WalConfig {
-            directory: directory.path().into(),
-            free_bytes_min: ByteSize::b(0),
-            segment_bytes: ByteSize::mib(8),
             // These tests send equal batches and want to see each of them.
             dedup: DedupConfig { enabled: false, ..DedupConfig::default() },
-            ..WalConfig::default()
+            ..small_log(directory.path())
         };
         edit(&mut wal_config);
         let wal = Wal::open(&wal_config, 64 << 20, metrics.clone()).unwrap();

@@ -10,6 +10,8 @@ mod liveness;
 mod rest;
 #[path = "protocol/rest_limits.rs"]
 mod rest_limits;
+#[path = "support/small_log.rs"]
+mod small_log;
 #[path = "protocol/stopping.rs"]
 mod stopping;
 #[path = "protocol/support.rs"]

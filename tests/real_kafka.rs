@@ -1,5 +1,7 @@
 //! The service in front of a real Kafka, one promise a test. What happens when things are killed is in `real_kafka_soak`.
 
+#[path = "support/http.rs"]
+mod http;
 #[path = "support/kafka.rs"]
 mod kafka;
 #[path = "support/service.rs"]

@@ -4,6 +4,10 @@
 //! `RINGTAIL_SOAK_SECONDS` (60) is how long traffic flows; a fifth of it has no broker. `RINGTAIL_SOAK_SEED` repeats the
 //! traffic of a run. `RINGTAIL_BINARY` names another binary to run.
 
+#[path = "support/environment.rs"]
+mod environment;
+#[path = "support/http.rs"]
+mod http;
 #[path = "support/kafka.rs"]
 mod kafka;
 #[path = "support/service.rs"]
@@ -13,6 +17,7 @@ mod traffic;
 
 use std::time::{Duration, Instant};
 
+use environment::number_from_environment;
 use kafka::Kafka;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -146,14 +151,10 @@ impl Soak {
     }
 }
 
-fn from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
-}
-
 #[test]
 fn nothing_acked_is_lost_whatever_is_killed() {
-    let seed = from_environment("RINGTAIL_SOAK_SEED").unwrap_or_else(rand::random);
-    let seconds = from_environment("RINGTAIL_SOAK_SECONDS").unwrap_or(SECONDS);
+    let seed = number_from_environment("RINGTAIL_SOAK_SEED").unwrap_or_else(rand::random);
+    let seconds = number_from_environment("RINGTAIL_SOAK_SECONDS").unwrap_or(SECONDS);
     println!("seed {seed}, {seconds} s");
     let mut random = SmallRng::seed_from_u64(seed);
     let mut soak = Soak::start(Load { seed, clients_per_protocol: 4, pause: Duration::from_millis(45) });

@@ -7,7 +7,7 @@ mod check;
 #[allow(dead_code, reason = "the disk is a real one here")]
 #[path = "disk/disk.rs"]
 mod disk;
-#[path = "disk/http.rs"]
+#[path = "support/http.rs"]
 mod http;
 #[allow(dead_code, reason = "Kafka does not go away again here")]
 #[path = "disk/kafka.rs"]
@@ -17,6 +17,8 @@ mod kafka;
 mod load;
 #[path = "support/process.rs"]
 mod process;
+#[path = "support/small_log.rs"]
+mod small_log;
 
 use std::collections::HashSet;
 use std::fs::File;

@@ -21,14 +21,11 @@ use serde::{Deserialize, Serialize};
 
 use super::ParkReason;
 use crate::batch::Sequence;
-use crate::wal::{STATE_VALUE_BYTES_MAX, StateDb, StoreError};
+use crate::wal::{STATE_VALUE_BYTES_MAX, Scan, StateDb, StoreError};
 
 const VERSION: u8 = 1;
 const HEAD_BYTES: usize = 7;
 const KEY_BYTES: usize = 10;
-
-/// Entries read at a time: at most 768 KiB.
-const SCAN_ENTRIES: usize = 16;
 
 /// A parked event. As JSON: one flat object, the payload in base64.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,8 +202,7 @@ impl ParkedStore {
     }
 
     fn entries(&self, from_id: u64) -> Entries {
-        let from = key(from_id, 0).to_vec();
-        Entries { store: self.clone(), page: Vec::new().into_iter(), page_from: from, skip_below: 0, last: false }
+        Entries { store: self.clone(), scan: Scan::from(&key(from_id, 0)) }
     }
 }
 
@@ -242,7 +238,7 @@ impl ParkedEvents {
                 let more = self.entries.store.0.db.get(&key(id, wanted))?;
                 bytes.extend(more.ok_or_else(|| damaged("a part is missing"))?);
             }
-            self.entries.skip_below = id + 1;
+            self.entries.scan.skip_to(&key(id + 1, 0));
             let (about, payload) = decode(bytes).ok_or_else(|| damaged("it cannot be decoded"))?;
             return Ok(Some(ParkedEvent { id, about, payload }));
         }
@@ -253,33 +249,17 @@ impl ParkedEvents {
 /// The raw entries of the store, in order.
 struct Entries {
     store: ParkedStore,
-    page: std::vec::IntoIter<(Vec<u8>, Vec<u8>)>,
-    /// Where the page after this one begins.
-    page_from: Vec<u8>,
-    /// Ids below are passed over.
-    skip_below: u64,
-    last: bool,
+    scan: Scan,
 }
 
 impl Entries {
     fn next_entry(&mut self) -> Result<Option<(u64, u16, Vec<u8>)>, ParkedError> {
-        loop {
-            for (name, value) in self.page.by_ref() {
-                if let Some((id, part)) = split_key(&name).filter(|(id, _)| *id >= self.skip_below) {
-                    return Ok(Some((id, part, value)));
-                }
+        while let Some((name, value)) = self.scan.next_entry(&*self.store.0.db)? {
+            if let Some((id, part)) = split_key(&name) {
+                return Ok(Some((id, part, value)));
             }
-            if self.last {
-                return Ok(None);
-            }
-            let from = std::mem::take(&mut self.page_from).max(key(self.skip_below, 0).to_vec());
-            let page = self.store.0.db.scan(&from, SCAN_ENTRIES)?;
-            self.last = page.len() < SCAN_ENTRIES;
-            if let Some((name, _)) = page.last() {
-                self.page_from = [name, &[0][..]].concat(); // the smallest key after that one
-            }
-            self.page = page.into_iter();
         }
+        Ok(None)
     }
 }
 

@@ -9,6 +9,7 @@
 
 use bytes::{Buf, BufMut};
 
+use super::checksum::{append_checksum, strip_checksum};
 use super::error::StoreError;
 use super::log::Position;
 use super::record::Totals;
@@ -31,7 +32,7 @@ pub(super) fn save(meta: &dyn StateDb, cursor: Position, tail: Totals) -> Result
         value.put_u64_le(totals.events);
         value.put_u64_le(totals.bytes);
     }
-    value.put_u32_le(crc(&value));
+    append_checksum(&mut value);
     kill_point::pass("cursor.begin");
     meta.put(KEY, &value)?;
     kill_point::pass("cursor.written");
@@ -65,19 +66,11 @@ fn decode(value: &[u8]) -> Option<(Position, Totals)> {
     if value.len() != BYTES || value[0] != VERSION {
         return None;
     }
-    let (covered, mut checksum) = value.split_at(BYTES - 4);
-    if checksum.get_u32_le() != crc(covered) {
-        return None;
-    }
-    let mut rest = &covered[1..];
+    let mut rest = &strip_checksum(value)?[1..];
     let (segment, slot) = (rest.get_u64_le(), rest.get_u32_le());
     let mut totals = || Totals { sequence: rest.get_u64_le(), events: rest.get_u64_le(), bytes: rest.get_u64_le() };
     let (cursor, tail) = (totals(), totals());
     Some((Position { segment, slot, totals: cursor }, tail))
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
 #[cfg(test)]

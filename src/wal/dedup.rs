@@ -26,7 +26,9 @@ use bytes::{Buf, BufMut};
 use tokio::sync::oneshot;
 
 use super::appender::Done;
+use super::checksum::{append_checksum, strip_checksum};
 use super::error::{CommitError, StoreError};
+use super::scan::for_each_with_prefix;
 use super::store::{STATE_VALUE_BYTES_MAX, StateDb};
 use crate::batch::Batch;
 use crate::config::DedupConfig;
@@ -226,19 +228,16 @@ impl SavedWindow {
     /// the log: the window counts as saved only up to there.
     pub fn load(meta: &dyn StateDb, window: &mut Window) -> Result<SavedWindow, StoreError> {
         let mut saved = SavedWindow::default();
-        let mut from = PREFIX.to_vec();
         let mut whole = true;
-        while let Some((key, value)) = meta.scan(&from, 1)?.pop() {
-            let Some(number) = key.strip_prefix(PREFIX) else { break };
-            from = [&key[..], &[0]].concat(); // the smallest key after that one
-            let Ok(number) = number.try_into().map(u64::from_be_bytes) else { continue };
+        for_each_with_prefix(meta, PREFIX, |number, value| {
+            let Ok(number) = number.try_into().map(u64::from_be_bytes) else { return };
             whole &= saved.blocks.is_empty() || number == saved.next_block;
             saved.next_block = number + 1;
-            let Some((end_sequence, entries)) = decode(&value) else {
+            let Some((end_sequence, entries)) = decode(value) else {
                 tracing::warn!("a block of the dedup window is damaged");
                 saved.blocks.push_back((number, 0));
                 whole = false;
-                continue;
+                return;
             };
             saved.blocks.push_back((number, entries.len()));
             if whole {
@@ -247,7 +246,7 @@ impl SavedWindow {
             for entry in entries {
                 window.remember(entry.fingerprint, u64::from(entry.received_at_s) * 1000);
             }
-        }
+        })?;
         window.unsaved = 0;
         window.end_sequence = saved.end_sequence;
         Ok(saved)
@@ -317,13 +316,13 @@ fn encode(end_sequence: u64, entries: &[Entry]) -> Vec<u8> {
         value.put_slice(&entry.fingerprint);
         value.put_u32_le(entry.received_at_s);
     }
-    value.put_u32_le(crc(&value));
+    append_checksum(&mut value);
     value
 }
 
 fn decode(value: &[u8]) -> Option<(u64, Vec<Entry>)> {
-    let (covered, crc_bytes) = value.split_last_chunk::<4>()?;
-    if crc(covered) != u32::from_le_bytes(*crc_bytes) || covered.len() < 9 || covered[0] != VERSION {
+    let covered = strip_checksum(value)?;
+    if covered.len() < 9 || covered[0] != VERSION {
         return None;
     }
     let mut rest = &covered[1..];
@@ -334,8 +333,4 @@ fn decode(value: &[u8]) -> Option<(u64, Vec<Entry>)> {
         Entry { fingerprint, received_at_s: entry.get_u32_le() }
     });
     Some((end_sequence, entries.collect()))
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }

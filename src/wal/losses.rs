@@ -9,15 +9,15 @@
 use bytes::{Buf, BufMut};
 use serde::{Deserialize, Serialize};
 
+use super::checksum::{append_checksum, strip_checksum};
 use super::error::StoreError;
+use super::scan::for_each_with_prefix;
 use super::store::StateDb;
 use crate::kill_point;
 
 const PREFIX: &[u8] = b"loss";
 const VERSION: u8 = 1;
 const BYTES: usize = 1 + 4 * 8 + 4;
-/// Entries read at a time.
-const PAGE: usize = 256;
 
 /// Committed records that are not in the log any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ pub(super) fn put(meta: &dyn StateDb, loss: &Loss) -> Result<(), StoreError> {
     for number in [loss.end_sequence, loss.events, loss.segment, loss.found_at_ms] {
         value.put_u64_le(number);
     }
-    value.put_u32_le(crc(&value));
+    append_checksum(&mut value);
     meta.put(&key(loss.first_sequence), &value)?;
     kill_point::pass("losses.written");
     Ok(())
@@ -54,22 +54,12 @@ pub(super) fn remove(meta: &dyn StateDb, loss: &Loss) -> Result<(), StoreError> 
 
 /// The losses in the ledger, by sequence. One that does not decode is passed over with a warning.
 pub(super) fn load(meta: &dyn StateDb) -> Result<Vec<Loss>, StoreError> {
-    let (mut losses, mut from) = (Vec::new(), PREFIX.to_vec());
-    loop {
-        let page = meta.scan(&from, PAGE)?;
-        let is_last = page.len() < PAGE;
-        for (key, value) in page {
-            let Some(first) = key.strip_prefix(PREFIX) else { return Ok(losses) };
-            match decode(first, &value) {
-                Some(loss) => losses.push(loss),
-                None => tracing::warn!("an entry in the ledger of losses is damaged"),
-            }
-            from = [&key[..], &[0]].concat(); // the smallest key after that one
-        }
-        if is_last {
-            return Ok(losses);
-        }
-    }
+    let mut losses = Vec::new();
+    for_each_with_prefix(meta, PREFIX, |first_sequence, value| match decode(first_sequence, value) {
+        Some(loss) => losses.push(loss),
+        None => tracing::warn!("an entry in the ledger of losses is damaged"),
+    })?;
+    Ok(losses)
 }
 
 fn key(first_sequence: u64) -> Vec<u8> {
@@ -80,11 +70,7 @@ fn decode(first_sequence: &[u8], value: &[u8]) -> Option<Loss> {
     if value.len() != BYTES || value[0] != VERSION {
         return None;
     }
-    let (covered, mut checksum) = value.split_at(BYTES - 4);
-    if checksum.get_u32_le() != crc(covered) {
-        return None;
-    }
-    let mut rest = &covered[1..];
+    let mut rest = &strip_checksum(value)?[1..];
     Some(Loss {
         first_sequence: u64::from_be_bytes(first_sequence.try_into().ok()?),
         end_sequence: rest.get_u64_le(),
@@ -92,10 +78,6 @@ fn decode(first_sequence: &[u8], value: &[u8]) -> Option<Loss> {
         segment: rest.get_u64_le(),
         found_at_ms: rest.get_u64_le(),
     })
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
 #[cfg(test)]

@@ -21,6 +21,8 @@ struct Disk {
     quarantined: Vec<u64>,
     states: BTreeMap<String, State>,
     faults: Faults,
+    /// Whoever syncs a segment takes it for that long.
+    sync_gate: Arc<Mutex<()>>,
 }
 
 #[derive(Default)]
@@ -96,6 +98,11 @@ impl MemoryStore {
     /// What goes wrong.
     pub fn faults(&self) -> Faults {
         self.disk().faults
+    }
+
+    /// While it is locked, syncs of segments take their time.
+    pub fn sync_gate(&self) -> Arc<Mutex<()>> {
+        self.disk().sync_gate.clone()
     }
 
     /// The power is off.
@@ -278,6 +285,8 @@ impl SegmentFile for MemorySegment {
     }
 
     fn sync(&self) -> Result<(), StoreError> {
+        let gate = self.store.sync_gate();
+        let _passed = gate.lock().unwrap();
         self.store.sync("sync segment", |disk| {
             let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
             slots.synced.append(&mut slots.unsynced);

@@ -25,6 +25,7 @@
 mod appender;
 mod carved;
 mod check;
+mod checksum;
 mod cursor;
 mod dedup;
 mod error;
@@ -41,6 +42,7 @@ mod record;
 mod recovery;
 mod repair;
 mod salvage;
+mod scan;
 mod slots;
 mod store;
 mod syncer;
@@ -63,6 +65,7 @@ pub use log::Position;
 pub use losses::Loss;
 pub use offline::{OfflineLog, SegmentFiles};
 pub use reader::{Reader, Record};
+pub use scan::Scan;
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
 use crate::batch::Batch;

@@ -5,10 +5,14 @@
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the log's threads), `RINGTAIL_HISTORIES` sets their
 //! number.
 
+#[path = "../../tests/support/environment.rs"]
+mod environment;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use environment::number_from_environment;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -21,10 +25,6 @@ use crate::metrics::Metrics;
 
 /// Histories at a time: the log's own threads mostly wait for their next turn after a call that failed.
 const WORKERS: usize = 8;
-
-fn number_from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().and_then(|value| value.parse().ok())
-}
 
 fn seed_and_histories() -> (u64, u64) {
     let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(rand::random);

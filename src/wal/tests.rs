@@ -2,8 +2,10 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use prost::Message;
 
 use super::memory::{Faults, MemoryStore, small_shape};
@@ -362,6 +364,28 @@ fn equal_batches_in_flight_are_stored_once_and_share_their_fate() {
     store.set_faults(Faults { sync_fails: true, ..Faults::default() });
     let commits: Vec<_> = (0..3).filter_map(|_| wal.append(batch(201, 10)).ok()).collect();
     assert!(!commits.is_empty());
+    for commit in commits {
+        assert_eq!(runtime.block_on(commit), Err(CommitError::Poisoned));
+    }
+    wal.close();
+}
+
+#[test]
+fn a_retry_is_not_acked_before_the_first_is_durable() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    let gate = store.sync_gate();
+    let held = gate.lock().unwrap();
+    let mut commits = vec![wal.append(batch(2, 10)).unwrap()];
+    until("it is written and being synced", || wal.shared.sync_began.load(Ordering::Relaxed) != 0);
+    commits.extend([0; 2].map(|_| wal.append(batch(2, 10)).unwrap()));
+    for commit in &mut commits {
+        assert_eq!(commit.now_or_never(), None, "acked before the sync");
+    }
+    store.set_faults(Faults { sync_fails: true, ..Faults::default() });
+    drop(held);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     for commit in commits {
         assert_eq!(runtime.block_on(commit), Err(CommitError::Poisoned));
     }

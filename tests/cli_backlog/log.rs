@@ -8,14 +8,16 @@ use std::time::{Duration, Instant};
 
 use memchr::memmem;
 use prost::Message;
-use ringtail::batch::{Batch, Client, Request, Sequence};
+use ringtail::batch::{Batch, Client, Request};
 use ringtail::config::{Config, WalConfig};
-use ringtail::forward::{ParkReason, ParkedAbout, ParkedStore};
+use ringtail::forward::{ParkReason, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::Wal;
 use serde_json::Value;
 use tempfile::TempDir;
+
+use super::parked::about;
 
 /// Bytes of a payload of which 136 fill a segment.
 pub const LARGE: usize = 60_000;
@@ -167,19 +169,7 @@ impl Log {
     pub fn park_and_damage(&self) {
         let wal = self.open();
         let parked = ParkedStore::open(wal.parked()).unwrap();
-        let about = ParkedAbout {
-            reason: ParkReason::TooLarge,
-            error: "said Kafka".into(),
-            topic: "t".into(),
-            key: None,
-            event_type: "t".into(),
-            group: String::new(),
-            connection_id: "device-7".into(),
-            req_guid: "r".into(),
-            sequence: Sequence(3),
-            received_at_ms: 1,
-            parked_at_ms: 2,
-        };
+        let about = about("t", ParkReason::TooLarge);
         parked.park(&about, b"small").unwrap();
         parked.park(&about, &[7; 600_000]).unwrap();
         parked.sync().unwrap();

@@ -5,6 +5,8 @@ mod drain;
 mod export;
 mod import;
 mod log;
+#[path = "../support/parked.rs"]
+mod parked;
 #[path = "../support/process.rs"]
 mod process;
 mod repair;

@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use bytesize::ByteSize;
 use prost::Message as _;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore};
-use ringtail::batch::{Batch, Client, Request, Sequence};
-use ringtail::config::WalConfig;
-use ringtail::forward::{ParkReason, ParkedAbout, ParkedStore};
+use ringtail::batch::{Batch, Client, Request};
+use ringtail::forward::{ParkReason, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::{Stored, Wal};
 use tempfile::TempDir;
+
+use super::parked::about;
+use super::small_log::small_log;
 
 /// Batches in it.
 const BATCHES: u64 = 2000;
@@ -45,15 +46,9 @@ pub struct Written {
 
 /// Opens the log as the service does.
 pub fn open(directory: &Path) -> (Wal, std::sync::Arc<Metrics>) {
-    let config = WalConfig {
-        directory: directory.into(),
-        segment_bytes: ByteSize::mib(8),
-        free_bytes_min: ByteSize::b(0),
-        ..WalConfig::default()
-    };
     let metrics = Metrics::new();
-    let wal =
-        Wal::open(&config, 64 << 20, metrics.clone()).unwrap_or_else(|error| panic!("it does not open: {error:?}"));
+    let wal = Wal::open(&small_log(directory), 64 << 20, metrics.clone())
+        .unwrap_or_else(|error| panic!("it does not open: {error:?}"));
     (wal, metrics)
 }
 
@@ -162,20 +157,7 @@ fn park(wal: &Wal, rng: &mut StdRng, count: u64) {
         let bytes = if number % 10 == 0 { rng.random_range(0..PARKED_BYTES_MAX) } else { rng.random_range(0..2000) };
         let mut payload = vec![0; bytes];
         rng.fill_bytes(&mut payload);
-        let about = ParkedAbout {
-            topic: "not a topic".into(),
-            key: None,
-            event_type: "not a topic".into(),
-            reason: ParkReason::InvalidTopic,
-            error: "none".into(),
-            group: "g".into(),
-            connection_id: "c".into(),
-            req_guid: String::new(),
-            sequence: Sequence(1),
-            received_at_ms: 1,
-            parked_at_ms: 2,
-        };
-        store.park(&about, &payload).unwrap();
+        store.park(&about("not a topic", ParkReason::InvalidTopic), &payload).unwrap();
     }
     store.sync().unwrap();
 }

@@ -17,6 +17,12 @@
 mod build;
 mod check;
 mod damage;
+#[path = "../support/environment.rs"]
+mod environment;
+#[path = "../support/parked.rs"]
+mod parked;
+#[path = "../support/small_log.rs"]
+mod small_log;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,13 +35,10 @@ use rand::{Rng, SeedableRng};
 
 use build::Built;
 use damage::Damage;
+use environment::number_from_environment;
 
 /// Longest that one image may take: only to end a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-fn number_from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is not a number: {value}")))
-}
 
 #[test]
 fn nothing_is_lost_in_silence_and_no_wrong_byte_is_read() {

@@ -4,14 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Mutex, Once, PoisonError};
 
-use bytesize::ByteSize;
 use ringtail::batch::Batch;
-use ringtail::config::WalConfig;
 use ringtail::forward::ParkedStore;
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
 
 use crate::load::{BAD_TYPE, Load, Name};
+use crate::small_log::small_log;
 
 /// What a log must hold.
 pub struct Promise<'a> {
@@ -53,14 +52,9 @@ pub fn check(directory: &Path, promise: &Promise) -> Result<Found, String> {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     complaints();
-    let config = WalConfig {
-        directory: directory.into(),
-        segment_bytes: ByteSize::mib(8),
-        free_bytes_min: ByteSize::b(0),
-        ..WalConfig::default()
-    };
     let metrics = Metrics::new();
-    let wal = Wal::open(&config, 1 << 20, metrics.clone()).map_err(|error| format!("does not open: {error:?}"))?;
+    let wal = Wal::open(&small_log(directory), 1 << 20, metrics.clone())
+        .map_err(|error| format!("does not open: {error:?}"))?;
     let status = wal.status();
     let result = read(&wal, promise);
     wal.close();

@@ -100,7 +100,7 @@ impl Kafka {
 
     /// Waits until the log is empty, and every acked event was read here or parked.
     pub async fn wait_until_delivered(&self, addresses: Addresses, clients: &Clients) {
-        wait_until("the log to be empty", || status(addresses)["wal"]["pending_batches"] == 0).await;
+        wait_until("the log to be empty", || status(addresses.admin)["wal"]["pending_batches"] == 0).await;
         let events = |name| self.load.events(name).into_iter().enumerate().map(move |(at, (kind, _))| (name, at, kind));
         let good = clients.acks().into_keys().flat_map(events).filter(|(.., kind)| *kind == GOOD_TYPE);
         let good: Vec<_> = good.map(|(name, event, _)| (name, event)).collect();

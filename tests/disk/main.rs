@@ -4,24 +4,27 @@ mod broken;
 mod check;
 mod cuts;
 mod disk;
+#[path = "../support/environment.rs"]
+mod environment;
 mod full;
+#[path = "../support/http.rs"]
 mod http;
 mod image;
 mod journal;
 mod kafka;
 mod load;
 mod model;
+mod order;
 mod power;
 #[path = "../support/process.rs"]
 mod process;
 mod runs;
 mod service;
+#[path = "../support/small_log.rs"]
+mod small_log;
 
+use environment::number_from_environment;
 use rand::Rng;
-
-fn number_from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is not a number: {value}")))
-}
 
 /// The seed of a test's choices; replays by `RINGTAIL_SEED`.
 fn seed() -> u64 {

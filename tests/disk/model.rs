@@ -139,6 +139,19 @@ impl<'a> Model<'a> {
         }
     }
 
+    /// Whether a file or directory is there for certain, with all that was done to it.
+    pub fn is_durable(&self, path: &str) -> bool {
+        let is_certain = |node: &usize| self.nodes[*node].pending.is_empty();
+        self.find(path).filter(is_certain).is_some_and(|node| self.durable_names.get(&self.name(path)) == Some(&node))
+    }
+
+    /// Whether there may be something of this name after a power cut.
+    pub fn may_exist(&self, path: &str) -> bool {
+        let name = self.name(path);
+        let makes = |change: &NameChange| change.names.iter().any(|(made, node)| *made == name && node.is_some());
+        self.durable_names.contains_key(&name) || self.pending_names.iter().any(makes)
+    }
+
     fn sync(&mut self, node: usize, began: u64) {
         if self.nodes[node].is_directory {
             if !self.disbelief.of_directory_syncs {

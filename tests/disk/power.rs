@@ -12,9 +12,11 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::cuts::{Outcome, cut};
+use crate::environment::number_from_environment;
 use crate::model::Disbelief;
+use crate::order::Order;
 use crate::runs::{Run, collect, forward};
-use crate::{number_from_environment, seed};
+use crate::seed;
 
 /// Cuts of a plain run.
 const CUTS: usize = 40;
@@ -61,6 +63,9 @@ async fn a_power_cut_loses_nothing_that_was_not_delivered_or_parked() {
     let mut rng = StdRng::seed_from_u64(seed());
     let began = Instant::now();
     let run = forward(&mut rng).await;
+    let Order { marked, written, removed, .. } = run.order;
+    println!("{marked} segments marked, {written} writes, {removed} segments removed, in order");
+    assert!(marked > 0 && written > 0 && removed > 0, "hardly anything was done to segments");
     let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
     assert!(outcome.found.passed > 0 && outcome.found.parked > 0, "nothing was delivered or parked");
 }

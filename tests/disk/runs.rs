@@ -13,6 +13,7 @@ use crate::journal::records;
 use crate::kafka::{Deliveries, Kafka};
 use crate::load::{Clients, Load};
 use crate::model::{Disbelief, Model};
+use crate::order::Order;
 use crate::process::Process;
 
 /// A run of the service, in several lives, and what others saw of it.
@@ -24,6 +25,8 @@ pub struct Run {
     pub deliveries: Deliveries,
     /// Parts of the journal during which Kafka was away, and had been read to its end.
     pub outages: Vec<Range<usize>>,
+    /// What was done to segments, each step in its place.
+    pub order: Order,
 }
 
 /// Clients send to a service that forwards nothing. A life ends with SIGKILL at a random sync, the next one by SIGTERM.
@@ -80,15 +83,19 @@ pub async fn forward(rng: &mut StdRng) -> Run {
     finish(&disk, load, clients, deliveries, outages)
 }
 
-/// Proves that the journal has every change, by making the directory from it.
+/// Proves that the journal has every change, by making the directory from it; and looks at their order.
 fn finish(disk: &Disk, load: Arc<Load>, clients: Clients, deliveries: Deliveries, outages: Vec<Range<usize>>) -> Run {
     let journal = disk.journal();
     let mut model = Model::new(&journal, Disbelief::default());
-    records(&journal).for_each(|record| model.apply(&record.change));
+    let mut order = Order::default();
+    for record in records(&journal) {
+        order.look(&model, &record.change);
+        model.apply(&record.change);
+    }
     let made = tempfile::tempdir().expect("make a directory");
     image::write_volatile(&model, made.path()).expect("write the image");
     assert_eq!(files(made.path()), files(&disk.root()), "the journal misses something");
-    Run { load, journal, clients, deliveries, outages }
+    Run { load, journal, clients, deliveries, outages, order }
 }
 
 /// Every file below `directory`, with its length and a checksum of its content.

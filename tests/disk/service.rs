@@ -58,7 +58,7 @@ impl Service {
 
     /// A number of the log's status.
     pub fn wal(&self, name: &str) -> u64 {
-        status(self.addresses)["wal"][name].as_u64().expect("the status has numbers")
+        status(self.addresses.admin)["wal"][name].as_u64().expect("the status has numbers")
     }
 
     /// Fails unless a batch is refused over REST as it must be: 503, and an answer that says so.

@@ -9,10 +9,16 @@
 //!
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the machine), `RINGTAIL_KILLS` sets their number.
 
+#[path = "../support/environment.rs"]
+mod environment;
+#[path = "../support/kept.rs"]
+mod kept;
 mod load;
 mod oracle;
 #[path = "../support/process.rs"]
 mod process;
+#[path = "../support/small_log.rs"]
+mod small_log;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -20,10 +26,11 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use environment::number_from_environment;
+use kept::KeptOnPanic;
 use load::{Clients, Load};
 use oracle::Oracle;
 use process::{Options, Process};
-use tempfile::TempDir;
 
 /// Lives after which the log is checked.
 const LIVES_BETWEEN_CHECKS: u64 = 20;
@@ -33,10 +40,6 @@ const PAYLOAD_BYTES_MAX: usize = 700 << 10;
 const LOAD_TIME_MAX: Duration = Duration::from_millis(300);
 /// One life in so many ends before it is ready, or about then.
 const EARLY_KILL_ONE_IN: u32 = 4;
-
-fn number_from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is not a number: {value}")))
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_acked_batch_survives_kill_9() {
@@ -87,16 +90,4 @@ async fn every_acked_batch_survives_kill_9() {
     let oracle = oracle.lock().unwrap();
     println!("{} batches acked, {} in the log unacked, in {:?}", oracle.acked, oracle.unacked, began.elapsed());
     assert!(kills < LIVES_BETWEEN_CHECKS || oracle.acked > kills, "there was hardly any load");
-}
-
-/// The log's directory, left for whoever looks into a failure.
-struct KeptOnPanic(TempDir);
-
-impl Drop for KeptOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.disable_cleanup(true);
-            eprintln!("the log is kept in {}", self.0.path().display());
-        }
-    }
 }

@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
-use bytesize::ByteSize;
 use ringtail::batch::Batch;
-use ringtail::config::WalConfig;
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
 
 use super::load::Load;
+use super::small_log::small_log;
 
 /// Every batch that must be in the log, and what was found there before.
 #[derive(Default)]
@@ -37,13 +36,7 @@ impl Oracle {
 
     /// Opens the log, compares it with what is known, delivers a part of it, and closes it. Says in a line what it found.
     pub fn check(&mut self, directory: &Path, load: &Load, deliver: f64) -> String {
-        let config = WalConfig {
-            directory: directory.into(),
-            segment_bytes: ByteSize::mib(8),
-            free_bytes_min: ByteSize::b(0),
-            ..WalConfig::default()
-        };
-        let wal = Wal::open(&config, 1 << 20, Metrics::new()).expect("the log opens");
+        let wal = Wal::open(&small_log(directory), 1 << 20, Metrics::new()).expect("the log opens");
         let before = wal.status();
         assert_eq!(before.quarantined_segments, 0, "a segment was set aside");
         let ends = self.read(&wal, load);

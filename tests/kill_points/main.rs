@@ -10,11 +10,17 @@
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the machine), `RINGTAIL_KILLS` sets their number.
 
 mod destination;
+#[path = "../support/environment.rs"]
+mod environment;
+#[path = "../support/kept.rs"]
+mod kept;
 #[path = "../kill/load.rs"]
 mod load;
 mod oracle;
 #[path = "../support/process.rs"]
 mod process;
+#[path = "../support/small_log.rs"]
+mod small_log;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -29,10 +35,11 @@ use rand::{Rng, SeedableRng};
 use ringtail::kill_point;
 
 use destination::Destination;
+use environment::number_from_environment;
+use kept::KeptOnPanic;
 use load::{Clients, Load};
 use oracle::Oracle;
 use process::{Options, Process};
-use tempfile::TempDir;
 
 /// Lives after which everything is compared.
 const LIVES_BETWEEN_CHECKS: u64 = 10;
@@ -40,10 +47,6 @@ const LIVES_BETWEEN_CHECKS: u64 = 10;
 const PAYLOAD_BYTES_MAX: usize = 200 << 10;
 /// Batches acked in a life that only collects, before it is damaged.
 const BACKLOG_BATCHES: u64 = 100;
-
-fn number_from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is not a number: {value}")))
-}
 
 /// At which passage of a point the process may be killed: no more than some seconds under load away.
 fn passages_max(point: &str) -> u64 {
@@ -218,16 +221,4 @@ fn flip_bit_in(segments: &Path, needle: &[u8]) -> Vec<OsString> {
     }
     assert!(!damaged.is_empty(), "the batch to damage is nowhere");
     damaged
-}
-
-/// The log's directory, left for whoever looks into a failure.
-struct KeptOnPanic(TempDir);
-
-impl Drop for KeptOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.disable_cleanup(true);
-            eprintln!("the log is kept in {}", self.0.path().display());
-        }
-    }
 }

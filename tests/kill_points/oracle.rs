@@ -3,15 +3,14 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
-use bytesize::ByteSize;
 use ringtail::batch::Batch;
-use ringtail::config::WalConfig;
 use ringtail::forward::{ParkReason, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
 
 use super::destination::{Place, Seen};
 use super::load::{EVENT_TYPE, Load, PARKED_TYPE};
+use super::small_log::small_log;
 
 /// Client and number.
 type Name = (u32, u64);
@@ -38,13 +37,7 @@ pub struct Oracle {
 
 /// Opens the log as the service does.
 pub fn open(directory: &Path) -> Wal {
-    let config = WalConfig {
-        directory: directory.into(),
-        segment_bytes: ByteSize::mib(8),
-        free_bytes_min: ByteSize::b(0),
-        ..WalConfig::default()
-    };
-    Wal::open(&config, 1 << 20, Metrics::new()).expect("the log opens")
+    Wal::open(&small_log(directory), 1 << 20, Metrics::new()).expect("the log opens")
 }
 
 impl Oracle {

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use futures_util::{SinkExt, StreamExt};
 use prost::Message as _;
 use ringtail::config::{DedupConfig, IngestConfig, WalConfig};
@@ -20,6 +19,8 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_util::sync::CancellationToken;
+
+use crate::small_log::small_log;
 
 /// No wait in these tests is longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -56,12 +57,9 @@ impl Server {
     pub async fn with_log(edit: impl FnOnce(&mut IngestConfig), edit_log: impl FnOnce(&mut WalConfig)) -> Server {
         let directory = tempfile::tempdir().unwrap();
         let mut wal_config = WalConfig {
-            directory: directory.path().into(),
-            segment_bytes: ByteSize::mib(8),
-            free_bytes_min: ByteSize::b(0),
             // Most tests send one batch in several ways and want to see each of them.
             dedup: DedupConfig { enabled: false, ..DedupConfig::default() },
-            ..WalConfig::default()
+            ..small_log(directory.path())
         };
         edit_log(&mut wal_config);
         let mut config = IngestConfig::default();

@@ -5,8 +5,7 @@
 #![allow(dead_code, reason = "each test uses its own part")]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -14,12 +13,11 @@ use std::time::{Duration, Instant};
 use ringtail::client::ClientOptions;
 use tempfile::TempDir;
 
+use crate::http;
 use crate::kafka::free_port;
 
 /// Longest that the service may take to start or to stop.
 const SERVICE_PATIENCE: Duration = Duration::from_secs(60);
-/// Longest that one HTTP answer may take.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Lines of a log that are shown when something failed.
 const LOG_END_LINES: usize = 40;
@@ -191,14 +189,7 @@ impl Service {
 
     /// Status code and body of an admin path.
     pub fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.ports.admin)).expect("connect to the admin port");
-        stream.set_read_timeout(Some(ANSWER_PATIENCE)).expect("set a timeout");
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("ask");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("read the answer");
-        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-        let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status code");
-        (code, body.to_owned())
+        http::get((Ipv4Addr::LOCALHOST, self.ports.admin).into(), path)
     }
 
     /// Takes note of the most memory that this life has used, by the kernel's count.

@@ -17,6 +17,7 @@ use super::{
     close, guard, open_by_ladder,
 };
 use crate::kill_point;
+use crate::wal::checksum::crc32c;
 use crate::wal::error::StoreError;
 use crate::wal::salvage;
 
@@ -99,7 +100,8 @@ impl Store for SledStore {
             // needed and holds chunks has lost it to damage.
             if id >= first_needed && salvage::holds_chunks(&path.join("db"))? {
                 tracing::warn!(segment = id, "segment has lost its marker, marking it anew");
-                mark_lost(&path)?;
+                write_marker(&path, "")?; // its shape is not known
+                sync_directory(&path)?;
                 continue;
             }
             // Not only what is there: a marker whose removal was not durable could come back after a power loss.
@@ -137,9 +139,7 @@ impl Store for SledStore {
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
         keep_damaged(&path)?;
         let open = || SledStore::open_db(&path, sled_segment_bytes);
-        let db = open_by_ladder(&path, &self.reserve(), open)?;
-        let slots = slots.map_or_else(|| count_slots(&db), Ok)?;
-        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
+        SledSegment::of(open_by_ladder(&path, &self.reserve(), open)?, &path, slots)
     }
 
     fn seal(&self, id: u64) -> Result<(), StoreError> {
@@ -226,7 +226,7 @@ impl SledStore {
         sync_conf(path)?;
         // Before there is a marker: it must not outlive a power loss that the names of the others do not.
         sync_directory(path)?;
-        write_marker(path, slots, sled_segment_bytes)?;
+        write_marker(path, &marker_line(slots, sled_segment_bytes))?;
         kill_point::pass("prepare.marked");
         sync_directory(path)?;
         sync_directory(&self.wal())?;
@@ -252,15 +252,8 @@ impl SledStore {
     pub fn open_whole(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         let path = self.segment(id);
         let (slots, sled_segment_bytes) = self.read_marker(&path)?;
-        let db = SledStore::open_db(&path, sled_segment_bytes)?;
-        let slots = slots.map_or_else(|| count_slots(&db), Ok)?;
-        Ok(Arc::new(SledSegment { slots, file: own_descriptor(&path)?, db: Some(db) }))
+        SledSegment::of(SledStore::open_db(&path, sled_segment_bytes)?, &path, slots)
     }
-}
-
-/// The slots of a segment: they were all inserted when it was prepared.
-fn count_slots(db: &sled::Db) -> Result<u32, StoreError> {
-    Ok(guard("count slots", || db.last())?.map_or(0, |(last, _)| slot(&last) + 1))
 }
 
 /// Copies the file of a segment that has lost a chunk: opening it may destroy the ones behind that.
@@ -313,27 +306,19 @@ fn parse_marker(marker: &[u8]) -> Option<(u32, usize)> {
     (marker == marker_line(slots, bytes)).then_some((slots, bytes))
 }
 
-/// The marker keeps the segment's shape, so that `wal.segment_bytes` may change while there is a backlog.
-fn write_marker(path: &Path, slots: u32, sled_segment_bytes: usize) -> Result<(), StoreError> {
+fn write_marker(path: &Path, line: &str) -> Result<(), StoreError> {
     let write = File::create(path.join(READY)).and_then(|mut ready| {
-        ready.write_all(marker_line(slots, sled_segment_bytes).as_bytes())?;
+        ready.write_all(line.as_bytes())?;
         ready.sync_all()
     });
     write.map_err(StoreError::io("mark segment ready"))
 }
 
-/// Marks a segment whose shape is not known.
-fn mark_lost(path: &Path) -> Result<(), StoreError> {
-    let mark = File::create(path.join(READY)).and_then(|ready| ready.sync_all());
-    mark.map_err(StoreError::io("mark segment ready"))?;
-    sync_directory(path)
-}
-
-/// Slots, sled's `segment_size`, and a CRC-32C of both.
+/// Slots, sled's `segment_size`, and a CRC-32C of both: the marker keeps the segment's shape, so that `wal.segment_bytes`
+/// may change while there is a backlog.
 fn marker_line(slots: u32, sled_segment_bytes: usize) -> String {
     let shape = format!("{slots} {sled_segment_bytes}");
-    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, shape.as_bytes());
-    format!("{shape} {crc:08x}\n")
+    format!("{shape} {:08x}\n", crc32c(&[shape.as_bytes()]))
 }
 
 /// The `segment_size` that sled noted in its `conf`: with another one it would take the log for rubbish and empty it.
@@ -367,6 +352,13 @@ struct SledSegment {
 }
 
 impl SledSegment {
+    /// The open segment in `path`. If it is not known how many slots it has: all were inserted when it was prepared.
+    fn of(db: sled::Db, path: &Path, slots: Option<u32>) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let count = || Ok(guard("count slots", || db.last())?.map_or(0, |(last, _)| slot(&last) + 1));
+        let slots = slots.map_or_else(count, Ok)?;
+        Ok(Arc::new(SledSegment { slots, file: own_descriptor(path)?, db: Some(db) }))
+    }
+
     fn db(&self) -> &sled::Db {
         self.db.as_ref().expect("taken by drop only")
     }

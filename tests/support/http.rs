@@ -1,12 +1,12 @@
 //! Questions to the admin port, and waiting for an answer.
 
+#![allow(dead_code, reason = "each test uses its own part")]
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-
-use crate::process::Addresses;
 
 /// Longest that anything is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,8 +24,8 @@ pub fn get(address: SocketAddr, path: &str) -> (u16, String) {
 }
 
 /// `/status`
-pub fn status(addresses: Addresses) -> Value {
-    serde_json::from_str(&get(addresses.admin, "/status").1).expect("the status is JSON")
+pub fn status(address: SocketAddr) -> Value {
+    serde_json::from_str(&get(address, "/status").1).expect("the status is JSON")
 }
 
 /// Waits until `condition` holds.
