@@ -19,7 +19,7 @@ use rdkafka::types::RDKafkaApiKey;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use ringtail::batch::{Batch, Client, Request, now_ms};
-use ringtail::config::{DedupConfig, ForwardConfig, KafkaProperty, WalConfig, WhenAged, WhenFull};
+use ringtail::config::{DedupConfig, Delivery, ForwardConfig, KafkaProperty, WalConfig, WhenAged, WhenFull};
 use ringtail::forward::{Forwarder, ParkReason, ParkedEvent, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
@@ -661,4 +661,58 @@ fn parked_events_that_vanish_are_reported_and_counted() {
     let _forwarder = setup.start();
     assert_eq!(setup.metric("ringtail_forward_dropped_events_total"), 1);
     assert_eq!(setup.wal.noted_parked(), 1);
+}
+
+fn exactly_once() -> Setup {
+    let mut setup = Setup::new();
+    setup.config.delivery = Delivery::ExactlyOnce;
+    setup.config.commit_interval = Duration::from_millis(50);
+    setup.topic("ringtail-cursors", 1);
+    setup
+}
+
+#[test]
+fn transactions_carry_the_cursor() {
+    let setup = exactly_once();
+    setup.topic("click", 2);
+    let forwarder = setup.start();
+    for at in 0..500 {
+        setup.send("a", &[("click", number(at)), ("not a topic", number(at))]);
+    }
+    assert_eq!(by_key(setup.consume("click", 2, 500))["a"], (0..500).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(1000);
+    forwarder.stop(Duration::from_secs(5));
+    let cursors = setup.consume("ringtail-cursors", 1, 1);
+    let id = format!("ringtail-{}", setup.wal.id());
+    assert_eq!(cursors[0].0.as_deref(), Some(id.as_str()));
+
+    // The next one takes over, and goes on where that one was.
+    drop(forwarder);
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(500))]);
+    assert_eq!(by_key(setup.consume("click", 2, 501))["a"], (0..=500).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+}
+
+#[test]
+fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
+    let setup = exactly_once();
+    setup.topic("open", 1);
+    setup.topic("closed", 1);
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    for at in 0..50 {
+        setup.send("a", &[("closed", number(at)), ("open", number(at))]);
+    }
+    wait_until("the rest is delivered and the cursor passed it", || {
+        assert!(forwarder.is_live());
+        setup.metric("ringtail_forward_delivered_events_total") == 50 && setup.wal.status().pending_events == 50
+    });
+    assert_eq!((forwarder.status().held_topics, forwarder.status().spilled_events), (1, 50));
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    assert_eq!(by_key(setup.consume("closed", 1, 50))["a"], (0..50).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(100);
+    wait_until("no topic is held", || forwarder.status().held_topics == 0);
 }

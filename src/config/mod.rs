@@ -190,6 +190,17 @@ pub struct ForwardConfig {
     pub topic: String,
     /// What the Kafka record's key is.
     pub record_key: RecordKey,
+    /// How often an event may arrive.
+    pub delivery: Delivery,
+    /// With `exactly_once`: how long one Kafka transaction lasts. Readers that see committed records only wait so long. 10 ms
+    /// to 30 s.
+    #[serde(with = "humantime_serde")]
+    pub commit_interval: Duration,
+    /// With `exactly_once`: the id that the transactions have. Of two instances with the same one the older stops to forward.
+    /// Empty: one that belongs to the log in `wal.directory`.
+    pub transactional_id: String,
+    /// With `exactly_once`: the compacted topic that holds the cursors. Made if it is not there.
+    pub cursor_topic: String,
     /// Bytes handed to the Kafka client and not yet acked by the broker. At least 1 MiB.
     #[serde(with = "size")]
     pub in_flight_bytes_max: ByteSize,
@@ -208,6 +219,16 @@ pub struct ForwardConfig {
     /// Any other librdkafka property, as `"linger.ms" = 5`, except those that the promises rest on
     /// (`enable.idempotence`, `acks`, …), which are refused.
     pub kafka: BTreeMap<String, KafkaProperty>,
+}
+
+/// How often an event may arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Delivery {
+    /// Once; after a crash, or when a producer breaks, what was in flight arrives again.
+    AtLeastOnce,
+    /// Once, for readers that see committed records only, by Kafka transactions.
+    ExactlyOnce,
 }
 
 /// What the Kafka record's key is.
@@ -324,6 +345,10 @@ impl Default for ForwardConfig {
             brokers: vec!["127.0.0.1:9092".into()],
             topic: "clickstream-%s-log".into(),
             record_key: RecordKey::ConnectionId,
+            delivery: Delivery::AtLeastOnce,
+            commit_interval: Duration::from_secs(1),
+            transactional_id: String::new(),
+            cursor_topic: "ringtail-cursors".into(),
             in_flight_bytes_max: ByteSize::mib(16),
             retry_delay_min: Duration::from_millis(100),
             retry_delay_max: Duration::from_secs(5),

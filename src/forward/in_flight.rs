@@ -18,7 +18,7 @@ use bytes::Bytes;
 use super::ParkReason;
 use super::discard::Dropped;
 use super::lanes::LaneId;
-use crate::batch::{Batch, Event, Events, Request, Sequence};
+use crate::batch::{Batch, Event, Events, Request, Sequence, now_ms};
 use crate::wal::{Position, Record};
 
 /// What one event in flight is charged besides its bytes.
@@ -186,6 +186,28 @@ impl InFlight {
         });
         self.finish_if_done(slot, 0);
         slot
+    }
+
+    /// Takes in a record of which everything was delivered by an earlier process.
+    pub(super) fn push_delivered(&mut self, record: &Record) {
+        let request = &record.batch.request;
+        self.slots.push_back(Slot {
+            end: record.end,
+            remaining: 0,
+            events: request.event_count(),
+            payload_bytes: request.events().map(|event| event.payload.len() as u64).sum(),
+            charge: 0,
+            delay_ms: now_ms().saturating_sub(record.batch.received_at_ms),
+            parked: None,
+            spilled: 0,
+            dropped: None,
+            live: None,
+        });
+    }
+
+    /// Where the newest record ends.
+    pub(super) fn end(&self) -> Option<Position> {
+        self.slots.back().map(|slot| slot.end)
     }
 
     /// Takes in a record that is given up: nothing of it is open.

@@ -54,7 +54,7 @@ pub use router::Topics;
 pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
 
-use crate::config::ForwardConfig;
+use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::Wal;
 use backoff::{Backoff, Retry};
@@ -143,7 +143,10 @@ impl Forwarder {
             Retry::new(Backoff::new(config.retry_delay_min, config.retry_delay_max)),
             SmallRng::seed_from_u64(seed),
         )?;
-        let properties = properties::properties(config, batch_bytes_max);
+        let mut properties = properties::properties(config, batch_bytes_max);
+        if config.delivery == Delivery::ExactlyOnce {
+            properties.push(("transactional.id".into(), replay::transactional_id(config, &wal)));
+        }
         let shared = Arc::new(Shared::new());
         let producer = if config.brokers.is_empty() { None } else { Some(Producer::new(&properties)?) };
         let parts = Parts {

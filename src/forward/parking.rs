@@ -206,7 +206,8 @@ mod tests {
         let rng = || SmallRng::seed_from_u64(1);
         let mut spilling = Spilling::open(&directory.path().join("spill"), 1 << 20, retry(), rng()).unwrap();
         let ms = Duration::from_millis(1);
-        let limits = RetryLimits { delay_min: ms, delay_max: ms, topic_grace: ms, topic_propagation: ms };
+        let limits =
+            RetryLimits { delay_min: ms, delay_max: ms, topic_grace: ms, topic_propagation: ms, exactly_once: false };
         let mut lanes = Lanes::new(limits, 1);
         let metrics = Metrics::new();
         let record = &records(&[vec![7, 8]])[0];

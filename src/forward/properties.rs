@@ -1,10 +1,12 @@
 //! `[forward]` as librdkafka properties: our defaults, the operator's own, and the ones that the promises rest on.
 
+use std::time::Duration;
+
 use bytesize::ByteSize;
 
 use super::kafka::{self, ProducerError, Properties};
 use super::router::{Router, is_topic_name};
-use crate::config::{ForwardConfig, KafkaProperty};
+use crate::config::{Delivery, ForwardConfig, KafkaProperty};
 
 /// Least `forward.in_flight_bytes_max`.
 const IN_FLIGHT_BYTES_MIN: ByteSize = ByteSize::mib(1);
@@ -19,6 +21,15 @@ const BATCH_BYTES_MAX: u64 = 16 << 20;
 
 /// Bytes of a Kafka record besides its payload: its key (an id of at most 1 KiB, or a type or batch name) and framing.
 const RECORD_OVERHEAD_BYTES: u64 = 1 << 20;
+
+/// With exactly-once delivery: the longest that a partition without a leader may hold up a transaction, and the longest that
+/// the broker keeps one of a client that went away.
+const MESSAGE_TIMEOUT_MS: u32 = 30_000;
+const TRANSACTION_TIMEOUT_MS: u32 = 60_000;
+
+/// Bounds of `forward.commit_interval`.
+const COMMIT_INTERVAL_MIN: Duration = Duration::from_millis(10);
+const COMMIT_INTERVAL_MAX: Duration = Duration::from_secs(30);
 
 const PROMISE_DURABLE: &str = "an event leaves the log only once every in-sync replica has it";
 const PROMISE_ORDER: &str = "it keeps retries in order and free of duplicates";
@@ -41,7 +52,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("bootstrap.servers", OWN_BROKERS),
     ("metadata.broker.list", OWN_BROKERS),
     ("test.mock.num.brokers", OWN_BROKERS),
-    ("transactional.id", "the forwarder does not use transactions"),
+    ("transactional.id", "it is given as \"transactional_id\""),
+    ("transaction.timeout.ms", PROMISE_ORDER),
     ("topic.metadata.propagation.max.ms", "it follows from \"topic_grace\""),
     ("statistics.interval.ms", OWN_REPORTS),
     ("delivery.report.only.error", OWN_REPORTS),
@@ -83,6 +95,15 @@ pub enum ForwardConfigError {
     /// The retry delays make no range.
     #[error("forward.retry_delay_min must be at least 1ms and at most forward.retry_delay_max")]
     RetryDelay,
+    /// Transactions would be too short or too long.
+    #[error("forward.commit_interval must be 10ms to 30s")]
+    CommitInterval,
+    /// The topic of the cursors has no name.
+    #[error("forward.cursor_topic: {name:?} is not a topic's name")]
+    CursorTopic {
+        /// The name as given.
+        name: String,
+    },
     /// A property that the promises rest on.
     #[error("forward.kafka: \"{name}\" cannot be set: {why}")]
     Refused {
@@ -129,6 +150,12 @@ pub fn validate(config: &ForwardConfig) -> Result<(), ForwardConfigError> {
     }
     if config.retry_delay_min.as_millis() == 0 || config.retry_delay_min > config.retry_delay_max {
         return Err(ForwardConfigError::RetryDelay);
+    }
+    if !(COMMIT_INTERVAL_MIN..=COMMIT_INTERVAL_MAX).contains(&config.commit_interval) {
+        return Err(ForwardConfigError::CommitInterval);
+    }
+    if !is_topic_name(&config.cursor_topic) {
+        return Err(ForwardConfigError::CursorTopic { name: config.cursor_topic.clone() });
     }
     for (name, value) in &config.kafka {
         check_property(name, value)?;
@@ -182,6 +209,11 @@ pub(super) fn properties(config: &ForwardConfig, batch_bytes_max: u64) -> Proper
         ("topic.metadata.propagation.max.ms", topic_propagation(config).as_millis().to_string()),
     ]
     .into();
+    if config.delivery == Delivery::ExactlyOnce {
+        // What does not arrive in time fails its transaction, and is read again.
+        properties.insert("message.timeout.ms", MESSAGE_TIMEOUT_MS.to_string());
+        properties.insert("transaction.timeout.ms", TRANSACTION_TIMEOUT_MS.to_string());
+    }
     properties.extend(config.kafka.iter().map(|(name, value)| (name.as_str(), value.to_string())));
     properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }

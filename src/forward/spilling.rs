@@ -101,12 +101,14 @@ impl Spilling {
     }
 
     /// Takes out what the log will show again, and holds the lanes of the rest, if that is not done yet.
-    pub(super) fn settle(&mut self, wal: &Wal, lanes: &mut Lanes, now: Instant) {
+    /// `delivered_before`: what Kafka says of the cursor, which may be ahead of the log's.
+    pub(super) fn settle(&mut self, wal: &Wal, delivered_before: Sequence, lanes: &mut Lanes, now: Instant) {
         if self.settled || self.storing.due(now).is_some() {
             return;
         }
         let status = wal.status();
-        let result = self.spill.settle(Sequence(status.cursor_sequence), Sequence(status.next_sequence));
+        let cursor = Sequence(status.cursor_sequence).max(delivered_before);
+        let result = self.spill.settle(cursor, Sequence(status.next_sequence));
         if !self.succeeded(result, now) {
             return;
         }
@@ -119,7 +121,25 @@ impl Spilling {
         self.settled = true;
     }
 
-    /// Moves open events of held topics into the spill, if it is time. Whether any were.
+    /// Whether it is time to move events of held topics.
+    pub(super) fn is_time(&self, in_flight: &InFlight, lanes: &Lanes, now: Instant) -> bool {
+        let taken = in_flight.bytes() + lanes.spilled_client_bytes();
+        let is_short = taken >= self.in_flight_bytes_max / 4 * 3;
+        let far_behind =
+            in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
+        if lanes.held() == 0 || !(far_behind || is_short) {
+            return false;
+        }
+        let held = lanes.held_log_events();
+        if held == 0 || (!far_behind && held * 4 < in_flight.events()) {
+            return false;
+        }
+        let is_blind = self.delivered_at.is_none_or(|at| now.saturating_duration_since(at) >= STALL_PATIENCE);
+        let pause = Duration::from_millis(in_flight.bytes() * 1000 / BLIND_BYTES_PER_SECOND);
+        !is_blind || self.blind_at.is_none_or(|at| now.saturating_duration_since(at) >= pause)
+    }
+
+    /// Moves the open events of held topics into the spill. Whether any were.
     pub(super) fn relieve(
         &mut self,
         in_flight: &mut InFlight,
@@ -127,7 +147,7 @@ impl Spilling {
         router: &Router,
         now: Instant,
     ) -> bool {
-        if lanes.held() == 0 || self.storing.due(now).is_some() || !self.is_time(in_flight, lanes, now) {
+        if self.storing.due(now).is_some() {
             return false;
         }
         let mut events: BTreeMap<LaneId, Moving> = BTreeMap::new();
@@ -172,23 +192,6 @@ impl Spilling {
             }
         }
         true
-    }
-
-    fn is_time(&self, in_flight: &InFlight, lanes: &Lanes, now: Instant) -> bool {
-        let taken = in_flight.bytes() + lanes.spilled_client_bytes();
-        let is_short = taken >= self.in_flight_bytes_max / 4 * 3;
-        let far_behind =
-            in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
-        if !(far_behind || is_short) {
-            return false;
-        }
-        let held = lanes.held_log_events();
-        if held == 0 || (!far_behind && held * 4 < in_flight.events()) {
-            return false;
-        }
-        let is_blind = self.delivered_at.is_none_or(|at| now.saturating_duration_since(at) >= STALL_PATIENCE);
-        let pause = Duration::from_millis(in_flight.bytes() * 1000 / BLIND_BYTES_PER_SECOND);
-        !is_blind || self.blind_at.is_none_or(|at| now.saturating_duration_since(at) >= pause)
     }
 
     /// An event of the spill.

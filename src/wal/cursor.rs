@@ -18,6 +18,7 @@ use crate::kill_point;
 
 const KEY: &[u8] = b"cursor";
 const PARKED_KEY: &[u8] = b"parked";
+const LOG_ID_KEY: &[u8] = b"log_id";
 const VERSION: u8 = 1;
 const BYTES: usize = 1 + 8 + 4 + 24 + 24 + 4;
 
@@ -39,6 +40,17 @@ pub(super) fn save(meta: &dyn StateDb, cursor: Position, tail: Totals) -> Result
     meta.sync()?;
     kill_point::pass("cursor.synced");
     Ok(())
+}
+
+/// The log's id; a new one if there is none yet. Durable on return.
+pub(super) fn load_or_make_log_id(meta: &dyn StateDb) -> Result<String, StoreError> {
+    if let Some(id) = meta.get(LOG_ID_KEY)?.and_then(|id| String::from_utf8(id).ok()) {
+        return Ok(id);
+    }
+    let id = uuid::Uuid::new_v4().to_string();
+    meta.put(LOG_ID_KEY, id.as_bytes())?;
+    meta.sync()?;
+    Ok(id)
 }
 
 /// Saves how many events are in the parked store. Durable with the next sync of `meta`.

@@ -14,6 +14,7 @@ use super::losses::Loss;
 use super::record::Totals;
 use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
 use super::syncer::Pipeline;
+use crate::batch::Sequence;
 use crate::config::WalConfig;
 use crate::metrics::Metrics;
 
@@ -26,6 +27,13 @@ pub struct Position {
     pub(super) slot: u32,
     /// Totals before this place.
     pub(super) totals: Totals,
+}
+
+impl Position {
+    /// Sequence of the record at this place.
+    pub fn sequence(self) -> Sequence {
+        Sequence(self.totals.sequence)
+    }
 }
 
 /// One segment that holds records.

@@ -83,6 +83,7 @@ const PARKED: &str = "parked";
 /// The log. Clones share it.
 #[derive(Clone)]
 pub struct Wal {
+    id: Arc<str>,
     shared: Arc<Shared>,
     threads: Arc<Mutex<Threads>>,
 }
@@ -154,6 +155,7 @@ impl Wal {
         lock: Option<File>,
     ) -> Result<Wal, OpenError> {
         let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
+        let id = cursor::load_or_make_log_id(&*meta)?.into();
         let pool = Pool::new(store);
         let log = recovery::recover(&pool, &*meta, Mode::Repair)?;
         let mut window = Window::new(&config.dedup);
@@ -169,7 +171,12 @@ impl Wal {
             keeper: Some(spawn("wal-keeper", move || keeper.run())),
             _lock: lock,
         };
-        Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) })
+        Ok(Wal { id, shared, threads: Arc::new(Mutex::new(threads)) })
+    }
+
+    /// What tells this log from every other one, also from one that is in the same place later.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// Queues a batch for the next commit. The order of calls is the order of the log. Does not block on the disk. A retry
@@ -314,7 +321,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let window = Window::new(&DedupConfig { enabled: false, ..DedupConfig::default() });
     let shared = Arc::new(Shared::new(config, 0, shape, pool, meta, parked, Metrics::new(), log, window));
     let threads = Threads { appender: None, syncer: None, keeper: None, _lock: Some(lock) };
-    Ok(Wal { shared, threads: Arc::new(Mutex::new(threads)) }.status())
+    Ok(Wal { id: "".into(), shared, threads: Arc::new(Mutex::new(threads)) }.status())
 }
 
 /// Opens the parked store of a log that no process has open.

@@ -32,6 +32,10 @@ pub(super) struct Hold {
     backoff: Backoff,
     pub(super) since: Instant,
     topic_failing_since: Option<Instant>,
+    /// An event that failed will be read from the log again: the lane stays held until then.
+    expecting: bool,
+    /// Rounds take only events of the spill that are committed there.
+    exactly_once: bool,
     /// The newest failure, for people; none if the topic just stands still.
     pub(super) last_failure: Option<Failure>,
 }
@@ -44,6 +48,8 @@ pub(super) struct Spilled {
     /// The first one that no round had yet.
     next: u64,
     end: u64,
+    /// With exactly-once delivery, those before are no longer the log's.
+    committed: u64,
     /// Those beyond `consumed` that are delivered or parked.
     done: BTreeSet<u64>,
     /// Those that are being parked.
@@ -68,7 +74,7 @@ pub(super) enum Next {
     Wait,
     /// A round, then.
     Round(Instant),
-    /// What is left is being parked.
+    /// What is left is being parked, or cannot go yet.
     Parked,
     /// Nothing is left.
     Release,
@@ -90,12 +96,15 @@ impl Hold {
             backoff: Backoff::new(limits.delay_min, limits.delay_max),
             since: now,
             topic_failing_since: None,
+            expecting: false,
+            exactly_once: limits.exactly_once,
             last_failure: None,
         }
     }
 
     /// Keeps an event.
     pub(super) fn insert(&mut self, event: EventRef) {
+        self.expecting = false;
         if self.events.insert(event) && !event.is_spilled() {
             self.log_events += 1;
         }
@@ -130,6 +139,20 @@ impl Hold {
         if self.failure.is_none_or(|(_, worst)| blame(worst) < blame(failure)) {
             self.failure = Some((event, failure));
         }
+    }
+
+    /// An event failed, and will be read from the log again.
+    pub(super) fn expect(&mut self, failure: Failure) {
+        self.expecting = true;
+        self.round_failed = 1;
+        // Which one it was does not matter: it was not alone.
+        self.failure = Some((EventRef::spilled(0), failure));
+        self.last_failure = Some(failure);
+    }
+
+    /// The log's cursor has passed everything in the spill, durably.
+    pub(super) fn commit(&mut self) {
+        self.spilled.committed = self.spilled.end;
     }
 
     /// One event was delivered: the topic is there and may be written.
@@ -196,10 +219,11 @@ impl Hold {
     /// The same, when nothing came back.
     pub(super) fn next(&mut self) -> Next {
         self.spilled.skip_done();
-        if !self.events.is_empty() || self.spilled.next < self.spilled.end {
+        if self.first_event().is_some() {
             return Next::Round(self.retry_at);
         }
-        if self.spilled.consumed < self.spilled.end { Next::Parked } else { Next::Release }
+        let is_empty = self.events.is_empty() && self.spilled.consumed >= self.spilled.end && !self.expecting;
+        if is_empty { Next::Release } else { Next::Parked }
     }
 
     /// When a round may start; none while one is open.
@@ -218,9 +242,8 @@ impl Hold {
         let mut round = Vec::new();
         while round.len() < self.next_round {
             self.spilled.skip_done();
-            let walked = (self.spilled.next < self.spilled.end).then(|| EventRef::spilled(self.spilled.next));
-            let Some(event) = self.events.first().copied().into_iter().chain(walked).min() else { break };
-            if Some(event) == walked {
+            let Some(event) = self.first_event() else { break };
+            if event.is_spilled() && event.number() == self.spilled.next {
                 self.spilled.next += 1;
             }
             self.remove(event);
@@ -228,6 +251,18 @@ impl Hold {
         }
         (self.round, self.round_failed, self.round_open) = (round.len(), 0, true);
         round
+    }
+
+    /// The first event that may go.
+    fn first_event(&self) -> Option<EventRef> {
+        let end = if self.exactly_once { self.spilled.committed } else { self.spilled.end };
+        // What is delivered of a transaction must be a range of numbers.
+        if self.exactly_once && !self.spilled.parking.is_empty() {
+            return None;
+        }
+        let walked = (self.spilled.next < end).then(|| EventRef::spilled(self.spilled.next));
+        let kept = self.events.first().copied().filter(|event| event.is_spilled() || !self.exactly_once);
+        kept.into_iter().chain(walked).min()
     }
 
     /// Its events in memory are in the spill now, as the last ones of the topic.

@@ -66,6 +66,8 @@ pub(super) struct RetryLimits {
     pub(super) topic_grace: Duration,
     /// How much of it the client has waited by the time that it calls a topic unknown.
     pub(super) topic_propagation: Duration,
+    /// Held events go through the spill, and only once the cursor has passed them.
+    pub(super) exactly_once: bool,
 }
 
 /// An event to park.
@@ -193,7 +195,9 @@ impl Lanes {
     /// `topic` has events in the spill, with those numbers.
     pub(super) fn restore(&mut self, topic: &str, numbers: Range<u64>, now: Instant) {
         let id = self.lane_of(topic);
-        self.hold_lane(id, now).moved(numbers);
+        let hold = self.hold_lane(id, now);
+        hold.moved(numbers);
+        hold.commit();
         self.settle(id, now, &mut Vec::new());
     }
 
@@ -277,10 +281,15 @@ impl Lanes {
         }
     }
 
-    /// An event of the spill is parked, or lost.
+    /// An event of the spill is parked.
     pub(super) fn parked(&mut self, id: LaneId, event: EventRef, now: Instant) {
         self.done(id, event);
         self.settle(id, now, &mut Vec::new());
+    }
+
+    /// An event of the spill that was to be sent in a round is lost. [`Lanes::settle`] must follow once the round is sent.
+    pub(super) fn lost(&mut self, id: LaneId, event: EventRef) {
+        self.done(id, event);
     }
 
     fn done(&mut self, id: LaneId, event: EventRef) {
@@ -338,6 +347,52 @@ impl Lanes {
             warn!(%topic, error = %failure, suppressed, "topic held: kafka refused an event");
         }
         self.hold_lane(id, now).refused(event, failure);
+    }
+
+    /// The held lanes, and why.
+    pub(super) fn failures(&self) -> Vec<(Box<str>, Failure)> {
+        let held = self.held.iter().map(|id| self.lane(*id));
+        let failed = held.filter_map(|lane| Some((lane.topic.clone(), lane.hold.as_ref()?.last_failure?)));
+        failed.collect()
+    }
+
+    /// An event of `topic` failed, and will be read from the log again.
+    pub(super) fn expect(&mut self, topic: &str, failure: Failure, now: Instant) {
+        let id = self.lane_of(topic);
+        self.hold_lane(id, now).expect(failure);
+    }
+
+    /// The log's cursor has passed everything in the spill, durably.
+    pub(super) fn commit_spilled(&mut self, now: Instant) {
+        for id in self.held.clone() {
+            if let Some(hold) = &mut self.lane_mut(id).hold {
+                hold.commit();
+            }
+            self.settle(id, now, &mut Vec::new());
+        }
+    }
+
+    /// Everything of `topic` in the spill before `number` was delivered earlier. How many events that are.
+    pub(super) fn skip_to(&mut self, topic: &str, number: u64, now: Instant) -> u64 {
+        let Some(id) = self.by_topic.get(topic).copied() else { return 0 };
+        let spilled = self.lane(id).hold.as_ref().map(|hold| &hold.spilled);
+        let numbers = spilled.map_or(0..0, |spilled| spilled.consumed..number.min(spilled.consumed + spilled.len()));
+        for number in numbers.clone() {
+            self.parked(id, EventRef::spilled(number), now);
+        }
+        numbers.end.saturating_sub(numbers.start)
+    }
+
+    /// An event of the spill came back and is to be sent again.
+    pub(super) fn returned(&mut self, id: LaneId, event: EventRef, bytes: u64, now: Instant) {
+        self.came_back(id, event, bytes, now);
+        self.hold(id, event);
+    }
+
+    /// Up to which number the spill is worked off once `events`, which the client has, are delivered.
+    pub(super) fn worked_off_with(&self, id: LaneId, events: &[EventRef]) -> u64 {
+        let consumed = self.lane(id).hold.as_ref().map_or(0, |hold| hold.spilled.consumed);
+        events.iter().map(|event| event.number() + 1).max().unwrap_or(consumed).max(consumed)
     }
 
     /// Holds the lanes of which nothing came back for so long, since `connected_since` at most.

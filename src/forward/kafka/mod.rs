@@ -1,4 +1,4 @@
-//! The Kafka client: the only file of the program that imports rdkafka.
+//! The Kafka client: nothing else in the program imports rdkafka.
 //!
 //! One idempotent librdkafka producer, polled by the forward thread alone; librdkafka's callbacks run inside
 //! [`Producer::poll`] and leave what they have to say in an [`Inbox`]. librdkafka copies each event and retries for ever
@@ -6,6 +6,8 @@
 //!
 //! Two traps of `BaseProducer::poll`: it blocks for its whole timeout even when events arrive, and with no timeout it
 //! serves a single event (which may report thousands of messages).
+
+mod transactions;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -19,6 +21,8 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 use serde::Deserialize;
 use tracing::{debug, error, info, warn};
+
+pub(super) use transactions::{TransactionError, read_cursors};
 
 use super::FailureReason;
 use super::backoff::LogLimit;
@@ -52,6 +56,16 @@ impl Failure {
             Code::Fatal => FailureReason::ProducerFatal,
             _ => FailureReason::Other,
         }
+    }
+
+    /// The event could not even be read.
+    pub(super) fn unreadable() -> Failure {
+        Failure(RDKafkaErrorCode::Fail)
+    }
+
+    /// It says nothing of the event or its topic.
+    pub(super) fn is_circumstantial(self) -> bool {
+        matches!(self.reason(), FailureReason::Other | FailureReason::ProducerFatal)
     }
 
     /// A failure of that kind.

@@ -4,6 +4,9 @@
 //! reads on while there is room. With nothing to do it waits, for new records or for reports, never longer than
 //! [`TURN_MAX`], so that a heartbeat that stands still means trouble.
 
+mod held;
+mod transaction;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,20 +16,21 @@ use tracing::{error, info};
 
 use super::backoff::{Backoff, LogLimit, Pace, Retry};
 use super::discard::{Discard, Verdict};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, RECORDS_MAX, Walk};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Passed, RECORDS_MAX};
 use super::kafka::{Failure, Inbox, Producer, Properties, Reported};
 use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
 use super::parked::ParkedStore;
 use super::parking::{Origin, Parking};
 use super::router::Router;
-use super::spill::SpillError;
 use super::spilling::{STALL_PATIENCE, Spilling};
 use super::status::{Connection, Drain, Shared};
 use super::{FailureReason, ParkReason};
-use crate::batch::now_ms;
-use crate::config::ForwardConfig;
+use crate::batch::{Sequence, now_ms};
+use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::{Reader, Record, Wal};
+use transaction::ExactlyOnce;
+pub(super) use transaction::transactional_id;
 
 /// Longest turn of an idle loop.
 const TURN_MAX: Duration = Duration::from_millis(500);
@@ -78,7 +82,7 @@ pub(super) struct Replay {
     properties: Properties,
     wal: Wal,
     reader: Reader,
-    /// Read, and not to be discarded; only if nothing is forwarded.
+    /// Read, and to be worked on later: if nothing is forwarded it is not to be discarded, or no transaction could be begun.
     held_back: Option<Record>,
     metrics: Arc<Metrics>,
     shared: Arc<Shared>,
@@ -98,6 +102,8 @@ pub(super) struct Replay {
     /// A lane that has as much in the client as one may.
     full_lane: Option<LaneId>,
     stalled: Pace,
+    /// With exactly-once delivery.
+    exactly_once: Option<ExactlyOnce>,
     failures: Failures,
 
     reading: Retry,
@@ -129,7 +135,9 @@ impl Replay {
             delay_max: config.retry_delay_max,
             topic_grace: config.topic_grace,
             topic_propagation,
+            exactly_once: producer.is_some() && config.delivery == Delivery::ExactlyOnce,
         };
+        let exactly_once = limits.exactly_once.then(|| ExactlyOnce::new(&config, &wal));
         let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
         let now = Instant::now();
         Replay {
@@ -152,6 +160,7 @@ impl Replay {
             spilling,
             full_lane: None,
             stalled: Pace::new(STALL_LOOK_INTERVAL),
+            exactly_once,
             failures: Failures::default(),
             reading: Retry::new(backoff.clone()),
             rebuilding: Retry::new(backoff),
@@ -176,7 +185,8 @@ impl Replay {
             let now = Instant::now();
             self.shared.beat(now);
             let mut worked = self.take_reports(now);
-            self.spilling.settle(&self.wal, &mut self.lanes, now);
+            worked |= self.drive_transaction(now);
+            self.settle_spill(now);
             self.let_go_of_discarded(now);
             worked |= self.mend_producer(now);
             worked |= self.send_due_rounds(now);
@@ -199,8 +209,9 @@ impl Replay {
             self.shared.beat(now);
             self.take_reports(now);
             self.park(now);
+            self.close_transaction(now);
             self.move_watermark(now);
-            if now >= stop_by || (self.lanes.in_client() == 0 && self.parking.due(now).is_none()) {
+            if now >= stop_by || (self.lanes.in_client() == 0 && !self.is_parking(now) && self.is_committed()) {
                 break;
             }
             self.poll_wait = POLL_MAX.min(stop_by - now);
@@ -228,6 +239,9 @@ impl Replay {
             self.rebuilding.succeeded();
         }
         for reported in inbox.delivered.drain(..) {
+            if self.exactly_once.as_mut().is_some_and(|once| once.is_cursor(reported, true)) {
+                continue;
+            }
             let (lane, event) = self.reported_event(reported);
             if event.is_spilled() {
                 self.metrics.forward.delivered_events.increment(1);
@@ -240,6 +254,12 @@ impl Replay {
             self.spilling.delivered(now);
         }
         for (reported, failure) in inbox.failed.drain(..) {
+            if let Some(once) = &mut self.exactly_once {
+                once.failed();
+                if once.is_cursor(reported, false) {
+                    continue;
+                }
+            }
             let (lane, event) = self.reported_event(reported);
             let bytes = charge(reported.payload_bytes as usize);
             self.lanes.failed(lane, event, bytes, failure, now, &mut self.to_park);
@@ -287,6 +307,10 @@ impl Replay {
     fn mend_producer(&mut self, now: Instant) -> bool {
         if let Some(producer) = &self.producer {
             let Some(error) = producer.fatal_error() else { return false };
+            if producer.is_fenced() {
+                self.stop_fenced(&error, now);
+                return true;
+            }
             if let Some(suppressed) = self.broken.admit(now) {
                 let in_flight_events = self.in_flight.events();
                 error!(error, in_flight_events, suppressed, "kafka producer broke, replacing it");
@@ -299,7 +323,8 @@ impl Replay {
         if !self.forwards {
             return false;
         }
-        if self.rebuilding.due(now).is_some() {
+        let is_fenced = self.exactly_once.as_ref().is_some_and(ExactlyOnce::is_fenced);
+        if is_fenced || self.rebuilding.due(now).is_some() {
             return false;
         }
         match Producer::new(&self.properties) {
@@ -318,6 +343,14 @@ impl Replay {
     fn drop_producer(&mut self, now: Instant) {
         self.move_watermark(now);
         self.producer = None;
+        if let Some(once) = &mut self.exactly_once {
+            once.start_again();
+        }
+        self.rewind(now);
+    }
+
+    /// Forgets everything behind the watermark: it is read again.
+    fn rewind(&mut self, now: Instant) {
         self.in_flight.clear();
         self.spilling.work_off(&mut self.lanes, now);
         self.spilling.unsettle();
@@ -338,74 +371,6 @@ impl Replay {
         }
     }
 
-    /// Sends what held lanes want to try again now.
-    fn send_due_rounds(&mut self, now: Instant) -> bool {
-        let mut sent = false;
-        while self.may_send_rounds()
-            && let Some((lane, round)) = self.lanes.next_round(now)
-        {
-            sent = true;
-            let refusal = self.send_round(lane, round, now);
-            self.lanes.settle(lane, now, &mut self.to_park);
-            if let Some(failure) = refusal {
-                self.failures.count(lane, failure, &self.metrics);
-            }
-        }
-        sent
-    }
-
-    fn may_send_rounds(&self) -> bool {
-        self.producer.is_some() && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
-    }
-
-    /// Sends events of a held lane up to the first that the client refuses, and keeps the rest.
-    fn send_round(&mut self, lane: LaneId, round: Vec<EventRef>, now: Instant) -> Option<Failure> {
-        let producer = self.producer.as_ref()?;
-        let mut walk = Walk::new(&self.in_flight);
-        let (mut refusal, mut bytes, mut is_over) = (None, 0, false);
-        for event in round {
-            if is_over {
-                self.lanes.hold(lane, event);
-                continue;
-            }
-            let topic = self.lanes.topic(lane);
-            let (result, payload_bytes) = if event.is_spilled() {
-                let found = match self.spilling.event(topic, event.number()) {
-                    Ok(found) => found,
-                    Err(SpillError::Damaged { .. }) => {
-                        self.spilling.report_lost(&topic.to_owned(), 1, &self.metrics, now);
-                        self.lanes.parked(lane, event, now);
-                        continue;
-                    }
-                    Err(error) => {
-                        self.shared.set_last_error(error.to_string(), Some(topic));
-                        self.lanes.hold(lane, event);
-                        is_over = true;
-                        continue;
-                    }
-                };
-                let tag = event.spilled_tag(lane);
-                (producer.send(topic, found.key.as_deref(), &found.payload, tag), found.payload.len())
-            } else {
-                let (live, found) = walk.find(event);
-                let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
-                (producer.send(topic, key, found.payload, event.tag()), found.payload.len())
-            };
-            match result {
-                Ok(()) => {
-                    self.lanes.sent(lane, event, charge(payload_bytes), now);
-                    bytes += charge(payload_bytes);
-                    is_over = bytes >= ROUND_BYTES_MAX;
-                }
-                Err(failure) => {
-                    self.lanes.refused(lane, event, failure, now, &mut self.to_park);
-                    (refusal, is_over) = (Some(failure), true);
-                }
-            }
-        }
-        refusal
-    }
-
     fn park(&mut self, now: Instant) -> bool {
         self.parking.add(&mut self.to_park);
         let Replay { in_flight, lanes, spilling, router, metrics, .. } = self;
@@ -415,20 +380,33 @@ impl Replay {
     /// Holds the lanes that stand still when that keeps others from being read, and moves held ones out of the way.
     fn spill(&mut self, now: Instant) -> bool {
         let Some(connected_since) = self.connection.up_since() else { return false };
+        if self.exactly_once.is_some() {
+            // A transaction moves them when it ends.
+            return false;
+        }
         if !self.has_room() && self.stalled.is_due(now) {
             self.lanes.hold_stalled(now, STALL_PATIENCE, connected_since);
         }
-        // What is being parked is on its way out already.
-        if !self.forwards || self.parking.due(now).is_some() || !self.to_park.is_empty() {
+        if !self.forwards || self.is_parking(now) || !self.spilling.is_time(&self.in_flight, &self.lanes, now) {
             return false;
         }
         self.spilling.relieve(&mut self.in_flight, &mut self.lanes, &self.router, now)
     }
 
+    /// Events are on their way into the parked store.
+    fn is_parking(&self, now: Instant) -> bool {
+        self.parking.due(now).is_some() || !self.to_park.is_empty()
+    }
+
     /// Tells the log how far everything is delivered or parked, and counts what that passed.
     fn move_watermark(&mut self, now: Instant) {
         let metrics = &self.metrics.forward;
-        let passed = self.in_flight.advance(|delay_ms| metrics.delivery_delay.record(delay_ms as f64 / 1000.0));
+        let may_pass = self.exactly_once.as_ref().is_none_or(ExactlyOnce::may_pass);
+        let passed = if may_pass {
+            self.in_flight.advance(|delay_ms| metrics.delivery_delay.record(delay_ms as f64 / 1000.0))
+        } else {
+            Passed::default()
+        };
         if passed.end.is_some() {
             metrics.delivered_events.increment(passed.delivered_events);
             metrics.delivered_bytes.increment(passed.delivered_bytes);
@@ -482,7 +460,7 @@ impl Replay {
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle || !self.spilling.is_settled() || self.reading.due(now).is_some() {
+        if idle || !self.may_read() || !self.spilling.is_settled() || self.reading.due(now).is_some() {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
@@ -504,8 +482,16 @@ impl Replay {
                 self.reading.succeeded();
             }
             let Some(record) = next else { break };
+            if !self.begin_transaction(now) {
+                self.held_back = Some(record);
+                break;
+            }
             // An empty record counts too, so that a turn ends.
             bytes += 1 + record.batch.request.as_bytes().len() as u64;
+            if self.exactly_once.as_ref().is_some_and(|once| record.sequence < once.delivered_before()) {
+                self.in_flight.push_delivered(&record);
+                continue;
+            }
             match self.discard.verdict(&record, &self.wal, now_ms) {
                 Verdict::Deliver if !self.forwards => {
                     self.held_back = Some(record);
@@ -541,6 +527,16 @@ impl Replay {
             failure: None,
         };
         self.to_park.extend((0..events).map(to_park));
+    }
+
+    /// Takes out of the spill what the log shows again, once it is known from where on.
+    fn settle_spill(&mut self, now: Instant) {
+        let delivered_before = match &self.exactly_once {
+            None => Sequence::FIRST,
+            Some(once) if once.is_started() => once.delivered_before(),
+            Some(_) => return,
+        };
+        self.spilling.settle(&self.wal, delivered_before, &mut self.lanes, now);
     }
 
     fn send_record(&mut self, record: &Record, now: Instant) {
@@ -610,11 +606,18 @@ impl Replay {
             return;
         }
         let round_due = self.lanes.due().filter(|_| self.may_send_rounds());
-        let dues =
-            [round_due, self.parking.due(now), self.reading.due(now), self.rebuilding.due(now), self.spilling.due(now)];
+        let dues = [
+            round_due,
+            self.transaction_due(now),
+            self.parking.due(now),
+            self.reading.due(now),
+            self.rebuilding.due(now),
+            self.spilling.due(now),
+        ];
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
+        let can_read = can_read && self.may_read() && self.spilling.is_settled();
         if can_read && self.lanes.in_client() == 0 {
             self.reader.wait(wait);
             return;

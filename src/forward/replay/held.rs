@@ -1,0 +1,102 @@
+//! Rounds of held lanes: what waits is sent again, from memory or from the spill.
+
+use std::time::Instant;
+
+use super::super::in_flight::{EventRef, Walk};
+use super::super::kafka::Failure;
+use super::super::lanes::LaneId;
+use super::super::spill::SpillError;
+use super::{ROUND_BYTES_MAX, Replay, charge};
+
+impl Replay {
+    /// Sends what held lanes want to try again now.
+    pub(super) fn send_due_rounds(&mut self, now: Instant) -> bool {
+        let mut sent = false;
+        while self.may_send_rounds()
+            && let Some((lane, round)) = self.lanes.next_round(now)
+        {
+            sent = true;
+            let refusal = self.send_round(lane, round, now);
+            self.lanes.settle(lane, now, &mut self.to_park);
+            if let Some(failure) = refusal {
+                self.failures.count(lane, failure, &self.metrics);
+            }
+        }
+        sent
+    }
+
+    pub(super) fn may_send_rounds(&self) -> bool {
+        self.exactly_once.is_none()
+            && self.producer.is_some()
+            && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
+    }
+
+    /// Sends events of a held lane up to the first that the client refuses, and keeps the rest.
+    fn send_round(&mut self, lane: LaneId, round: Vec<EventRef>, now: Instant) -> Option<Failure> {
+        let (_, refusal) = self.send(lane, round, false, now);
+        let (event, failure) = refusal?;
+        self.lanes.refused(lane, event, failure, now, &mut self.to_park);
+        Some(failure)
+    }
+
+    /// The same within a transaction: what was sent, with what it is charged, and what was refused.
+    pub(super) fn send_side_round(
+        &mut self,
+        lane: LaneId,
+        round: Vec<EventRef>,
+        now: Instant,
+    ) -> (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>) {
+        self.send(lane, round, true, now)
+    }
+
+    fn send(
+        &mut self,
+        lane: LaneId,
+        round: Vec<EventRef>,
+        by_side: bool,
+        now: Instant,
+    ) -> (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>) {
+        let side = self.exactly_once.as_ref().and_then(|once| once.side.producer());
+        let producer = if by_side { side } else { self.producer.as_ref() };
+        let mut walk = Walk::new(&self.in_flight);
+        let (mut sent, mut refusal, mut bytes, mut is_over) = (Vec::new(), None, 0, false);
+        for event in round {
+            let Some(producer) = producer.filter(|_| !is_over) else {
+                self.lanes.hold(lane, event);
+                continue;
+            };
+            let topic = self.lanes.topic(lane);
+            let (result, payload_bytes) = if event.is_spilled() {
+                let found = match self.spilling.event(topic, event.number()) {
+                    Ok(found) => found,
+                    Err(SpillError::Damaged { .. }) => {
+                        self.spilling.report_lost(topic, 1, &self.metrics, now);
+                        self.lanes.lost(lane, event);
+                        continue;
+                    }
+                    Err(error) => {
+                        self.shared.set_last_error(error.to_string(), Some(topic));
+                        (refusal, is_over) = (Some((event, Failure::unreadable())), true);
+                        continue;
+                    }
+                };
+                let tag = event.spilled_tag(lane);
+                (producer.send(topic, found.key.as_deref(), &found.payload, tag), found.payload.len())
+            } else {
+                let (live, found) = walk.find(event);
+                let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
+                (producer.send(topic, key, found.payload, event.tag()), found.payload.len())
+            };
+            match result {
+                Ok(()) => {
+                    self.lanes.sent(lane, event, charge(payload_bytes), now);
+                    sent.push((event, charge(payload_bytes)));
+                    bytes += charge(payload_bytes);
+                    is_over = bytes >= ROUND_BYTES_MAX;
+                }
+                Err(failure) => (refusal, is_over) = (Some((event, failure)), true),
+            }
+        }
+        (sent, refusal)
+    }
+}
