@@ -298,3 +298,46 @@ impl Keeper {
         self.last_error = error;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::WalConfig;
+    use crate::metrics::Metrics;
+    use crate::wal::Wal;
+    use crate::wal::memory::{Faults, MemoryStore, small_shape};
+    use crate::wal::store::Store;
+    use crate::wal::tests::{batch, wait};
+
+    #[test]
+    fn no_segment_goes_before_the_cursor_that_left_it_is_durable() {
+        let store = MemoryStore::default();
+        let open = || {
+            let (config, store) = (WalConfig::default(), Arc::new(store.clone()));
+            Wal::open_in(&config, 1 << 20, small_shape(), store, Metrics::new(), None).unwrap()
+        };
+        let wal = open();
+        for number in 1..=40 {
+            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+        }
+        // A save under way may not see the faults yet: none is after this.
+        wal.close();
+        let wal = open();
+        store.set_faults(Faults { put_fails: true, ..Faults::default() });
+        let before = store.segments().unwrap();
+        let mut reader = wal.reader();
+        while let Some(record) = reader.next_record().unwrap() {
+            wal.deliver(record.end);
+        }
+        let mut keeper = Keeper::new(wal.shared.clone(), SavedWindow::default());
+        assert!(keeper.save_and_trim().is_err(), "the cursor was saved");
+        keeper.trim(u64::MAX).unwrap();
+        assert!(store.segments().unwrap().starts_with(&before[..2]), "trimmed, and the cursor is not saved");
+        store.set_faults(Faults::default());
+        keeper.save_cursor().unwrap();
+        keeper.trim(u64::MAX).unwrap();
+        assert!(!store.segments().unwrap().contains(&before[0]));
+        drop(reader);
+        wal.close();
+    }
+}

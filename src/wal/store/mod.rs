@@ -220,3 +220,25 @@ fn guard<T>(operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_is_not_there_is_not_an_empty_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = SledStore::new(directory.path(), SegmentShape::new(8 << 20)).unwrap();
+        drop(store.prepare(1).unwrap());
+        let path = store.segment_path(1);
+        await_unlocked(&path).unwrap();
+        let db = SledStore::open_db(&path, SLED_SEGMENT_BYTES_MIN as usize).unwrap();
+        db.remove(5_u64.to_be_bytes()).unwrap();
+        db.flush().unwrap();
+        close(db);
+        let segment = store.open(1).unwrap();
+        assert!(segment.read(4).unwrap().is_empty());
+        let missing = segment.read(5).expect_err("it was read as empty");
+        assert!(missing.is_damage(), "{missing}");
+    }
+}
