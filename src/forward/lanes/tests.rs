@@ -19,8 +19,13 @@ struct Driver {
 
 impl Driver {
     fn new() -> Driver {
-        let limits =
-            RetryLimits { delay_min: 10 * MS, delay_max: 80 * MS, topic_grace: 1000 * MS, topic_propagation: 400 * MS };
+        let limits = RetryLimits {
+            delay_min: 10 * MS,
+            delay_max: 80 * MS,
+            topic_grace: 1000 * MS,
+            topic_propagation: 400 * MS,
+            exactly_once: false,
+        };
         let mut lanes = Lanes::new(limits, 1);
         let lane = lanes.route(&Router::new("%s", RecordKey::None), "t").unwrap();
         Driver { lanes, lane, now: Instant::now(), parked: Vec::new() }
