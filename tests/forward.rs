@@ -113,8 +113,7 @@ impl Setup {
     fn wait_for_empty_log(&self, forwarder: &Forwarder) {
         wait_until("the log is empty", || {
             assert!(forwarder.is_live());
-            let status = self.wal.status();
-            status.pending_batches == 0 && status.pending_events == 0
+            self.wal.status().is_drained()
         });
     }
 

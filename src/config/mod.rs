@@ -352,7 +352,7 @@ impl Default for ForwardConfig {
             in_flight_bytes_max: ByteSize::mib(16),
             retry_delay_min: Duration::from_millis(100),
             retry_delay_max: Duration::from_secs(5),
-            topic_grace: Duration::from_secs(30),
+            topic_grace: Duration::from_secs(24 * 60 * 60),
             stop_timeout: Duration::from_secs(10),
             kafka: BTreeMap::new(),
         }

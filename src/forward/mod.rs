@@ -143,6 +143,7 @@ impl Forwarder {
             Retry::new(Backoff::new(config.retry_delay_min, config.retry_delay_max)),
             SmallRng::seed_from_u64(seed),
         )?;
+        wal.note_spilled(i64::try_from(spilling.count()).unwrap_or(i64::MAX));
         let mut properties = properties::properties(config, batch_bytes_max);
         if config.delivery == Delivery::ExactlyOnce {
             properties.push(("transactional.id".into(), replay::transactional_id(config, &wal)));

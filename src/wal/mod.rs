@@ -133,6 +133,13 @@ pub struct WalStatus {
     pub commit_busy_ms: u64,
 }
 
+impl WalStatus {
+    /// Whether everything committed is delivered, parked or dropped.
+    pub fn is_drained(&self) -> bool {
+        self.pending_batches == 0 && self.pending_events == 0
+    }
+}
+
 impl Wal {
     /// Opens the log in `config.directory`, or makes a new one, and starts its threads. `queue_bytes_max` bounds the bytes
     /// of batches that wait for their commit.

@@ -89,14 +89,14 @@ pub async fn run(args: DrainArgs) -> anyhow::Result<ExitCode> {
         pending_batches: status.pending_batches,
         pending_events: status.pending_events,
         seconds: began.elapsed().as_secs_f64(),
-        last_error: last_error.filter(|_| status.pending_batches > 0),
+        last_error: last_error.filter(|_| !status.is_drained()),
     };
     if args.json {
         print(&(serde_json::to_string_pretty(&summary)? + "\n"))?;
     } else {
         eprint!("{}", describe(&summary));
     }
-    Ok(if summary.pending_batches == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if status.is_drained() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn close(config: &Config, forwarder: &Forwarder, wal: &Wal) {
@@ -115,7 +115,7 @@ async fn drained(wal: &Wal, forwarder: &Forwarder) {
         let pending = wal.status();
         progress.set_position(total.saturating_sub(pending.pending_events));
         progress.set_message(if forwarder.status().connected { "" } else { ", Kafka is down" });
-        if pending.pending_batches == 0 {
+        if pending.is_drained() {
             return;
         }
     }
@@ -150,7 +150,7 @@ fn describe(summary: &Summary) -> String {
         text += &format!(", {} LOST", summary.dropped_events);
     }
     text += "\n";
-    if summary.pending_batches > 0 {
+    if summary.pending_batches > 0 || summary.pending_events > 0 {
         text += &format!(
             "{} in {} still pending",
             count(summary.pending_events, "event"),
