@@ -43,7 +43,11 @@ use tracing::warn;
 
 pub use discard::DropReason;
 pub use kafka::ProducerError;
-pub use parked::{ParkedAbout, ParkedError, ParkedEvent, ParkedEvents, ParkedStore};
+#[cfg(test)]
+pub(crate) use parked::tests as parked_tests;
+pub use parked::{
+    ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedEvents, ParkedFilter, ParkedStore, Removed,
+};
 pub use properties::{ForwardConfigError, validate};
 pub use router::Topics;
 pub use status::{ForwardStatus, LastError};
@@ -107,9 +111,9 @@ impl Forwarder {
         metrics: Arc<Metrics>,
     ) -> Result<Forwarder, ForwardError> {
         validate(config)?;
-        let parked = ParkedStore::open(wal.parked())?;
-        let missing = wal.noted_parked().saturating_sub(parked.count());
-        if missing > 0 && parked.count() == 0 {
+        let parked = ParkedStore::open_for(&config.parked, &wal, &metrics)?;
+        let missing = wal.noted_parked().saturating_sub(parked.ever());
+        if missing > 0 && parked.ever() == 0 {
             // Removed by the operator; or set aside as damaged, which was reported as an error of its own.
             tracing::info!(
                 events = missing,
@@ -120,7 +124,7 @@ impl Forwarder {
             metrics.forward.dropped_events_damaged.increment(missing);
         }
         if missing > 0 {
-            wal.note_parked(parked.count());
+            wal.reset_parked(parked.ever());
         }
         let properties = properties::properties(config, batch_bytes_max);
         let shared = Arc::new(Shared::new());

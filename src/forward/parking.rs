@@ -12,7 +12,7 @@ use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
 use super::lanes::ToPark;
-use super::parked::{ParkedAbout, ParkedError, ParkedStore};
+use super::parked::{Limits, ParkedAbout, ParkedError, ParkedStore};
 use super::router::Router;
 use crate::batch::now_ms;
 use crate::kill_point;
@@ -26,6 +26,7 @@ pub(super) struct Parking {
     waiting: VecDeque<ToPark>,
     written: Vec<Written>,
     storing: Retry,
+    limits: Limits,
     rng: SmallRng,
 }
 
@@ -38,7 +39,8 @@ struct Written {
 impl Parking {
     /// Parks into `store`; a failure is tried again as `storing` says.
     pub(super) fn new(store: ParkedStore, storing: Retry, rng: SmallRng) -> Parking {
-        Parking { store, waiting: VecDeque::new(), written: Vec::new(), storing, rng }
+        let limits = Limits::new(&store, storing.clone(), rng.clone());
+        Parking { store, waiting: VecDeque::new(), written: Vec::new(), storing, limits, rng }
     }
 
     /// Takes over `events`, leaving it empty.
@@ -63,8 +65,14 @@ impl Parking {
         self.store.count()
     }
 
-    /// Parks up to [`EVENTS_MAX`] events durably and closes them in `in_flight`. Whether anything was done.
+    /// Parks up to [`EVENTS_MAX`] events durably and closes them in `in_flight`, after some of what is over the limits was
+    /// dropped. Whether anything was done.
     pub(super) fn run(&mut self, in_flight: &mut InFlight, router: &Router, now: Instant) -> bool {
+        let dropped = self.limits.run(&self.store, now, now_ms());
+        self.park(in_flight, router, now) || dropped
+    }
+
+    fn park(&mut self, in_flight: &mut InFlight, router: &Router, now: Instant) -> bool {
         if self.due(now).is_none_or(|due| due > now) {
             return false;
         }
@@ -136,7 +144,7 @@ mod tests {
     use super::super::ParkReason;
     use super::super::backoff::Backoff;
     use super::super::in_flight::tests::{open_events, records};
-    use super::super::parked::tests::MemoryDb;
+    use super::super::parked_tests::MemoryDb;
     use super::*;
     use crate::config::RecordKey;
 

@@ -63,7 +63,7 @@ pub(super) struct Log {
     pub losses: BTreeMap<u64, Loss>,
     /// Losses that are not in the ledger yet.
     pub unsaved_losses: Vec<Loss>,
-    /// Events in the parked store, as of the cursor.
+    /// Events ever put into the parked store, as of the cursor.
     pub parked_events: u64,
     /// No space to prepare another segment.
     pub space_short: bool,
