@@ -206,7 +206,7 @@ fn drop_needs_to_be_told_what_and_is_durable() {
     assert_eq!(summary(&dropped), (2, false));
     assert_eq!(ids(&[], &path), [1, 3, 5, 6]);
     assert_eq!(summary(&parked(&["drop", "--all", "--yes", "--json"], &path)), (4, false));
-    assert_eq!(ids(&[], &path), []);
+    assert!(ids(&[], &path).is_empty());
     // What the operator dropped is not taken for damage.
     let check = Command::new(env!("CARGO_BIN_EXE_ringtail")).args(["backlog", "check", "--directory", &path]).output();
     assert_eq!(check.unwrap().status.code(), Some(0));
@@ -217,7 +217,7 @@ fn metric(admin: SocketAddr, name: &str) -> f64 {
     write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    let samples = answer.lines().filter_map(|line| line.strip_prefix(name));
+    let samples = answer.lines().filter_map(|line| line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{'])));
     samples.filter_map(|rest| rest.rsplit_once(' ')).map(|(_, value)| value.parse::<f64>().unwrap()).sum()
 }
 
@@ -251,6 +251,8 @@ fn a_running_service_lists_and_drops_and_a_kill_right_after_raises_no_alarm() {
     send("a\nb\nc\nd\ne\n", addresses.http);
     wait_for("all are parked", || metric(addresses.admin, "ringtail_forward_parked_events_total") == 5.0);
     // The log knows of five, durably.
+    assert!(process.stop().success());
+    let (mut process, addresses) = Process::start(&options);
     assert_eq!(ids(&["--connection-id", "device-1", "--reason", "invalid_topic"], path), [1, 2, 3, 4, 5]);
     let shown = parked(&["show", "2"], path);
     assert!(text(&shown.stdout).contains("\nb\n"), "{}", text(&shown.stdout));
@@ -264,14 +266,12 @@ fn a_running_service_lists_and_drops_and_a_kill_right_after_raises_no_alarm() {
     let counted = "ringtail_forward_parked_dropped_events_total{reason=\"operator\"}";
     assert_eq!(metric(addresses.admin, counted), 2.0);
     assert_eq!(metric(addresses.admin, "ringtail_forward_dropped_events_total"), 0.0);
-    assert_eq!(metric(addresses.admin, "ringtail_forward_parked_events "), 3.0);
+    assert_eq!(metric(addresses.admin, "ringtail_forward_parked_events"), 3.0);
     process.kill();
 
     let (mut process, addresses) = Process::start(&options);
     assert_eq!(metric(addresses.admin, "ringtail_forward_dropped_events_total"), 0.0, "a false alarm");
-    // What was parked just before the kill may be parked again.
-    let left = ids(&[], path);
-    assert!(left.starts_with(&[1, 3, 5]), "{left:?}");
+    assert_eq!(ids(&[], path), [1, 3, 5]);
     assert_eq!(parked(&["drop", "--all", "--yes"], path).status.code(), Some(0));
     assert!(process.stop().success());
     let (mut process, addresses) = Process::start(&options);
