@@ -163,6 +163,10 @@ impl ParkedCommand for ParkedDrop {
                 ids.clear();
             }
             if is_end {
+                if !self.dry_run && walk.progress.events > 0 {
+                    let (events, bytes) = (walk.progress.events, walk.progress.bytes);
+                    tracing::info!(events, bytes, "parked events dropped by the operator");
+                }
                 return walk.end();
             }
         }

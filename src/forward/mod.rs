@@ -9,6 +9,7 @@
 //! - Nothing is dropped but by a policy that the operator chose (`discard.rs`). What may succeed is retried for ever, what
 //!   never can is parked.
 //! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes.rs` states.
+//! - What is parked has been counted as that. If it is dropped later, that is counted apart (`parked/removal.rs`).
 //! - Every event is counted once, when the watermark passes it, however often it was sent.
 //!
 //! # Limits

@@ -6,8 +6,6 @@
 
 use std::sync::atomic::Ordering;
 
-use tracing::info;
-
 use super::format::{JOURNAL_KEY, Journal, key};
 use super::reader::Entries;
 use super::{Books, ParkedError, ParkedStore, Service};
@@ -69,18 +67,13 @@ struct Going {
 }
 
 impl ParkedStore {
-    /// Removes events for good; what is not there is passed over. They are counted, and each call is logged by the caller
-    /// or, for the operator, here. Durable on return.
+    /// Removes events for good, and counts them; what is not there is passed over. The caller logs how many. Durable on
+    /// return.
     ///
     /// # Errors
     /// [`ParkedError::Store`]: some may be removed, and nobody knows for good which. Try again.
     pub fn drop_events(&self, ids: &[u64], reason: ParkedDropReason) -> Result<Removed, ParkedError> {
-        let removed = self.remove_for(ids, Some(reason))?;
-        if reason == ParkedDropReason::Operator && removed.events > 0 && self.0.service.is_some() {
-            let Removed { events, bytes } = removed;
-            info!(events, bytes, "parked events dropped by the operator");
-        }
-        Ok(removed)
+        self.remove_for(ids, Some(reason))
     }
 
     /// Removes events that are kept elsewhere; what is not there is passed over. Nothing is counted. Durable on return.

@@ -116,7 +116,7 @@ fn filled(limits: ParkedConfig, count: u64) -> (Arc<MemoryDb>, ParkedStore, u64)
         assert_eq!(store.park(&about, &[7; 1024]).unwrap(), number);
     }
     store.sync().unwrap();
-    let bytes = if count == 0 { 0 } else { store.bytes() / count };
+    let bytes = store.bytes().checked_div(count).unwrap_or_default();
     (db, store, bytes)
 }
 
