@@ -67,7 +67,7 @@ pub struct ParkedProgress {
     pub total_events: u64,
     /// Events that it is done with: listed, or dropped.
     pub events: u64,
-    /// Bytes of their payloads; of dropped ones, bytes in the store.
+    /// Bytes of their payloads.
     pub bytes: u64,
     /// No event with a higher id was looked at.
     pub last_id: u64,
@@ -136,7 +136,7 @@ impl ParkedCommand for ParkedDrop {
 
     fn run(&self, store: &ParkedStore, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
-        let mut ids = Vec::new();
+        let (mut ids, mut payload_bytes) = (Vec::new(), 0);
         loop {
             let found = walk.next();
             let is_end = found.is_none();
@@ -146,7 +146,10 @@ impl ParkedCommand for ParkedDrop {
                     walk.progress.events += 1;
                     walk.progress.bytes += event.payload.len() as u64;
                 }
-                Some(Ok(event)) => ids.push(event.id),
+                Some(Ok(event)) => {
+                    ids.push(event.id);
+                    payload_bytes += event.payload.len() as u64;
+                }
                 Some(Err(_)) if self.filter.is_by_id() && self.dry_run => walk.progress.events += 1,
                 Some(Err((id, _))) if self.filter.is_by_id() => ids.push(id),
                 Some(Err((id, message))) => walk.say(ParkedLine::Damaged { id, message }),
@@ -155,7 +158,7 @@ impl ParkedCommand for ParkedDrop {
                 match store.drop_events(&ids, ParkedDropReason::Operator) {
                     Ok(removed) => {
                         walk.progress.events += removed.events;
-                        walk.progress.bytes += removed.bytes;
+                        walk.progress.bytes += std::mem::take(&mut payload_bytes);
                         walk.say(ParkedLine::Progress(walk.progress));
                     }
                     Err(error) => walk.ended = Some(End::Failed(message(error))),

@@ -1,4 +1,5 @@
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::Ordering;
 
 use axum::body::Body;
 use axum::http::{Request, header};
@@ -15,6 +16,8 @@ struct Fake {
     wal: Option<WalStatus>,
     forward_live: bool,
     parked: ParkedStore,
+    /// What `parked` is in.
+    db: Arc<MemoryDb>,
 }
 
 impl StatusSource for Fake {
@@ -61,8 +64,9 @@ impl StatusSource for Fake {
 
 fn fake() -> Fake {
     let wal = WalStatus { pending_events: 7, disk_limit_bytes: 1000, ..WalStatus::default() };
-    let parked = ParkedStore::open(Arc::new(MemoryDb::default())).unwrap();
-    Fake { phase: Phase::Serving, wal: Some(wal), forward_live: true, parked }
+    let db = Arc::new(MemoryDb::default());
+    let parked = ParkedStore::open(db.clone()).unwrap();
+    Fake { db, phase: Phase::Serving, wal: Some(wal), forward_live: true, parked }
 }
 
 /// What the control socket answers to a command.
@@ -177,7 +181,7 @@ async fn the_control_socket_serves_its_owner() {
     std::mem::forget(stale);
 
     let fake = fake();
-    let store = fake.parked.clone();
+    let (store, db) = (fake.parked.clone(), fake.db.clone());
     for number in 0..100 {
         store.park(&about(if number < 80 { "a" } else { "b" }), b"hello").unwrap();
     }
@@ -203,9 +207,15 @@ async fn the_control_socket_serves_its_owner() {
     let filter = ParkedFilter { topics: vec!["b".into()], ..ParkedFilter::default() };
     let would = command(&directory, ParkedDrop { filter: filter.clone(), dry_run: true }).await;
     assert_eq!((would.as_slice(), store.count()), (&[done(20, 100, 100, 100)][..], 100));
+    db.sync_fails.store(true, Ordering::SeqCst);
+    let failed = command(&directory, ParkedDrop { filter: filter.clone(), dry_run: false }).await;
+    let [ParkedLine::Failed { message, progress }] = &failed[..] else { panic!("{failed:?}") };
+    assert!(message.starts_with("the parked store failed: ") && progress.events == 0, "{failed:?}");
+    assert_eq!(store.count(), 100, "what is not durable is not dropped");
+    db.sync_fails.store(false, Ordering::SeqCst);
     let dropped = command(&directory, ParkedDrop { filter: filter.clone(), dry_run: false }).await;
     assert!(
-        matches!(&dropped[..], [ParkedLine::Progress(_), ParkedLine::Done(done)] if done.events == 20),
+        matches!(&dropped[..], [ParkedLine::Progress(_), ParkedLine::Done(done)] if (done.events, done.bytes) == (20, 100)),
         "{dropped:?}"
     );
     assert_eq!((store.count(), store.ever()), (80, 100));

@@ -46,7 +46,7 @@ pub struct DropArgs {
 #[derive(Serialize)]
 struct Summary {
     dropped_events: u64,
-    /// Bytes of payloads in a dry run, else in the store.
+    /// Bytes of their payloads.
     dropped_bytes: u64,
     damaged_events: u64,
     dry_run: bool,
