@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
-use crate::admin::{self, Admin, Backlog, BatchLine, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
+use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Phase, StatusSource};
 use crate::config::Config;
 use crate::forward::{ForwardError, Forwarder, ParkedStore, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
@@ -271,8 +271,8 @@ impl StatusSource for Stages {
         self.forwarder.parked().count()
     }
 
-    fn parked_events(&self, from_id: u64) -> ParkedEvents {
-        parked_json(self.forwarder.parked(), from_id)
+    fn parked(&self) -> ParkedStore {
+        self.forwarder.parked().clone()
     }
 
     fn backlog(&self, payloads: bool) -> Backlog {
@@ -286,17 +286,6 @@ impl StatusSource for Stages {
             }
         }))
     }
-}
-
-/// The parked events as JSON objects, oldest first.
-pub fn parked_json(parked: &ParkedStore, from_id: u64) -> ParkedEvents {
-    Box::new(parked.events(from_id).map(|event| {
-        let event = event.map_err(|error| ParkedReadError { message: error.to_string() })?;
-        match serde_json::to_value(&event) {
-            Ok(serde_json::Value::Object(object)) => Ok(object),
-            _ => Err(ParkedReadError { message: format!("event {} is not an object", event.id) }),
-        }
-    }))
 }
 
 fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {

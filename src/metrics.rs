@@ -10,7 +10,7 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
-use crate::forward::{DropReason, FailureReason, ParkReason};
+use crate::forward::{DropReason, FailureReason, ParkReason, ParkedDropReason};
 use crate::ingest::{CloseReason, Protocol, RejectReason};
 
 const LATENCY_BUCKETS: &[f64] =
@@ -103,6 +103,8 @@ pub struct ForwardMetrics {
     pub delivery_delay: Histogram,
     /// Dead letters held now.
     pub parked_events: Gauge,
+    /// What they take in the store.
+    pub parked_bytes: Gauge,
     parked_events_total: Vec<(ParkReason, Counter)>,
     /// Events of held topics on disk, out of the log's way.
     pub spilled_events: Gauge,
@@ -110,6 +112,7 @@ pub struct ForwardMetrics {
     pub spilled_bytes: Gauge,
     /// Topics held.
     pub held_topics: Gauge,
+    parked_dropped_events: Vec<(ParkedDropReason, Counter)>,
     /// Events that were committed and cannot be read any more.
     pub dropped_events_damaged: Counter,
     /// Estimate until the backlog is empty.
@@ -228,12 +231,18 @@ impl ForwardMetrics {
             in_flight_bytes: gauge!("ringtail_forward_in_flight_bytes"),
             delivery_delay: histogram!("ringtail_forward_delivery_delay_seconds"),
             parked_events: gauge!("ringtail_forward_parked_events"),
+            parked_bytes: gauge!("ringtail_forward_parked_bytes"),
             parked_events_total: ParkReason::ALL
                 .map(|reason| (reason, counter!("ringtail_forward_parked_events_total", "reason" => reason.as_str())))
                 .to_vec(),
             spilled_events: gauge!("ringtail_forward_spilled_events"),
             spilled_bytes: gauge!("ringtail_forward_spilled_bytes"),
             held_topics: gauge!("ringtail_forward_held_topics"),
+            parked_dropped_events: ParkedDropReason::ALL
+                .map(|reason| {
+                    (reason, counter!("ringtail_forward_parked_dropped_events_total", "reason" => reason.as_str()))
+                })
+                .to_vec(),
             dropped_events_damaged: counter!("ringtail_forward_dropped_events_total", "reason" => "damaged"),
             drain_seconds: gauge!("ringtail_forward_drain_seconds"),
         }
@@ -247,6 +256,11 @@ impl ForwardMetrics {
     /// Events parked for `reason`.
     pub fn parked_events_total(&self, reason: ParkReason) -> &Counter {
         find(&self.parked_events_total, reason)
+    }
+
+    /// Parked events dropped later, for `reason`. Of those that were counted as parked before: not part of the log's books.
+    pub fn parked_dropped_events(&self, reason: ParkedDropReason) -> &Counter {
+        find(&self.parked_dropped_events, reason)
     }
 }
 
@@ -304,7 +318,16 @@ fn describe() {
     );
     describe_gauge!("ringtail_forward_spilled_bytes", "Disk that these events take.");
     describe_gauge!("ringtail_forward_held_topics", "Topics that Kafka refuses, or takes nothing of.");
+    describe_gauge!(
+        "ringtail_forward_parked_bytes",
+        "Bytes of dead letters held now, what is said about them included."
+    );
     describe_counter!("ringtail_forward_parked_events_total", "Events parked, by reason.");
+    describe_counter!(
+        "ringtail_forward_parked_dropped_events_total",
+        "Dead letters dropped after they were parked, by reason: the operator, or a limit of forward.parked. Each was counted \
+         as parked before and left the log's books then, so it is not in ringtail_forward_dropped_events_total."
+    );
     describe_counter!(
         "ringtail_forward_dropped_events_total",
         "Events lost after their commit, by reason: a policy that the operator chose, or damage of the disk."

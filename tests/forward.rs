@@ -19,8 +19,10 @@ use rdkafka::types::RDKafkaApiKey;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 use ringtail::batch::{Batch, Client, Request, now_ms};
-use ringtail::config::{DedupConfig, Delivery, ForwardConfig, KafkaProperty, WalConfig, WhenAged, WhenFull};
-use ringtail::forward::{Forwarder, ParkReason, ParkedEvent, ParkedStore};
+use ringtail::config::{
+    DedupConfig, Delivery, ForwardConfig, KafkaProperty, ParkedConfig, WalConfig, WhenAged, WhenFull, WhenParkedFull,
+};
+use ringtail::forward::{Forwarder, ParkReason, ParkedDropReason, ParkedEvent, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::Wal;
@@ -132,7 +134,8 @@ impl Setup {
         let all = delivered + parked + dropped;
         assert_eq!(all, committed, "delivered {delivered}, parked {parked}, dropped {dropped}");
         wait_until("nothing is in flight", || self.metric("ringtail_forward_in_flight_events") == 0);
-        assert_eq!(self.metric("ringtail_forward_parked_events"), parked);
+        let dropped_later = self.metric("ringtail_forward_parked_dropped_events_total");
+        assert_eq!(self.metric("ringtail_forward_parked_events") + dropped_later, parked);
     }
 
     fn parked(&self) -> Vec<ParkedEvent> {
@@ -656,7 +659,11 @@ fn parked_events_that_vanish_are_reported_and_counted() {
     forwarder.stop(DEADLINE);
     let store = ParkedStore::open(setup.wal.parked()).unwrap();
     assert_eq!((store.count(), setup.wal.noted_parked()), (2, 2));
-    assert!(store.remove(1).unwrap());
+    // Taken out by the operator, and lost.
+    store.drop_events(&[2], ParkedDropReason::Operator).unwrap();
+    let first = [&1u64.to_be_bytes()[..], &[0, 0]].concat();
+    setup.wal.parked().remove(&first).unwrap();
+    assert_eq!(setup.wal.noted_parked(), 2);
     let _forwarder = setup.start();
     assert_eq!(setup.metric("ringtail_forward_dropped_events_total"), 1);
     assert_eq!(setup.wal.noted_parked(), 1);
@@ -714,4 +721,46 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(100);
     wait_until("no topic is held", || forwarder.status().held_topics == 0);
+}
+
+#[test]
+fn parked_events_over_the_limits_go_and_are_counted_apart() {
+    let mut setup = Setup::new();
+    let limits = |bytes_max, age_max| ParkedConfig { bytes_max, when_full: WhenParkedFull::DropOldest, age_max };
+    setup.config.parked = limits(ByteSize::kib(100), Duration::ZERO);
+    let forwarder = setup.start();
+    for _ in 0..20 {
+        setup.send("client", &[("not a topic", vec![7; 10_000])]);
+    }
+    setup.wait_for_empty_log(&forwarder);
+    let dropped =
+        |reason: &str| setup.metric(&format!("ringtail_forward_parked_dropped_events_total{{reason=\"{reason}\"}}"));
+    wait_until("enough is dropped", || setup.metric("ringtail_forward_parked_bytes") <= 100 << 10);
+    let store = forwarder.parked();
+    assert_eq!((store.count(), store.ever(), dropped("parked_full")), (9, 20, 11));
+    assert_eq!(setup.parked().iter().map(|event| event.id).collect::<Vec<_>>(), (12..=20).collect::<Vec<_>>());
+    setup.assert_books_balance(20);
+
+    // While the forwarder parks, the operator drops.
+    setup.send("client", &[("not a topic", vec![8])]);
+    store.drop_events(&[12, 13], ParkedDropReason::Operator).unwrap();
+    setup.wait_for_empty_log(&forwarder);
+    assert_eq!((store.count(), dropped("operator")), (8, 2));
+    setup.assert_books_balance(21);
+    assert_eq!(setup.wal.noted_parked(), 21);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+
+    let text = setup.metrics.handle().render();
+    assert!(!text.contains("ringtail_forward_dropped_events_total{reason=\"operator"), "{text}");
+    let expired = ParkedStore::open(setup.wal.parked()).unwrap();
+    assert_eq!(expired.count(), 8);
+    // A second from when the last one was parked.
+    setup.config.parked = limits(ByteSize::b(0), Duration::from_secs(1));
+    let forwarder = setup.start();
+    wait_until("all are too old", || forwarder.parked().count() == 0);
+    let dropped = setup.metric("ringtail_forward_parked_dropped_events_total{reason=\"parked_expired\"}");
+    assert_eq!((dropped, setup.metric("ringtail_forward_dropped_events_total")), (8, 0));
+    assert_eq!(forwarder.parked().ever(), 21);
+    forwarder.stop(DEADLINE);
 }

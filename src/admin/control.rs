@@ -8,19 +8,20 @@ use std::convert::Infallible;
 use std::fs::{self, File, Permissions};
 use std::future::IntoFuture;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Query, State};
-use axum::http::{Request, StatusCode, header};
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::{HeaderValue, Request, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing;
+use axum::{Json, Router, routing};
 use bytes::Bytes;
 use futures_util::stream;
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
@@ -29,15 +30,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::Admin;
 use super::backlog::PeekFilter;
-use super::parked::ParkedFilter;
+use super::parked::{ParkedCommand, ParkedDrop, ParkedList};
 
 const SOCKET: &str = "control.sock";
 
 /// How long the service may take to answer, and between two pieces of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Lines of `/parked` and `/backlog` read ahead of the client.
+/// Lines of an answer made ahead of the client.
 const LINES_AHEAD: usize = 4;
+
+/// Largest arguments of a command.
+const COMMAND_BYTES_MAX: usize = 16 << 20;
 
 /// Why a running service gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -109,8 +113,11 @@ impl ControlSocket {
     /// The listener fails for good.
     pub async fn serve(self, admin: Admin, stop: CancellationToken) -> io::Result<()> {
         let ControlSocket { listener, file: _file } = self;
-        let router = super::routes().route("/parked", routing::get(parked));
-        let router = router.route("/backlog", routing::get(backlog)).with_state(admin);
+        let router = super::routes().route("/backlog", routing::get(backlog));
+        let router = parked_command::<ParkedList>(router);
+        let router = parked_command::<ParkedDrop>(router);
+        // Thousands of ids are a command too.
+        let router = router.layer(DefaultBodyLimit::max(COMMAND_BYTES_MAX)).with_state(admin);
         tokio::select! {
             result = axum::serve(listener, router).into_future() => result,
             () = stop.cancelled() => Ok(()),
@@ -130,27 +137,40 @@ fn short_path(directory: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd()))
 }
 
-/// The parked events as JSON lines, read while the client takes them.
-async fn parked(State(admin): State<Admin>, Query(filter): Query<ParkedFilter>) -> Response {
-    lines(move || filter.clone().lines(admin.source.parked_events(filter.from_id)))
+/// Adds what is to be done with parked events. It stops when the client is gone.
+fn parked_command<C: ParkedCommand>(router: Router<Admin>) -> Router<Admin> {
+    router.route(
+        C::PATH,
+        routing::post(async |State(admin): State<Admin>, Json(command): Json<C>| {
+            answer(move |send| {
+                let store = admin.source.parked();
+                command.run(&store, &mut |line| {
+                    let mut line = serde_json::to_vec(&line).expect("a line has only string keys");
+                    line.push(b'\n');
+                    send(line)
+                });
+            })
+        }),
+    )
 }
 
 /// The pending batches as JSON lines, read while the client takes them.
 async fn backlog(State(admin): State<Admin>, Query(filter): Query<PeekFilter>) -> Response {
-    lines(move || filter.lines(admin.source.backlog(filter.payloads)))
+    answer(move |send| {
+        let _ = filter.lines(admin.source.backlog(filter.payloads)).try_for_each(send);
+    })
 }
 
-/// Reads lines on a thread that may block, as far ahead as the client lets it. One that takes nothing for long ends it:
-/// what is being read is not held open for ever.
-fn lines<L: Iterator<Item = Vec<u8>>>(open: impl FnOnce() -> L + Send + 'static) -> Response {
+/// Makes lines on a thread that may block, as far ahead as the client lets it. One that takes nothing for long ends it: what
+/// is being read is not held open for ever.
+fn answer(work: impl FnOnce(&mut dyn FnMut(Vec<u8>) -> ControlFlow<()>) + Send + 'static) -> Response {
     let (lines, mut ahead) = mpsc::channel::<Vec<u8>>(LINES_AHEAD);
     let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
-        for line in open() {
-            if runtime.block_on(lines.send_timeout(line, ANSWER_TIMEOUT)).is_err() {
-                return; // the client is gone, or as good as gone
-            }
-        }
+        work(&mut |line| match runtime.block_on(lines.send_timeout(line, ANSWER_TIMEOUT)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()), // the client is gone, or as good as gone
+        });
     });
     let body = stream::poll_fn(move |context| ahead.poll_recv(context).map(|line| line.map(Ok::<_, Infallible>)));
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(body)).into_response()
@@ -196,6 +216,21 @@ impl Answer {
 /// # Errors
 /// [`ControlError`]
 pub async fn get(directory: &Path, path_and_query: &str) -> Result<Option<Answer>, ControlError> {
+    let request = Request::get(path_and_query).body(Full::default());
+    ask(directory, request.expect("the caller gives a valid path")).await
+}
+
+/// Tells the service that runs on `directory` to do something with parked events. None if no service runs there.
+///
+/// # Errors
+/// [`ControlError`]
+pub async fn command<C: ParkedCommand>(directory: &Path, command: &C) -> Result<Option<Answer>, ControlError> {
+    let body = serde_json::to_vec(command).expect("a command has only string keys");
+    let request = Request::post(C::PATH).header(header::CONTENT_TYPE, "application/json").body(Full::from(body));
+    ask(directory, request.expect("the path is valid")).await
+}
+
+async fn ask(directory: &Path, mut request: Request<Full<Bytes>>) -> Result<Option<Answer>, ControlError> {
     let socket = directory.join(SOCKET);
     let stream = match connect(directory).await {
         Ok(stream) => stream,
@@ -206,8 +241,7 @@ pub async fn get(directory: &Path, path_and_query: &str) -> Result<Option<Answer
     };
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
-    let request = Request::get(path_and_query).header(header::HOST, "ringtail").body(Empty::<Bytes>::new());
-    let request = request.expect("the caller gives a valid path");
+    request.headers_mut().insert(header::HOST, HeaderValue::from_static("ringtail"));
     let response = in_time(sender.send_request(request)).await??;
     let status = response.status();
     let answer = Answer(response.into_body());

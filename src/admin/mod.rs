@@ -1,4 +1,4 @@
-//! Admin: what operators and their tools see. Reads only; changes nothing.
+//! Admin: what operators and their tools see. Changes nothing, but for the parked events, which the operator may drop.
 //!
 //! [`router`] serves metrics, health, status and a small page on `admin.listen`, where it may be scraped but is not
 //! authenticated: it shows counts, never payloads. [`control`] serves the same, the parked events and the backlog on a Unix socket in
@@ -24,10 +24,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::now_ms;
+use crate::forward::ParkedStore;
 use crate::metrics::Metrics;
 use crate::wal::WalStatus;
 pub use backlog::{Backlog, BatchLine, EventLine, PeekFilter};
-pub use parked::{ParkedEvents, ParkedFilter, ParkedReadError};
+pub use parked::{ParkedCommand, ParkedDrop, ParkedLine, ParkedList, ParkedProgress, ParkedSummary};
 pub use status::{Connections, NotReady, ParkedCount, Phase, Status};
 
 /// How often histograms are folded into their buckets, so that samples do not pile up between scrapes.
@@ -53,9 +54,8 @@ pub trait StatusSource: Send + Sync + 'static {
     /// Number of parked events.
     fn parked_count(&self) -> u64;
 
-    /// The parked events with ids not below `from_id`, oldest first, each as a JSON object. The iterator may block: it is
-    /// used on a thread for that.
-    fn parked_events(&self, from_id: u64) -> ParkedEvents;
+    /// The store of parked events. It may block: it is used on a thread for that.
+    fn parked(&self) -> ParkedStore;
 
     /// The pending batches, oldest first. The iterator may block: it is used on a thread for that.
     fn backlog(&self, payloads: bool) -> Backlog;

@@ -1,157 +1,261 @@
-//! Parked events as JSON lines: the same for the control socket and for a store that is read offline.
+//! What can be done with parked events: the same through the control socket and on a store that is opened offline.
+//!
+//! A [`ParkedCommand`] is one path on the control socket, its arguments one JSON object. It answers with lines, each one
+//! [`ParkedLine`] as JSON, the last of which is [`ParkedLine::Done`] or [`ParkedLine::Failed`]: without one the answer was
+//! broken off.
 
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
-use crate::forward::ParkReason;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
-/// Parked events, oldest first. An event that cannot be read is an error of its own and need not end them.
-pub type ParkedEvents = Box<dyn Iterator<Item = Result<Map<String, Value>, ParkedReadError>> + Send>;
+use crate::forward::{ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedFilter, ParkedStore};
 
-/// A parked event cannot be read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cannot read a parked event: {message}")]
-pub struct ParkedReadError {
-    /// The store's words.
-    pub message: String,
+/// Longest silence of a command that works, so that nobody takes it for dead.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Most events removed between two lines.
+const BATCH_EVENTS_MAX: usize = 1024;
+
+/// One line of an answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ParkedLine {
+    /// An event.
+    Event(ParkedEvent),
+    /// An event without its payload.
+    Summary(ParkedSummary),
+    /// An event that cannot be read.
+    Damaged {
+        /// The event.
+        id: u64,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// How far it is.
+    Progress(ParkedProgress),
+    /// All is done.
+    Done(ParkedProgress),
+    /// Why it ended early. What it says of progress is durable.
+    Failed {
+        /// The cause.
+        message: String,
+        /// How far it came.
+        progress: ParkedProgress,
+    },
 }
 
-/// Which parked events are wanted, and how much of each. Also the query of `/parked`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ParkedFilter {
-    /// Only of this topic.
-    pub topic: Option<String>,
-    /// Only for this reason.
-    pub reason: Option<ParkReason>,
-    /// Only with ids from here on.
-    pub from_id: u64,
-    /// At most so many.
-    pub limit: Option<usize>,
-    /// Without payloads, but with their size as `payload_bytes`.
+/// A parked event without its payload.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParkedSummary {
+    /// Its name in the store.
+    pub id: u64,
+    /// Why it is here and where it came from.
+    #[serde(flatten)]
+    pub about: ParkedAbout,
+    /// Bytes of its payload.
+    pub payload_bytes: u64,
+}
+
+/// How far a command is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParkedProgress {
+    /// Events looked at.
+    pub seen_events: u64,
+    /// Events in the store when it began.
+    pub total_events: u64,
+    /// Events that it is done with: listed, or dropped.
+    pub events: u64,
+    /// Bytes of their payloads.
+    pub bytes: u64,
+    /// No event with a higher id was looked at.
+    pub last_id: u64,
+}
+
+/// Takes the lines of an answer. [`ControlFlow::Break`] when nobody wants more: the command stops then.
+pub type Take<'a> = &'a mut dyn FnMut(ParkedLine) -> ControlFlow<()>;
+
+/// Something to do with parked events.
+pub trait ParkedCommand: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
+    /// Its path on the control socket.
+    const PATH: &str;
+
+    /// Does it. May block.
+    fn run(&self, store: &ParkedStore, take: Take<'_>);
+}
+
+/// Shows events, oldest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParkedList {
+    /// Which.
+    pub filter: ParkedFilter,
+    /// Without their payloads.
     pub summary: bool,
 }
 
-impl ParkedFilter {
-    /// The query of `/parked` that asks for this.
-    pub fn to_query(&self) -> String {
-        let mut query = format!("from_id={}&summary={}", self.from_id, self.summary);
-        if let Some(topic) = &self.topic {
-            query.push_str("&topic=");
-            query.extend(topic.bytes().map(escape));
-        }
-        if let Some(reason) = self.reason {
-            query.push_str(&format!("&reason={}", reason.as_str()));
-        }
-        if let Some(limit) = self.limit {
-            query.push_str(&format!("&limit={limit}"));
-        }
-        query
-    }
+/// Drops events for good.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParkedDrop {
+    /// Which. An event that cannot be read is dropped if its id alone decides, else it stays.
+    pub filter: ParkedFilter,
+    /// Only count them.
+    pub dry_run: bool,
+}
 
-    /// The wanted ones of `events`, each as one line of JSON with its line break. An event that cannot be read is a line
-    /// `{"damaged": "…"}`.
-    pub fn lines(self, events: ParkedEvents) -> impl Iterator<Item = Vec<u8>> + Send {
-        let limit = self.limit.unwrap_or(usize::MAX);
-        let wanted = move |event: &Map<String, Value>| {
-            let is = |field: &str, wanted: Option<&str>| {
-                wanted.is_none_or(|wanted| event.get(field).and_then(Value::as_str) == Some(wanted))
+impl ParkedCommand for ParkedList {
+    const PATH: &str = "/parked/list";
+
+    fn run(&self, store: &ParkedStore, take: Take<'_>) {
+        let mut walk = Walk::new(store, &self.filter, take);
+        while let Some(found) = walk.next() {
+            let line = match found {
+                Ok(event) => {
+                    let payload_bytes = event.payload.len() as u64;
+                    walk.progress.events += 1;
+                    walk.progress.bytes += payload_bytes;
+                    let ParkedEvent { id, about, .. } = &event;
+                    if self.summary {
+                        ParkedLine::Summary(ParkedSummary { id: *id, about: about.clone(), payload_bytes })
+                    } else {
+                        ParkedLine::Event(event)
+                    }
+                }
+                Err((id, message)) => ParkedLine::Damaged { id, message },
             };
-            is("topic", self.topic.as_deref()) && is("reason", self.reason.map(ParkReason::as_str))
-        };
-        let events = events.filter(move |event| event.as_ref().map_or(true, &wanted)).take(limit);
-        events.map(move |event| match event {
-            Ok(event) if self.summary => line(summary(event)),
-            Ok(event) => line(event),
-            Err(error) => line(Map::from_iter([("damaged".into(), error.message.into())])),
-        })
+            walk.say(line);
+        }
+        walk.end();
     }
 }
 
-fn summary(mut event: Map<String, Value>) -> Map<String, Value> {
-    let payload = event.remove("payload");
-    event.insert("payload_bytes".into(), base64_bytes(payload.as_ref().and_then(Value::as_str)).into());
-    event
-}
+impl ParkedCommand for ParkedDrop {
+    const PATH: &str = "/parked/drop";
 
-fn line(event: Map<String, Value>) -> Vec<u8> {
-    let mut line = serde_json::to_vec(&event).expect("a JSON object has a text");
-    line.push(b'\n');
-    line
-}
-
-/// Bytes behind padded base64.
-fn base64_bytes(text: Option<&str>) -> usize {
-    let text = text.unwrap_or_default();
-    text.len() / 4 * 3 - text.bytes().rev().take_while(|byte| *byte == b'=').count()
-}
-
-fn escape(byte: u8) -> String {
-    let plain = byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~');
-    if plain { char::from(byte).into() } else { format!("%{byte:02X}") }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn events() -> ParkedEvents {
-        let event = |id: u64, topic: &str, reason: &str, payload: &str| {
-            let event = json!({"id": id, "topic": topic, "reason": reason, "payload": payload});
-            Ok(event.as_object().unwrap().clone())
-        };
-        let broken = ParkedReadError { message: "damaged".into() };
-        Box::new(
-            vec![
-                event(1, "a", "too_large", "aGVsbG8="),
-                event(2, "b", "too_large", ""),
-                Err(broken),
-                event(4, "a", "invalid_topic", "aGVsbG8h"),
-            ]
-            .into_iter(),
-        )
-    }
-
-    fn ids(filter: ParkedFilter) -> Vec<Option<u64>> {
-        let id = |line: Vec<u8>| serde_json::from_slice::<Value>(&line).unwrap()["id"].as_u64();
-        filter.lines(events()).map(id).collect()
-    }
-
-    #[test]
-    fn filters_combine_and_errors_stay() {
-        assert_eq!(ids(ParkedFilter::default()), [Some(1), Some(2), None, Some(4)]);
-        assert_eq!(ids(ParkedFilter { topic: Some("a".into()), ..Default::default() }), [Some(1), None, Some(4)]);
-        let reason = Some(ParkReason::TooLarge);
-        assert_eq!(ids(ParkedFilter { reason, limit: Some(2), ..Default::default() }), [Some(1), Some(2)]);
-        assert_eq!(ids(ParkedFilter { reason, topic: Some("b".into()), ..Default::default() }), [Some(2), None]);
-    }
-
-    #[test]
-    fn a_summary_has_sizes_instead_of_payloads() {
-        let lines = ParkedFilter { summary: true, ..Default::default() }.lines(events());
-        let sizes: Vec<_> = lines
-            .map(|line| serde_json::from_slice::<Value>(&line).unwrap())
-            .filter(|event| event.get("damaged").is_none())
-            .inspect(|event| assert!(event.get("payload").is_none()))
-            .map(|event| event["payload_bytes"].as_u64().unwrap())
-            .collect();
-        assert_eq!(sizes, [5, 0, 6]);
-    }
-
-    #[test]
-    fn the_query_comes_back() {
-        let filter = ParkedFilter {
-            topic: Some("a&b=ü %s".into()),
-            reason: Some(ParkReason::NotAuthorised),
-            from_id: 7,
-            limit: Some(3),
-            summary: true,
-        };
-        for filter in [filter, ParkedFilter::default()] {
-            let uri = format!("/parked?{}", filter.to_query()).parse().unwrap();
-            let query = axum::extract::Query::<ParkedFilter>::try_from_uri(&uri).unwrap();
-            assert_eq!(query.0, filter);
+    fn run(&self, store: &ParkedStore, take: Take<'_>) {
+        let mut walk = Walk::new(store, &self.filter, take);
+        let (mut ids, mut payload_bytes) = (Vec::new(), 0);
+        loop {
+            let found = walk.next();
+            let is_end = found.is_none();
+            match found {
+                None => {}
+                Some(Ok(event)) if self.dry_run => {
+                    walk.progress.events += 1;
+                    walk.progress.bytes += event.payload.len() as u64;
+                }
+                Some(Ok(event)) => {
+                    ids.push(event.id);
+                    payload_bytes += event.payload.len() as u64;
+                }
+                Some(Err(_)) if self.filter.is_by_id() && self.dry_run => walk.progress.events += 1,
+                Some(Err((id, _))) if self.filter.is_by_id() => ids.push(id),
+                Some(Err((id, message))) => walk.say(ParkedLine::Damaged { id, message }),
+            }
+            if !ids.is_empty() && (is_end || ids.len() == BATCH_EVENTS_MAX) && walk.ended.is_none() {
+                match store.drop_events(&ids, ParkedDropReason::Operator) {
+                    Ok(removed) => {
+                        walk.progress.events += removed.events;
+                        walk.progress.bytes += std::mem::take(&mut payload_bytes);
+                        walk.say(ParkedLine::Progress(walk.progress));
+                    }
+                    Err(error) => walk.ended = Some(End::Failed(message(error))),
+                }
+                ids.clear();
+            }
+            if is_end {
+                if !self.dry_run && walk.progress.events > 0 {
+                    let (events, bytes) = (walk.progress.events, walk.progress.bytes);
+                    tracing::info!(events, bytes, "parked events dropped by the operator");
+                }
+                return walk.end();
+            }
         }
     }
+}
+
+/// Goes through the wanted events, and shows from time to time how far it is.
+struct Walk<'a> {
+    events: crate::forward::ParkedEvents,
+    filter: &'a ParkedFilter,
+    left: u64,
+    progress: ParkedProgress,
+    take: Take<'a>,
+    shown_at: Instant,
+    ended: Option<End>,
+}
+
+enum End {
+    /// Nobody takes the answer any more.
+    Unwanted,
+    Failed(String),
+}
+
+impl<'a> Walk<'a> {
+    fn new(store: &ParkedStore, filter: &'a ParkedFilter, take: Take<'a>) -> Walk<'a> {
+        let last_id = store.last_id().min(filter.last_id());
+        let progress = ParkedProgress { total_events: store.count(), last_id, ..ParkedProgress::default() };
+        let (events, left) = (store.events(filter.first_id()), filter.limit.unwrap_or(u64::MAX));
+        Walk { events, filter, left, progress, take, shown_at: Instant::now(), ended: None }
+    }
+
+    /// The next wanted event, or one that cannot be read and why. None at the end.
+    fn next(&mut self) -> Option<Result<ParkedEvent, (u64, String)>> {
+        while self.ended.is_none() && self.left > 0 {
+            if self.shown_at.elapsed() >= PROGRESS_INTERVAL {
+                self.say(ParkedLine::Progress(self.progress));
+            }
+            let found = self.events.next()?;
+            let id = match &found {
+                Ok(event) => event.id,
+                Err(ParkedError::Damaged { id, .. }) => *id,
+                Err(_) => 0,
+            };
+            if id > self.progress.last_id {
+                return None;
+            }
+            self.progress.seen_events += 1;
+            match found {
+                Ok(event) if self.filter.matches(&event) => {
+                    self.left -= 1;
+                    return Some(Ok(event));
+                }
+                Err(error @ ParkedError::Damaged { .. }) if self.filter.matches_id(id) => {
+                    return Some(Err((id, message(error))));
+                }
+                Ok(_) | Err(ParkedError::Damaged { .. }) => {}
+                Err(error) => self.ended = Some(End::Failed(message(error))),
+            }
+        }
+        None
+    }
+
+    fn say(&mut self, line: ParkedLine) {
+        self.shown_at = Instant::now();
+        if (self.take)(line).is_break() {
+            self.ended = Some(End::Unwanted);
+        }
+    }
+
+    fn end(mut self) {
+        let progress = self.progress;
+        match self.ended.take() {
+            None => self.say(ParkedLine::Done(progress)),
+            Some(End::Failed(message)) => self.say(ParkedLine::Failed { message, progress }),
+            Some(End::Unwanted) => {}
+        }
+    }
+}
+
+/// An error with its causes.
+fn message(error: ParkedError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
 }

@@ -1,5 +1,5 @@
 use std::os::unix::fs::PermissionsExt;
-use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 
 use axum::body::Body;
 use axum::http::{Request, header};
@@ -8,12 +8,16 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::*;
+use crate::forward::parked_tests::{MemoryDb, about};
+use crate::forward::{ParkedFilter, ParkedStore};
 
 struct Fake {
     phase: Phase,
     wal: Option<WalStatus>,
     forward_live: bool,
-    parked: Mutex<Vec<Value>>,
+    parked: ParkedStore,
+    /// What `parked` is in.
+    db: Arc<MemoryDb>,
 }
 
 impl StatusSource for Fake {
@@ -33,12 +37,10 @@ impl StatusSource for Fake {
         self.forward_live
     }
     fn parked_count(&self) -> u64 {
-        self.parked.lock().unwrap().len() as u64
+        self.parked.count()
     }
-    fn parked_events(&self, from_id: u64) -> ParkedEvents {
-        let parked = self.parked.lock().unwrap().clone();
-        let events = parked.into_iter().filter(move |event| event["id"].as_u64() >= Some(from_id));
-        Box::new(events.map(|event| Ok(event.as_object().unwrap().clone())))
+    fn parked(&self) -> ParkedStore {
+        self.parked.clone()
     }
     fn backlog(&self, payloads: bool) -> Backlog {
         let line = move |number: u64| BatchLine {
@@ -62,7 +64,15 @@ impl StatusSource for Fake {
 
 fn fake() -> Fake {
     let wal = WalStatus { pending_events: 7, disk_limit_bytes: 1000, ..WalStatus::default() };
-    Fake { phase: Phase::Serving, wal: Some(wal), forward_live: true, parked: Mutex::default() }
+    let db = Arc::new(MemoryDb::default());
+    let parked = ParkedStore::open(db.clone()).unwrap();
+    Fake { db, phase: Phase::Serving, wal: Some(wal), forward_live: true, parked }
+}
+
+/// What the control socket answers to a command.
+async fn command<C: ParkedCommand>(directory: &std::path::Path, command: C) -> Vec<ParkedLine> {
+    let answer = control::command(directory, &command).await.unwrap().unwrap().all().await.unwrap();
+    String::from_utf8(answer).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 async fn get(fake: Fake, path: &str) -> (StatusCode, Response, String) {
@@ -148,11 +158,13 @@ async fn the_page_may_only_run_its_own_script() {
 async fn nothing_else_is_served() {
     assert_eq!(get(fake(), "/nothing").await.0, 404);
     // Payloads are for the control socket alone.
-    assert_eq!(get(fake(), "/parked").await.0, 404);
+    assert_eq!(get(fake(), "/parked/list").await.0, 404);
     assert_eq!(get(fake(), "/backlog").await.0, 404);
     let router = router(Admin::new(Arc::new(fake()), Metrics::new()));
-    let post = Request::post("/status").body(Body::empty()).unwrap();
-    assert_eq!(router.oneshot(post).await.unwrap().status(), 405);
+    for (path, status) in [("/status", 405), ("/parked/list", 404), ("/parked/drop", 404)] {
+        let post = Request::post(path).body(Body::from("{}")).unwrap();
+        assert_eq!(router.clone().oneshot(post).await.unwrap().status(), status);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -168,21 +180,46 @@ async fn the_control_socket_serves_its_owner() {
     assert_eq!(mode & 0o777, 0o600);
     std::mem::forget(stale);
 
-    let parked = (1..=100).map(|id| json!({"id": id, "topic": "t", "payload": "aGVsbG8="})).collect();
-    let source = Arc::new(Fake { parked: Mutex::new(parked), ..fake() });
+    let fake = fake();
+    let (store, db) = (fake.parked.clone(), fake.db.clone());
+    for number in 0..100 {
+        store.park(&about(if number < 80 { "a" } else { "b" }), b"hello").unwrap();
+    }
+    store.sync().unwrap();
+    let source = Arc::new(fake);
     let stop = CancellationToken::new();
     let serving = tokio::spawn(socket.serve(Admin::new(source, Metrics::new()), stop.clone()));
 
     let status = control::get(&directory, "/status").await.unwrap().unwrap().all().await.unwrap();
     assert_eq!(serde_json::from_slice::<Value>(&status).unwrap()["parked"]["events"], 100);
 
-    let filter = ParkedFilter { from_id: 3, limit: Some(50), summary: true, ..ParkedFilter::default() };
-    let path = format!("/parked?{}", filter.to_query());
-    let lines = control::get(&directory, &path).await.unwrap().unwrap().all().await.unwrap();
-    let lines: Vec<Value> =
-        String::from_utf8(lines).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    assert_eq!(lines.len(), 50);
-    assert_eq!(lines[0], json!({"id": 3, "topic": "t", "payload_bytes": 5}));
+    let filter = ParkedFilter { from_id: Some(3), limit: Some(50), ..ParkedFilter::default() };
+    let lines = command(&directory, ParkedList { filter: filter.clone(), summary: true }).await;
+    assert_eq!(lines.len(), 51);
+    assert!(matches!(&lines[0], ParkedLine::Summary(ParkedSummary { id: 3, payload_bytes: 5, .. })), "{:?}", lines[0]);
+    let done = |events, bytes, seen_events, total_events| {
+        ParkedLine::Done(ParkedProgress { seen_events, total_events, events, bytes, last_id: 100 })
+    };
+    assert_eq!(lines[50], done(50, 250, 50, 100));
+    let lines = command(&directory, ParkedList { filter, summary: false }).await;
+    assert!(matches!(&lines[1], ParkedLine::Event(event) if event.payload == b"hello"[..]), "{:?}", lines[1]);
+
+    let filter = ParkedFilter { topics: vec!["b".into()], ..ParkedFilter::default() };
+    let would = command(&directory, ParkedDrop { filter: filter.clone(), dry_run: true }).await;
+    assert_eq!((would.as_slice(), store.count()), (&[done(20, 100, 100, 100)][..], 100));
+    db.sync_fails.store(true, Ordering::SeqCst);
+    let failed = command(&directory, ParkedDrop { filter: filter.clone(), dry_run: false }).await;
+    let [ParkedLine::Failed { message, progress }] = &failed[..] else { panic!("{failed:?}") };
+    assert!(message.starts_with("the parked store failed: ") && progress.events == 0, "{failed:?}");
+    assert_eq!(store.count(), 100, "what is not durable is not dropped");
+    db.sync_fails.store(false, Ordering::SeqCst);
+    let dropped = command(&directory, ParkedDrop { filter: filter.clone(), dry_run: false }).await;
+    assert!(
+        matches!(&dropped[..], [ParkedLine::Progress(_), ParkedLine::Done(done)] if (done.events, done.bytes) == (20, 100)),
+        "{dropped:?}"
+    );
+    assert_eq!((store.count(), store.ever()), (80, 100));
+    assert_eq!(command(&directory, ParkedDrop { filter, dry_run: false }).await, [done(0, 0, 80, 80)]);
 
     for (limit, last) in [(2, "sequence"), (9, "error")] {
         let path = format!("/backlog?{}", PeekFilter { limit, payloads: true }.to_query());
@@ -193,8 +230,10 @@ async fn the_control_socket_serves_its_owner() {
         assert_eq!((first.sequence.0, first.events[0].payload.as_deref()), (1, Some("aGVsbG8=")));
         assert!(lines.lines().last().unwrap().contains(last), "{lines}");
     }
-    let refused = control::get(&directory, "/parked?nonsense=1").await.unwrap_err();
+    let refused = control::get(&directory, "/backlog?nonsense=1").await.unwrap_err();
     assert!(matches!(refused, control::ControlError::Refused { status: 400, .. }), "{refused}");
+    let refused = control::get(&directory, "/parked/drop").await.unwrap_err();
+    assert!(matches!(refused, control::ControlError::Refused { status: 405, .. }), "{refused}");
 
     stop.cancel();
     serving.await.unwrap().unwrap();

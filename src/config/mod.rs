@@ -216,6 +216,8 @@ pub struct ForwardConfig {
     /// How long a clean stop waits for events that Kafka has not yet acked. They stay in the log.
     #[serde(with = "humantime_serde")]
     pub stop_timeout: Duration,
+    /// How much may be parked, and for how long.
+    pub parked: ParkedConfig,
     /// Any other librdkafka property, as `"linger.ms" = 5`, except those that the promises rest on
     /// (`enable.idempotence`, `acks`, …), which are refused.
     pub kafka: BTreeMap<String, KafkaProperty>,
@@ -229,6 +231,31 @@ pub enum Delivery {
     AtLeastOnce,
     /// Once, for readers that see committed records only, by Kafka transactions.
     ExactlyOnce,
+}
+
+/// `[forward.parked]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ParkedConfig {
+    /// Bytes of parked events, with what is kept about each; zero: no such limit. At least 16 MiB. The default is an eighth
+    /// of the default `wal.bytes_max`, which parked events count into: about a quarter of it on disk.
+    #[serde(with = "size")]
+    pub bytes_max: ByteSize,
+    /// What happens when there are more.
+    pub when_full: WhenParkedFull,
+    /// Events parked longer ago than this are dropped; zero: there is no such age. At least 1 s.
+    #[serde(with = "humantime_serde")]
+    pub age_max: Duration,
+}
+
+/// What happens to parked events over `forward.parked.bytes_max`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenParkedFull {
+    /// Nothing is dropped, a warning is logged. They take from the log's room, up to `wal.bytes_max`.
+    Keep,
+    /// The oldest ones go, and every one is counted.
+    DropOldest,
 }
 
 /// What the Kafka record's key is.
@@ -354,8 +381,15 @@ impl Default for ForwardConfig {
             retry_delay_max: Duration::from_secs(5),
             topic_grace: Duration::from_secs(24 * 60 * 60),
             stop_timeout: Duration::from_secs(10),
+            parked: ParkedConfig::default(),
             kafka: BTreeMap::new(),
         }
+    }
+}
+
+impl Default for ParkedConfig {
+    fn default() -> Self {
+        ParkedConfig { bytes_max: ByteSize::gib(1), when_full: WhenParkedFull::Keep, age_max: Duration::ZERO }
     }
 }
 

@@ -230,6 +230,13 @@ impl ForwardConfig {
         check.that(self.retry_delay_max >= self.retry_delay_min, "forward.retry_delay_max", || {
             format!("must be at least forward.retry_delay_min, {}", humantime::format_duration(self.retry_delay_min))
         });
+        let (bytes, age) = (self.parked.bytes_max, self.parked.age_max);
+        check.that(bytes.as_u64() == 0 || bytes >= ByteSize::mib(16), "forward.parked.bytes_max", || {
+            "must be at least 16MiB, or 0 for none".into()
+        });
+        check.that(age.is_zero() || age >= Duration::from_secs(1), "forward.parked.age_max", || {
+            "must be at least 1s, or 0s for none".into()
+        });
         // What the Kafka client takes it says itself, about the first property that it does not.
         if !check.0.iter().any(|violation| violation.key.starts_with("forward."))
             && let Err(error) = crate::forward::validate(self)

@@ -33,7 +33,7 @@ impl Backoff {
 }
 
 /// Something that is tried again after a backoff when it fails.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Retry {
     backoff: Backoff,
     at: Option<Instant>,

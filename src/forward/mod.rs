@@ -9,6 +9,7 @@
 //! - Nothing is dropped but by a policy that the operator chose (`discard.rs`). What may succeed is retried for ever, what
 //!   never can is parked.
 //! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes.rs` states.
+//! - What is parked has been counted as that. If it is dropped later, that is counted apart (`parked/removal.rs`).
 //! - Every event is counted once, when the watermark passes it, however often it was sent.
 //!
 //! # Limits
@@ -48,7 +49,11 @@ use tracing::warn;
 pub use discard::DropReason;
 pub use kafka::ProducerError;
 pub use lanes::HeldTopic;
-pub use parked::{ParkedAbout, ParkedError, ParkedEvent, ParkedEvents, ParkedStore};
+#[cfg(test)]
+pub(crate) use parked::tests as parked_tests;
+pub use parked::{
+    ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedEvents, ParkedFilter, ParkedStore, Removed,
+};
 pub use properties::{ForwardConfigError, validate};
 pub use router::Topics;
 pub use spill::SpillError;
@@ -121,9 +126,9 @@ impl Forwarder {
         metrics: Arc<Metrics>,
     ) -> Result<Forwarder, ForwardError> {
         validate(config)?;
-        let parked = ParkedStore::open(wal.parked())?;
-        let missing = wal.noted_parked().saturating_sub(parked.count());
-        if missing > 0 && parked.count() == 0 {
+        let parked = ParkedStore::open_for(&config.parked, &wal, &metrics)?;
+        let missing = wal.noted_parked().saturating_sub(parked.ever());
+        if missing > 0 && parked.ever() == 0 {
             // Removed by the operator; or set aside as damaged, which was reported as an error of its own.
             tracing::info!(
                 events = missing,
@@ -134,7 +139,7 @@ impl Forwarder {
             metrics.forward.dropped_events_damaged.increment(missing);
         }
         if missing > 0 {
-            wal.note_parked(parked.count());
+            wal.reset_parked(parked.ever());
         }
         let seed = rand::random();
         let spilling = Spilling::open(

@@ -12,7 +12,7 @@ use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
 use super::lanes::{Lanes, ToPark};
-use super::parked::{ParkedAbout, ParkedError, ParkedStore};
+use super::parked::{Limits, ParkedAbout, ParkedError, ParkedStore};
 use super::router::Router;
 use super::spill::SpillError;
 use super::spilling::Spilling;
@@ -29,6 +29,7 @@ pub(super) struct Parking {
     waiting: VecDeque<ToPark>,
     written: Vec<Written>,
     storing: Retry,
+    limits: Limits,
     rng: SmallRng,
 }
 
@@ -59,7 +60,8 @@ struct Written {
 impl Parking {
     /// Parks into `store`; a failure is tried again as `storing` says.
     pub(super) fn new(store: ParkedStore, storing: Retry, rng: SmallRng) -> Parking {
-        Parking { store, waiting: VecDeque::new(), written: Vec::new(), storing, rng }
+        let limits = Limits::new(&store, storing.clone(), rng.clone());
+        Parking { store, waiting: VecDeque::new(), written: Vec::new(), storing, limits, rng }
     }
 
     /// Takes over `events`, leaving it empty.
@@ -84,8 +86,14 @@ impl Parking {
         self.store.count()
     }
 
-    /// Parks up to [`EVENTS_MAX`] events durably and closes them, in `of` they are. Whether anything was done.
+    /// Parks up to [`EVENTS_MAX`] events durably and closes them, in `of` they are, after some of what is over the limits was
+    /// dropped. Whether anything was done.
     pub(super) fn run(&mut self, of: &mut Origin<'_>, now: Instant) -> bool {
+        let dropped = self.limits.run(&self.store, now, now_ms());
+        self.park(of, now) || dropped
+    }
+
+    fn park(&mut self, of: &mut Origin<'_>, now: Instant) -> bool {
         if self.due(now).is_none_or(|due| due > now) {
             return false;
         }
@@ -189,7 +197,7 @@ mod tests {
     use super::super::backoff::Backoff;
     use super::super::in_flight::tests::{open_events, records};
     use super::super::lanes::RetryLimits;
-    use super::super::parked::tests::MemoryDb;
+    use super::super::parked_tests::MemoryDb;
     use super::*;
     use crate::config::RecordKey;
 

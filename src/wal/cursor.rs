@@ -53,12 +53,12 @@ pub(super) fn load_or_make_log_id(meta: &dyn StateDb) -> Result<String, StoreErr
     Ok(id)
 }
 
-/// Saves how many events are in the parked store. Durable with the next sync of `meta`.
+/// Saves how many events were ever put into the parked store. Durable with the next sync of `meta`.
 pub(super) fn put_parked(meta: &dyn StateDb, events: u64) -> Result<(), StoreError> {
     meta.put(PARKED_KEY, &events.to_le_bytes())
 }
 
-/// How many events were in the parked store when the cursor was saved. 0 if that is not known.
+/// How many events had been put into the parked store when the cursor was saved. 0 if that is not known.
 pub(super) fn load_parked(meta: &dyn StateDb) -> Result<u64, StoreError> {
     let value = meta.get(PARKED_KEY)?.and_then(|value| value.try_into().ok());
     Ok(value.map_or(0, u64::from_le_bytes))

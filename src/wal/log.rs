@@ -71,7 +71,7 @@ pub(super) struct Log {
     pub losses: BTreeMap<u64, Loss>,
     /// Losses that are not in the ledger yet.
     pub unsaved_losses: Vec<Loss>,
-    /// Events in the parked store, as of the cursor.
+    /// Events ever put into the parked store, as of the cursor.
     pub parked_events: u64,
     /// Pending events that are not in the log any more.
     pub spilled_events: i64,

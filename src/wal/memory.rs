@@ -340,6 +340,11 @@ impl StateDb for MemoryState {
         }))
     }
 
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+        self.with(|state| state.now.iter().for_each(|(key, value)| see(key, value)));
+        Ok(())
+    }
+
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
         Ok(self.with(|state| state.now.keys().next_back().cloned()))
     }
@@ -349,6 +354,10 @@ impl StateDb for MemoryState {
             let state = disk.states.get_mut(&self.name).expect("it was opened");
             state.synced = state.now.clone();
         })
+    }
+
+    fn reopened(&self) -> u64 {
+        0
     }
 }
 

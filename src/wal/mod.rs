@@ -277,8 +277,15 @@ impl Wal {
         self.shared.parked.clone()
     }
 
-    /// How many events the parked store holds. Saved with the cursor, so that the next start knows if some are missing.
+    /// How many events were ever put into the parked store ([`crate::forward::ParkedStore::ever`]), at least: a lower number
+    /// than before changes nothing. Saved with the cursor, so that the next start knows if some are missing.
     pub fn note_parked(&self, events: u64) {
+        let mut log = self.shared.log();
+        log.parked_events = log.parked_events.max(events);
+    }
+
+    /// The parked store was found with this many: begins to note anew.
+    pub fn reset_parked(&self, events: u64) {
         self.shared.log().parked_events = events;
     }
 

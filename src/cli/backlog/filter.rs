@@ -59,7 +59,7 @@ impl FilterArgs {
 }
 
 /// A time, or how long ago it was.
-fn parse_time(text: &str) -> Result<SystemTime, String> {
+pub(in crate::cli) fn parse_time(text: &str) -> Result<SystemTime, String> {
     if let Ok(time) = humantime::parse_rfc3339_weak(text) {
         return Ok(time);
     }

@@ -5,8 +5,8 @@
 
 mod check;
 mod drain;
-mod export;
-mod filter;
+pub(super) mod export;
+pub(super) mod filter;
 mod import;
 mod peek;
 mod repair;
@@ -59,7 +59,7 @@ pub async fn run(args: BacklogArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn require_log(directory: &Path) -> anyhow::Result<()> {
+pub(super) fn require_log(directory: &Path) -> anyhow::Result<()> {
     if !directory.join("wal").is_dir() {
         bail!("there is no log in {}", directory.display());
     }
@@ -67,7 +67,7 @@ fn require_log(directory: &Path) -> anyhow::Result<()> {
 }
 
 /// Says what to do about a log that is in use.
-fn alone<T>(opened: Result<T, OpenError>) -> anyhow::Result<T> {
+pub(super) fn alone<T>(opened: Result<T, OpenError>) -> anyhow::Result<T> {
     opened.map_err(|error| match error {
         OpenError::InUse { .. } => anyhow::Error::from(error)
             .context("this needs the log for itself: stop the service first (systemctl stop ringtail)"),
@@ -84,7 +84,7 @@ fn open_wal(config: &WalConfig, queue_bytes_max: u64) -> anyhow::Result<Wal> {
 }
 
 /// A bar on a terminal, nothing elsewhere.
-fn progress_bar(total: u64, template: &'static str) -> ProgressBar {
+pub(super) fn progress_bar(total: u64, template: &'static str) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
@@ -92,11 +92,11 @@ fn progress_bar(total: u64, template: &'static str) -> ProgressBar {
 }
 
 /// Writes to the standard output, whose reader may be gone.
-fn print(text: &str) -> anyhow::Result<()> {
+pub(super) fn print(text: &str) -> anyhow::Result<()> {
     std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()).context("write to standard output")
 }
 
-fn count(number: u64, what: &str) -> String {
+pub(super) fn count(number: u64, what: &str) -> String {
     let plural = match what {
         "batch" if number != 1 => "es",
         _ if number != 1 => "s",

@@ -166,10 +166,14 @@ pub trait StateDb: Send + Sync {
     fn remove(&self, key: &[u8]) -> Result<(), StoreError>;
     /// Up to `limit` entries with keys not below `from`, in the order of their keys.
     fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<Entry>, StoreError>;
+    /// Shows every entry, in the order of their keys. Nothing else gets at the map meanwhile.
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError>;
     /// The greatest key.
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError>;
     /// Makes everything put and removed so far durable.
     fn sync(&self) -> Result<(), StoreError>;
+    /// How often something failed, a read included, so that what had not been synced before may be lost.
+    fn reopened(&self) -> u64;
 }
 
 /// Opens a Db. sled's log alone recovers everything, so what else is damaged is left out, one after the other: an unfinished

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::files::{own_descriptor, settle, sync_conf, sync_directory};
 use super::segments::SledStore;
@@ -24,6 +25,7 @@ pub(super) struct SledState {
     path: PathBuf,
     reserve: PathBuf,
     open: Mutex<Option<(sled::Db, File)>>,
+    reopened: AtomicU64,
 }
 
 impl SledState {
@@ -44,7 +46,12 @@ impl SledState {
     pub(super) fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
         settle(&path.join("db"))?;
-        let state = SledState { path: path.to_path_buf(), reserve: reserve.to_path_buf(), open: Mutex::new(None) };
+        let state = SledState {
+            path: path.to_path_buf(),
+            reserve: reserve.to_path_buf(),
+            open: Mutex::new(None),
+            reopened: AtomicU64::new(0),
+        };
         // Read through once: damage shows now, while it can be set aside, and not when the service rests on it.
         state.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(drop)))?;
         if path.join(READY).exists() {
@@ -84,6 +91,7 @@ impl SledState {
         let result = guard(operation, || call(open.as_ref().expect("opened above")));
         if result.is_err() {
             let (db, _) = open.take().expect("opened above");
+            self.reopened.fetch_add(1, Ordering::SeqCst);
             close(db);
             if result.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(&self.reserve).is_ok() {
                 // The cursor must get on for segments to go.
@@ -126,6 +134,10 @@ impl StateDb for SledState {
         })
     }
 
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+        self.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(|(key, value)| see(&key, &value))))
+    }
+
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
         self.with("read state", |(db, _)| Ok(db.last()?.map(|(key, _)| key.to_vec())))
     }
@@ -135,6 +147,10 @@ impl StateDb for SledState {
             db.flush()?;
             file.sync_data().map_err(sled::Error::from)
         })
+    }
+
+    fn reopened(&self) -> u64 {
+        self.reopened.load(Ordering::SeqCst)
     }
 }
 
