@@ -31,12 +31,14 @@ impl Order {
                 self.paths.clear();
                 self.marked_now.clear();
             }
-            Change::Open { handle, path, created, .. } => {
+            Change::Open { handle, path, .. } => {
                 self.paths.insert(*handle, (*path).to_owned());
-                let Some(segment) = segment_of(path, "READY").filter(|_| *created) else { return };
+            }
+            Change::Rename { to, .. } => {
+                let Some(segment) = segment_of(to, "READY") else { return };
                 for file in ["db", "conf"] {
                     let file = format!("{segment}/{file}");
-                    assert!(model.is_durable(&file), "{path} is made while {file} may be lost");
+                    assert!(model.is_durable(&file), "{to} is made while {file} may be lost");
                 }
                 self.marked_now.insert(segment.to_owned());
                 self.marked += 1;

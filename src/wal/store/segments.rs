@@ -30,6 +30,9 @@ pub struct SledStore {
     shape: SegmentShape,
 }
 
+/// The marker while it is written.
+const READY_UNFINISHED: &str = "READY.new";
+
 impl SledStore {
     /// Makes the directories that are missing, durably.
     pub fn new(directory: &Path, shape: SegmentShape) -> Result<SledStore, StoreError> {
@@ -306,10 +309,13 @@ fn parse_marker(marker: &[u8]) -> Option<(u32, usize)> {
     (marker == marker_line(slots, bytes)).then_some((slots, bytes))
 }
 
+/// There is never a part of it: a kill in between would look like damage.
 fn write_marker(path: &Path, line: &str) -> Result<(), StoreError> {
-    let write = File::create(path.join(READY)).and_then(|mut ready| {
+    let unfinished = path.join(READY_UNFINISHED);
+    let write = File::create(&unfinished).and_then(|mut ready| {
         ready.write_all(line.as_bytes())?;
-        ready.sync_all()
+        ready.sync_all()?;
+        fs::rename(&unfinished, path.join(READY))
     });
     write.map_err(StoreError::io("mark segment ready"))
 }
