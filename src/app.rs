@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::control::ControlSocket;
 use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Phase, StatusSource};
 use crate::config::Config;
-use crate::forward::{ForwardError, Forwarder, ParkedStore, Topics};
+use crate::forward::{ForwardError, Forwarder, ParkedStore, Requeue, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::metrics::Metrics;
 use crate::shutdown;
@@ -273,6 +273,10 @@ impl StatusSource for Stages {
 
     fn parked(&self) -> ParkedStore {
         self.forwarder.parked().clone()
+    }
+
+    fn requeue(&self) -> Box<dyn Requeue> {
+        Box::new(self.forwarder.requeuer())
     }
 
     fn backlog(&self, payloads: bool) -> Backlog {

@@ -112,6 +112,9 @@ pub struct ForwardMetrics {
     pub spilled_bytes: Gauge,
     /// Topics held.
     pub held_topics: Gauge,
+    /// Parked events that went back into the backlog.
+    pub requeued_events: Counter,
+    dead_letters: Vec<(ParkReason, Counter)>,
     parked_dropped_events: Vec<(ParkedDropReason, Counter)>,
     /// Events that were committed and cannot be read any more.
     pub dropped_events_damaged: Counter,
@@ -238,6 +241,12 @@ impl ForwardMetrics {
             spilled_events: gauge!("ringtail_forward_spilled_events"),
             spilled_bytes: gauge!("ringtail_forward_spilled_bytes"),
             held_topics: gauge!("ringtail_forward_held_topics"),
+            requeued_events: counter!("ringtail_forward_requeued_events_total"),
+            dead_letters: ParkReason::ALL
+                .map(|reason| {
+                    (reason, counter!("ringtail_forward_dead_letter_events_total", "reason" => reason.as_str()))
+                })
+                .to_vec(),
             parked_dropped_events: ParkedDropReason::ALL
                 .map(|reason| {
                     (reason, counter!("ringtail_forward_parked_dropped_events_total", "reason" => reason.as_str()))
@@ -251,6 +260,11 @@ impl ForwardMetrics {
     /// Failed attempts of `reason`, which are retried.
     pub fn delivery_failures(&self, reason: FailureReason) -> &Counter {
         find(&self.delivery_failures, reason)
+    }
+
+    /// Events sent on to the dead letter topic for `reason`.
+    pub fn dead_letters(&self, reason: ParkReason) -> &Counter {
+        find(&self.dead_letters, reason)
     }
 
     /// Events parked for `reason`.
@@ -317,6 +331,15 @@ fn describe() {
         "Events of topics that do not flow, moved out of the log's way; they are part of the backlog."
     );
     describe_gauge!("ringtail_forward_spilled_bytes", "Disk that these events take.");
+    describe_counter!(
+        "ringtail_forward_requeued_events_total",
+        "Parked events put back into the backlog by the operator: pending at start + committed + requeued = delivered + \
+         parked + dropped + pending now."
+    );
+    describe_counter!(
+        "ringtail_forward_dead_letter_events_total",
+        "Events sent on to forward.dead_letter_topic instead of being parked, by reason; once there, they count as delivered."
+    );
     describe_gauge!("ringtail_forward_held_topics", "Topics that Kafka refuses, or takes nothing of.");
     describe_gauge!(
         "ringtail_forward_parked_bytes",

@@ -13,6 +13,7 @@ use bytesize::ByteSize;
 use prost::Message as _;
 use rdkafka::bindings::rd_kafka_resp_err_t as Code;
 use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::message::Headers as _;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 use rdkafka::types::RDKafkaApiKey;
@@ -22,7 +23,7 @@ use ringtail::batch::{Batch, Client, Request, now_ms};
 use ringtail::config::{
     DedupConfig, Delivery, ForwardConfig, KafkaProperty, ParkedConfig, WalConfig, WhenAged, WhenFull, WhenParkedFull,
 };
-use ringtail::forward::{Forwarder, ParkReason, ParkedDropReason, ParkedEvent, ParkedStore};
+use ringtail::forward::{Forwarder, ParkReason, ParkedDropReason, ParkedEvent, ParkedStore, Requeue, RequeueError};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::Wal;
@@ -140,6 +141,21 @@ impl Setup {
 
     fn parked(&self) -> Vec<ParkedEvent> {
         ParkedStore::open(self.wal.parked()).unwrap().events(0).collect::<Result<_, _>>().unwrap()
+    }
+
+    fn headers_of_first(&self, topic: &str) -> HashMap<String, String> {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", self.cluster.bootstrap_servers())
+            .set("group.id", "test")
+            .create()
+            .unwrap();
+        let mut assignment = TopicPartitionList::new();
+        assignment.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
+        consumer.assign(&assignment).unwrap();
+        let message = consumer.poll(DEADLINE).expect("a record").unwrap();
+        let headers = message.headers().expect("headers").iter();
+        let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
+        headers.map(|header| (header.key.to_owned(), text(header.value))).collect()
     }
 
     /// Reads `topic` until there were `count` records: (key, value), in order per partition.
@@ -763,4 +779,104 @@ fn parked_events_over_the_limits_go_and_are_counted_apart() {
     assert_eq!((dropped, setup.metric("ringtail_forward_dropped_events_total")), (8, 0));
     assert_eq!(forwarder.parked().ever(), 21);
     forwarder.stop(DEADLINE);
+}
+
+#[test]
+fn requeued_events_are_delivered_in_order_also_to_another_topic() {
+    let mut setup = Setup::new();
+    setup.config.topic_grace = Duration::from_millis(300);
+    for topic in ["closed", "other"] {
+        setup.topic(topic, 1);
+    }
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    for at in 0..20 {
+        setup.send("a", &[("closed", number(at)), ("not a topic", number(at))]);
+    }
+    wait_until("all is parked", || forwarder.status().parked_events == 40);
+    let requeuer = forwarder.requeuer();
+    let parked = |topic: &str| -> Vec<ParkedEvent> {
+        forwarder.parked().events(0).map(Result::unwrap).filter(|event| event.about.topic == topic).collect()
+    };
+    let remove = |events: &[ParkedEvent]| {
+        let ids: Vec<u64> = events.iter().map(|event| event.id).collect();
+        forwarder.parked().remove(&ids).unwrap();
+    };
+    let nameless = parked("not a topic");
+    let error = requeuer.requeue(&nameless, None).unwrap_err();
+    assert!(matches!(error, RequeueError::Topic { ref topic } if topic == "not a topic"), "{error}");
+    requeuer.requeue(&nameless, Some("other")).unwrap();
+    remove(&nameless);
+    assert_eq!(by_key(setup.consume("other", 1, 20))["a"], (0..20).collect::<Vec<_>>());
+
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    let refused = parked("closed");
+    requeuer.requeue(&refused, None).unwrap();
+    remove(&refused);
+    setup.send("a", &[("closed", number(20))]);
+    assert_eq!(by_key(setup.consume("closed", 1, 21))["a"], (0..21).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    assert_eq!(setup.metric("ringtail_forward_requeued_events_total"), 40);
+    assert_eq!(setup.metric("ringtail_forward_delivered_events_total"), 41);
+    assert_eq!((forwarder.status().parked_events, forwarder.status().spilled_events), (0, 0));
+}
+
+#[test]
+fn dead_letters_go_to_their_topic_with_the_reason() {
+    let mut setup = Setup::new();
+    setup.config.dead_letter_topic = "dead".into();
+    setup.topic("dead", 1);
+    setup.topic("click", 1);
+    let forwarder = setup.start();
+    for at in 0..30 {
+        setup.send("a", &[("not a topic", number(at)), ("click", number(at))]);
+    }
+    assert_eq!(by_key(setup.consume("dead", 1, 30))["a"], (0..30).collect::<Vec<_>>());
+    assert_eq!(by_key(setup.consume("click", 1, 30))["a"], (0..30).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(60);
+    assert_eq!(setup.metric("ringtail_forward_dead_letter_events_total"), 30);
+    assert_eq!(setup.parked(), []);
+    let headers = setup.headers_of_first("dead");
+    assert_eq!(headers["ringtail.reason"], "invalid_topic");
+    assert_eq!(headers["ringtail.topic"], "not a topic");
+    assert_eq!((headers["ringtail.sequence"].as_str(), headers["ringtail.connection_id"].as_str()), ("1", "a"));
+}
+
+#[test]
+fn a_dead_letter_topic_that_is_refused_parks_what_it_was_sent() {
+    let mut setup = Setup::new();
+    setup.config.dead_letter_topic = "dead".into();
+    setup.config.topic_grace = Duration::from_millis(300);
+    setup.topic("dead", 1);
+    setup.cluster.topic_error("dead", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    for at in 0..10 {
+        setup.send("a", &[("not a topic", number(at))]);
+    }
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(10);
+    let parked = setup.parked();
+    let numbers: Vec<Vec<u8>> = parked.iter().map(|event| event.payload.to_vec()).collect();
+    assert_eq!(numbers, (0..10).map(number).collect::<Vec<_>>());
+    assert_eq!((parked[0].about.topic.as_str(), parked[0].about.reason), ("dead", ParkReason::NotAuthorised));
+}
+
+#[test]
+fn outside_its_windows_nothing_is_forwarded() {
+    let mut setup = Setup::new();
+    let now = jiff::Zoned::now().time();
+    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
+    setup.config.pace.windows = vec![format!("{}-{}", hours(2), hours(3)).parse().unwrap()];
+    setup.topic("click", 1);
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(0))]);
+    wait_until("kafka is there", || forwarder.status().connected);
+    assert_eq!((forwarder.status().delivered_events, forwarder.status().in_flight_events), (0, 0));
+    forwarder.stop(Duration::from_secs(5));
+    drop(forwarder);
+    setup.config.pace.windows.push(format!("{}-{}", hours(-2), hours(2)).parse().unwrap());
+    let forwarder = setup.start();
+    assert_eq!(setup.consume("click", 1, 1)[0].1, number(0));
+    setup.wait_for_empty_log(&forwarder);
 }

@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Admin;
 use super::backlog::PeekFilter;
-use super::parked::{ParkedCommand, ParkedDrop, ParkedList};
+use super::parked::{ParkedCommand, ParkedDrop, ParkedList, ParkedRequeue};
 
 const SOCKET: &str = "control.sock";
 
@@ -116,6 +116,7 @@ impl ControlSocket {
         let router = super::routes().route("/backlog", routing::get(backlog));
         let router = parked_command::<ParkedList>(router);
         let router = parked_command::<ParkedDrop>(router);
+        let router = parked_command::<ParkedRequeue>(router);
         // Thousands of ids are a command too.
         let router = router.layer(DefaultBodyLimit::max(COMMAND_BYTES_MAX)).with_state(admin);
         tokio::select! {
@@ -143,8 +144,8 @@ fn parked_command<C: ParkedCommand>(router: Router<Admin>) -> Router<Admin> {
         C::PATH,
         routing::post(async |State(admin): State<Admin>, Json(command): Json<C>| {
             answer(move |send| {
-                let store = admin.source.parked();
-                command.run(&store, &mut |line| {
+                let (store, requeue) = (admin.source.parked(), admin.source.requeue());
+                command.run(&store, &*requeue, &mut |line| {
                     let mut line = serde_json::to_vec(&line).expect("a line has only string keys");
                     line.push(b'\n');
                     send(line)

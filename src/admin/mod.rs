@@ -24,11 +24,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::now_ms;
-use crate::forward::ParkedStore;
+use crate::forward::{ParkedStore, Requeue};
 use crate::metrics::Metrics;
 use crate::wal::WalStatus;
 pub use backlog::{Backlog, BatchLine, EventLine, PeekFilter};
-pub use parked::{ParkedCommand, ParkedDrop, ParkedLine, ParkedList, ParkedProgress, ParkedSummary};
+pub use parked::{ParkedCommand, ParkedDrop, ParkedLine, ParkedList, ParkedProgress, ParkedRequeue, ParkedSummary};
 pub use status::{Connections, NotReady, ParkedCount, Phase, Status};
 
 /// How often histograms are folded into their buckets, so that samples do not pile up between scrapes.
@@ -56,6 +56,8 @@ pub trait StatusSource: Send + Sync + 'static {
 
     /// The store of parked events. It may block: it is used on a thread for that.
     fn parked(&self) -> ParkedStore;
+    /// Takes parked events back into the backlog.
+    fn requeue(&self) -> Box<dyn Requeue>;
 
     /// The pending batches, oldest first. The iterator may block: it is used on a thread for that.
     fn backlog(&self, payloads: bool) -> Backlog;

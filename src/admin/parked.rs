@@ -10,13 +10,18 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::forward::{ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedFilter, ParkedStore};
+use crate::forward::{
+    ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedFilter, ParkedStore, Requeue, RequeueError,
+};
 
 /// Longest silence of a command that works, so that nobody takes it for dead.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Most events removed between two lines.
 const BATCH_EVENTS_MAX: usize = 1024;
+
+/// Payload bytes after which a batch is requeued.
+const BATCH_BYTES_MAX: usize = 4 << 20;
 
 /// One line of an answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +87,7 @@ pub trait ParkedCommand: Serialize + DeserializeOwned + Clone + Send + Sync + 's
     const PATH: &str;
 
     /// Does it. May block.
-    fn run(&self, store: &ParkedStore, take: Take<'_>);
+    fn run(&self, store: &ParkedStore, requeue: &dyn Requeue, take: Take<'_>);
 }
 
 /// Shows events, oldest first.
@@ -108,7 +113,7 @@ pub struct ParkedDrop {
 impl ParkedCommand for ParkedList {
     const PATH: &str = "/parked/list";
 
-    fn run(&self, store: &ParkedStore, take: Take<'_>) {
+    fn run(&self, store: &ParkedStore, _: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
         while let Some(found) = walk.next() {
             let line = match found {
@@ -134,7 +139,7 @@ impl ParkedCommand for ParkedList {
 impl ParkedCommand for ParkedDrop {
     const PATH: &str = "/parked/drop";
 
-    fn run(&self, store: &ParkedStore, take: Take<'_>) {
+    fn run(&self, store: &ParkedStore, _: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
         let (mut ids, mut payload_bytes) = (Vec::new(), 0);
         loop {
@@ -174,6 +179,81 @@ impl ParkedCommand for ParkedDrop {
             }
         }
     }
+}
+
+/// Puts events back into the backlog, at the end of what waits for their topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParkedRequeue {
+    /// Which. An event that cannot be read stays.
+    pub filter: ParkedFilter,
+    /// Where to send them; none: each to its own topic.
+    pub topic: Option<String>,
+    /// Only count them.
+    pub dry_run: bool,
+}
+
+impl ParkedCommand for ParkedRequeue {
+    const PATH: &str = "/parked/requeue";
+
+    fn run(&self, store: &ParkedStore, requeue: &dyn Requeue, take: Take<'_>) {
+        let mut walk = Walk::new(store, &self.filter, take);
+        let (mut events, mut bytes) = (Vec::new(), 0);
+        loop {
+            let found = walk.next();
+            let is_end = found.is_none();
+            match found {
+                None => {}
+                Some(Ok(event)) if self.dry_run => {
+                    walk.progress.events += 1;
+                    walk.progress.bytes += event.payload.len() as u64;
+                }
+                Some(Ok(event)) => {
+                    bytes += event.payload.len();
+                    events.push(event);
+                }
+                Some(Err((id, message))) => walk.say(ParkedLine::Damaged { id, message }),
+            }
+            let is_full = events.len() == BATCH_EVENTS_MAX || bytes >= BATCH_BYTES_MAX;
+            if !events.is_empty() && (is_end || is_full) && walk.ended.is_none() {
+                match self.requeue(store, requeue, &events) {
+                    Ok(()) => {
+                        walk.progress.events += events.len() as u64;
+                        walk.progress.bytes += bytes as u64;
+                        walk.say(ParkedLine::Progress(walk.progress));
+                    }
+                    Err(error) => walk.ended = Some(End::Failed(message(error))),
+                }
+                events.clear();
+                bytes = 0;
+            }
+            if is_end {
+                if !self.dry_run && walk.progress.events > 0 {
+                    tracing::info!(events = walk.progress.events, "parked events requeued by the operator");
+                }
+                return walk.end();
+            }
+        }
+    }
+}
+
+impl ParkedRequeue {
+    /// In this order: a crash in between leaves an event in both places rather than in none.
+    fn requeue(&self, store: &ParkedStore, requeue: &dyn Requeue, events: &[ParkedEvent]) -> Result<(), RequeueFailed> {
+        requeue.requeue(events, self.topic.as_deref())?;
+        let ids: Vec<u64> = events.iter().map(|event| event.id).collect();
+        store.remove(&ids)?;
+        Ok(())
+    }
+}
+
+/// Why events were not requeued.
+#[derive(Debug, thiserror::Error)]
+enum RequeueFailed {
+    #[error(transparent)]
+    Requeue(#[from] RequeueError),
+    #[error("the events are in the backlog, and stay parked as well")]
+    Parked(#[from] ParkedError),
 }
 
 /// Goes through the wanted events, and shows from time to time how far it is.
@@ -250,7 +330,7 @@ impl<'a> Walk<'a> {
 }
 
 /// An error with its causes.
-fn message(error: ParkedError) -> String {
+fn message(error: impl std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(&error);
     while let Some(error) = cause {

@@ -9,7 +9,7 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::forward::parked_tests::{MemoryDb, about};
-use crate::forward::{ParkedFilter, ParkedStore};
+use crate::forward::{OfflineSpill, ParkedFilter, ParkedStore, Requeue};
 
 struct Fake {
     phase: Phase,
@@ -41,6 +41,10 @@ impl StatusSource for Fake {
     }
     fn parked(&self) -> ParkedStore {
         self.parked.clone()
+    }
+
+    fn requeue(&self) -> Box<dyn Requeue> {
+        Box::new(OfflineSpill::open(std::path::Path::new("/nonexistent")).unwrap())
     }
     fn backlog(&self, payloads: bool) -> Backlog {
         let line = move |number: u64| BatchLine {

@@ -12,11 +12,13 @@ mod size;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod window;
 
 pub use load::{ConfigError, DEFAULT_FILE, Loaded, Override, Problem, Source};
 pub use property::KafkaProperty;
 pub use show::{Setting, TEMPLATE};
 pub use validate::Violation;
+pub use window::{TimeWindow, TimeWindowError};
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -213,6 +215,11 @@ pub struct ForwardConfig {
     /// How long a topic may be unknown or forbidden before its events are parked.
     #[serde(with = "humantime_serde")]
     pub topic_grace: Duration,
+    /// Topic for what can never be delivered to its own: sent there with the reason in headers, and parked only if that
+    /// fails as well. Empty: parked at once.
+    pub dead_letter_topic: String,
+    /// How fast, and when.
+    pub pace: PaceConfig,
     /// How long a clean stop waits for events that Kafka has not yet acked. They stay in the log.
     #[serde(with = "humantime_serde")]
     pub stop_timeout: Duration,
@@ -231,6 +238,19 @@ pub enum Delivery {
     AtLeastOnce,
     /// Once, for readers that see committed records only, by Kafka transactions.
     ExactlyOnce,
+}
+
+/// `[forward.pace]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PaceConfig {
+    /// Most payload bytes sent in a second, on average; zero: there is no such limit.
+    #[serde(with = "size")]
+    pub bytes_per_second_max: ByteSize,
+    /// Most events sent in a second, on average; zero: there is no such limit.
+    pub events_per_second_max: u64,
+    /// Times of day at which events are forwarded; empty: always.
+    pub windows: Vec<TimeWindow>,
 }
 
 /// `[forward.parked]`
@@ -380,6 +400,8 @@ impl Default for ForwardConfig {
             retry_delay_min: Duration::from_millis(100),
             retry_delay_max: Duration::from_secs(5),
             topic_grace: Duration::from_secs(24 * 60 * 60),
+            dead_letter_topic: String::new(),
+            pace: PaceConfig::default(),
             stop_timeout: Duration::from_secs(10),
             parked: ParkedConfig::default(),
             kafka: BTreeMap::new(),

@@ -70,15 +70,15 @@ impl Retry {
 
 /// Something that is done every so often.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct Every {
     interval: Duration,
     next: Option<Instant>,
 }
 
-impl Pace {
+impl Every {
     /// Due at once, and then every `interval`.
-    pub(super) fn new(interval: Duration) -> Pace {
-        Pace { interval, next: None }
+    pub(super) fn new(interval: Duration) -> Every {
+        Every { interval, next: None }
     }
 
     /// Whether it is time. If so, the next time is an interval away.

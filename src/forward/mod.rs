@@ -28,10 +28,12 @@ mod discard;
 mod in_flight;
 mod kafka;
 mod lanes;
+mod pace;
 mod parked;
 mod parking;
 mod properties;
 mod replay;
+mod requeue;
 mod router;
 mod spill;
 mod spilling;
@@ -55,6 +57,7 @@ pub use parked::{
     ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedEvents, ParkedFilter, ParkedStore, Removed,
 };
 pub use properties::{ForwardConfigError, validate};
+pub use requeue::{OfflineSpill, Requeue, RequeueError};
 pub use router::Topics;
 pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
@@ -65,6 +68,7 @@ use crate::wal::Wal;
 use backoff::{Backoff, Retry};
 use kafka::Producer;
 use replay::{Parts, Replay};
+use requeue::Requeuer;
 use spilling::Spilling;
 use status::Shared;
 
@@ -82,6 +86,7 @@ pub struct Forwarder {
     shared: Arc<Shared>,
     wal: Wal,
     parked: ParkedStore,
+    requeuer: Requeuer,
     thread: Mutex<Option<ForwardThread>>,
 }
 
@@ -167,16 +172,17 @@ impl Forwarder {
             shared: shared.clone(),
             seed,
         };
+        let (requeuer, requeued) = requeue::channel(wal.clone());
         let (told, done) = mpsc::channel();
         let handle = std::thread::Builder::new().name("forward".into()).spawn(move || {
-            let mut replay = Replay::new(parts);
+            let mut replay = Replay::new(parts, requeued);
             replay.run();
             // The handle may be gone.
             let _ = told.send(());
             drop(replay);
             let _ = told.send(());
         })?;
-        Ok(Forwarder { shared, wal, parked, thread: Mutex::new(Some(ForwardThread { handle, done })) })
+        Ok(Forwarder { shared, wal, parked, requeuer, thread: Mutex::new(Some(ForwardThread { handle, done })) })
     }
 
     /// The forwarder as it is now.
@@ -187,6 +193,11 @@ impl Forwarder {
     /// The parked events of this log.
     pub fn parked(&self) -> &ParkedStore {
         &self.parked
+    }
+
+    /// Takes events back into the backlog.
+    pub fn requeuer(&self) -> impl Requeue + use<> {
+        self.requeuer.clone()
     }
 
     /// How long ago the loop last turned. An idle one turns at least every second.

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use bytes::Bytes;
 use rand::rngs::SmallRng;
 use tracing::{error, info};
 
@@ -14,7 +15,7 @@ use super::in_flight::{InFlight, Walk};
 use super::lanes::{Lanes, ToPark};
 use super::parked::{Limits, ParkedAbout, ParkedError, ParkedStore};
 use super::router::Router;
-use super::spill::SpillError;
+use super::spill::{Header, SpillError, SpilledEvent};
 use super::spilling::Spilling;
 use crate::batch::{Sequence, now_ms};
 use crate::kill_point;
@@ -40,6 +41,8 @@ pub(super) struct Origin<'a> {
     pub(super) spilling: &'a mut Spilling,
     pub(super) router: &'a Router,
     pub(super) metrics: &'a Metrics,
+    /// `forward.dead_letter_topic`
+    pub(super) dead_letter_topic: Option<&'a str>,
 }
 
 /// Why events are not parked yet.
@@ -97,7 +100,7 @@ impl Parking {
         if self.due(now).is_none_or(|due| due > now) {
             return false;
         }
-        if let Err(error) = self.write(of, now).and_then(|()| Ok(self.store.sync()?)) {
+        if let Err(error) = self.store(of, now) {
             if !self.storing.is_failing() {
                 error!(error = &error as &dyn std::error::Error, "events cannot be parked, retrying");
             }
@@ -112,76 +115,139 @@ impl Parking {
             self.storing.succeeded();
             info!("events can be parked again");
         }
-        kill_point::pass("park.synced");
-        for Written { to_park: ToPark { event, lane, reason, .. }, payload_bytes } in self.written.drain(..) {
-            match lane.filter(|_| event.is_spilled()) {
-                None => of.in_flight.parked(event, reason, payload_bytes, now_ms()),
-                Some(lane) => {
-                    of.metrics.forward.parked_events_total(reason).increment(1);
-                    of.lanes.parked(lane, event, now);
-                }
-            }
-        }
         true
     }
 
-    fn write(&mut self, of: &mut Origin<'_>, now: Instant) -> Result<(), ParkingError> {
-        let mut walk = Walk::new(of.in_flight);
+    /// Makes the first of the waiting events durable and closes them: as dead letters in the spill, or in the parked store.
+    fn store(&mut self, of: &mut Origin<'_>, now: Instant) -> Result<(), ParkingError> {
+        let are_letters = self.waiting.front().is_some_and(|to_park| of.dead_letter_topic_of(to_park).is_some());
+        let mut letters = Vec::new();
         while self.written.len() < EVENTS_MAX {
             let Some(to_park) = self.waiting.front().copied() else { break };
-            let ToPark { event, lane, reason, failure } = to_park;
-            let mut about = ParkedAbout {
-                topic: String::new(),
-                key: None,
-                event_type: String::new(),
-                reason,
-                error: match (failure, reason) {
-                    (Some(failure), _) => failure.to_string(),
-                    (None, ParkReason::Expired) => "older than wal.age_max".to_owned(),
-                    (None, _) => "kafka takes no such topic name".to_owned(),
-                },
-                group: String::new(),
-                connection_id: String::new(),
-                req_guid: String::new(),
-                sequence: Sequence::FIRST,
-                received_at_ms: 0,
-                parked_at_ms: now_ms(),
-            };
-            let payload_bytes = if let Some(lane) = lane.filter(|_| event.is_spilled()) {
-                let topic = of.lanes.topic(lane);
-                let found = match of.spilling.event(topic, event.number()) {
-                    Err(SpillError::Damaged { .. }) => {
-                        of.spilling.report_lost(topic, 1, of.metrics, now);
-                        of.lanes.parked(lane, event, now);
-                        self.waiting.pop_front();
-                        continue;
-                    }
-                    found => found?,
-                };
-                about.topic = topic.to_owned();
-                (about.key, about.event_type) = (found.key, found.event_type);
-                (about.group, about.connection_id, about.req_guid) = (found.group, found.connection_id, found.req_guid);
-                (about.sequence, about.received_at_ms) = (Sequence(found.sequence), found.received_at_ms);
-                self.store.park(&about, &found.payload)?;
-                found.payload.len()
-            } else {
-                let (live, found) = walk.find(event);
-                let batch = &live.batch;
-                about.topic = of.router.topic(found.event_type);
-                about.key = of.router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned);
-                about.event_type = found.event_type.to_owned();
-                about.group = batch.client.group.to_string();
-                about.connection_id = batch.client.id.to_string();
-                about.req_guid = batch.request.req_guid().to_owned();
-                (about.sequence, about.received_at_ms) = (live.sequence, batch.received_at_ms);
-                self.store.park(&about, found.payload)?;
-                found.payload.len()
-            };
+            if of.dead_letter_topic_of(&to_park).is_some() != are_letters {
+                break;
+            }
+            if let Some((about, payload)) = of.describe(&to_park, now)? {
+                let payload_bytes = payload.len() as u64;
+                if are_letters {
+                    letters.push(letter(about, payload));
+                } else {
+                    self.store.park(&about, &payload)?;
+                }
+                self.written.push(Written { to_park, payload_bytes });
+            }
             self.waiting.pop_front();
-            self.written.push(Written { to_park, payload_bytes: payload_bytes as u64 });
         }
         kill_point::pass("park.written");
+        match of.dead_letter_topic.filter(|_| !letters.is_empty()) {
+            Some(topic) => {
+                let numbers = of.spilling.put(vec![(topic, letters)])?;
+                numbers.into_iter().for_each(|numbers| of.lanes.redirected(topic, numbers, now));
+            }
+            None => self.store.sync()?,
+        }
+        kill_point::pass("park.synced");
+        for Written { to_park: ToPark { event, lane, reason, .. }, payload_bytes } in self.written.drain(..) {
+            let spilled_of = lane.filter(|_| event.is_spilled());
+            match spilled_of {
+                None if are_letters => of.in_flight.spilled(event, payload_bytes, now_ms()),
+                None => of.in_flight.parked(event, reason, payload_bytes, now_ms()),
+                Some(lane) => of.lanes.parked(lane, event, now),
+            }
+            if are_letters {
+                of.metrics.forward.dead_letters(reason).increment(1);
+            } else if spilled_of.is_some() {
+                of.metrics.forward.parked_events_total(reason).increment(1);
+            }
+        }
         Ok(())
+    }
+}
+
+impl Origin<'_> {
+    /// Where an event is to be sent instead of being parked; none if nowhere, or if that is where it failed.
+    fn dead_letter_topic_of(&self, to_park: &ToPark) -> Option<&str> {
+        let failed_in = to_park.lane.map(|lane| self.lanes.topic(lane));
+        self.dead_letter_topic.filter(|topic| failed_in != Some(*topic))
+    }
+
+    /// All about an event, and its payload; none if it is lost in the spill, which is then reported.
+    fn describe(&mut self, to_park: &ToPark, now: Instant) -> Result<Option<(ParkedAbout, Bytes)>, SpillError> {
+        let ToPark { event, lane, reason, failure } = *to_park;
+        let error = match (failure, reason) {
+            (Some(failure), _) => failure.to_string(),
+            (None, ParkReason::Expired) => "older than wal.age_max".to_owned(),
+            (None, _) => "kafka takes no such topic name".to_owned(),
+        };
+        let Some(lane) = lane.filter(|_| event.is_spilled()) else {
+            let (live, found) = Walk::new(self.in_flight).find(event);
+            let batch = &live.batch;
+            let about = ParkedAbout {
+                topic: self.router.topic(found.event_type),
+                key: self.router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
+                event_type: found.event_type.to_owned(),
+                reason,
+                error,
+                group: batch.client.group.to_string(),
+                connection_id: batch.client.id.to_string(),
+                req_guid: batch.request.req_guid().to_owned(),
+                sequence: live.sequence,
+                received_at_ms: batch.received_at_ms,
+                parked_at_ms: now_ms(),
+            };
+            return Ok(Some((about, batch.request.as_bytes().slice_ref(found.payload))));
+        };
+        let topic = self.lanes.topic(lane);
+        let found = match self.spilling.event(topic, event.number()) {
+            Err(SpillError::Damaged { .. }) => {
+                self.spilling.report_lost(topic, 1, self.metrics, now);
+                self.lanes.parked(lane, event, now);
+                return Ok(None);
+            }
+            found => found?,
+        };
+        let about = ParkedAbout {
+            topic: topic.to_owned(),
+            key: found.key,
+            event_type: found.event_type,
+            reason,
+            error,
+            group: found.group,
+            connection_id: found.connection_id,
+            req_guid: found.req_guid,
+            sequence: Sequence(found.sequence),
+            received_at_ms: found.received_at_ms,
+            parked_at_ms: now_ms(),
+        };
+        Ok(Some((about, found.payload)))
+    }
+}
+
+/// An event as it goes to the dead letter topic: what is known of it is in the headers.
+fn letter(about: ParkedAbout, payload: Bytes) -> SpilledEvent {
+    let headers = [
+        ("ringtail.reason", about.reason.as_str().to_owned()),
+        ("ringtail.error", about.error),
+        ("ringtail.topic", about.topic),
+        ("ringtail.event_type", about.event_type.clone()),
+        ("ringtail.group", about.group.clone()),
+        ("ringtail.connection_id", about.connection_id.clone()),
+        ("ringtail.req_guid", about.req_guid.clone()),
+        ("ringtail.sequence", about.sequence.to_string()),
+        ("ringtail.received_at_ms", about.received_at_ms.to_string()),
+    ];
+    let headers = headers.into_iter().map(|(name, value)| Header { name: name.to_owned(), value });
+    SpilledEvent {
+        sequence: about.sequence.0,
+        received_at_ms: about.received_at_ms,
+        group: about.group,
+        connection_id: about.connection_id,
+        req_guid: about.req_guid,
+        event_type: about.event_type,
+        key: about.key,
+        payload,
+        headers: headers.collect(),
+        requeued: false,
     }
 }
 
@@ -234,6 +300,7 @@ mod tests {
                     spilling: &mut spilling,
                     router: &router,
                     metrics: &metrics,
+                    dead_letter_topic: None,
                 }
             };
         }

@@ -98,6 +98,12 @@ pub enum ForwardConfigError {
     /// Transactions would be too short or too long.
     #[error("forward.commit_interval must be 10ms to 30s")]
     CommitInterval,
+    /// The dead letter topic has no name that Kafka takes.
+    #[error("forward.dead_letter_topic: {name:?} is not a topic's name")]
+    DeadLetterTopic {
+        /// The name as given.
+        name: String,
+    },
     /// The topic of the cursors has no name.
     #[error("forward.cursor_topic: {name:?} is not a topic's name")]
     CursorTopic {
@@ -153,6 +159,9 @@ pub fn validate(config: &ForwardConfig) -> Result<(), ForwardConfigError> {
     }
     if !(COMMIT_INTERVAL_MIN..=COMMIT_INTERVAL_MAX).contains(&config.commit_interval) {
         return Err(ForwardConfigError::CommitInterval);
+    }
+    if !config.dead_letter_topic.is_empty() && !is_topic_name(&config.dead_letter_topic) {
+        return Err(ForwardConfigError::DeadLetterTopic { name: config.dead_letter_topic.clone() });
     }
     if !is_topic_name(&config.cursor_topic) {
         return Err(ForwardConfigError::CursorTopic { name: config.cursor_topic.clone() });

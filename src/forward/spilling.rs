@@ -5,13 +5,14 @@
 //! that a topic that does flow is still found, and the log is not copied for nothing.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
-use super::backoff::{LogLimit, Pace, Retry};
+use super::backoff::{Every, LogLimit, Retry};
 use super::in_flight::{EVENT_OVERHEAD_BYTES, InFlight, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
 use super::router::Router;
@@ -42,7 +43,7 @@ pub(super) struct Spilling {
     in_flight_bytes_max: u64,
     delivered_at: Option<Instant>,
     blind_at: Option<Instant>,
-    saving: Pace,
+    saving: Every,
     lost: LogLimit,
 }
 
@@ -65,7 +66,7 @@ impl Spilling {
             in_flight_bytes_max,
             delivered_at: None,
             blind_at: None,
-            saving: Pace::new(SAVE_INTERVAL),
+            saving: Every::new(SAVE_INTERVAL),
             lost: LogLimit::new(LOG_INTERVAL),
         })
     }
@@ -167,6 +168,8 @@ impl Spilling {
                 event_type: found.event_type.to_owned(),
                 key: router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
                 payload: batch.request.as_bytes().slice_ref(found.payload),
+                headers: Vec::new(),
+                requeued: false,
             });
         }
         drop(walk);
@@ -192,6 +195,16 @@ impl Spilling {
             }
         }
         true
+    }
+
+    /// Puts events into the spill, each under its topic. Durable on return: the numbers of each topic.
+    ///
+    /// # Errors
+    /// [`SpillError::Io`]: none of them is there.
+    pub(super) fn put(&mut self, topics: Vec<(&str, Vec<SpilledEvent>)>) -> Result<Vec<Range<u64>>, SpillError> {
+        let counts: Vec<u64> = topics.iter().map(|(_, events)| events.len() as u64).collect();
+        let firsts = self.spill.put(topics)?;
+        Ok(firsts.into_iter().zip(counts).map(|(first, count)| first..first + count).collect())
     }
 
     /// An event of the spill.

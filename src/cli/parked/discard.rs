@@ -96,7 +96,7 @@ pub async fn run(args: DropArgs) -> anyhow::Result<ExitCode> {
     Ok(outcome.code())
 }
 
-fn refuse(message: &str) -> ExitCode {
+pub fn refuse(message: &str) -> ExitCode {
     eprintln!("ringtail: {message}");
     ExitCode::from(EXIT_USAGE)
 }

@@ -7,6 +7,7 @@ mod discard;
 mod export;
 mod filter;
 mod list;
+mod requeue;
 mod show;
 
 use std::ops::ControlFlow;
@@ -17,7 +18,7 @@ use anyhow::{Context, bail};
 use indicatif::ProgressBar;
 use ringtail::admin::{ParkedCommand, ParkedLine, ParkedProgress, control};
 use ringtail::config::Config;
-use ringtail::forward::ParkedStore;
+use ringtail::forward::{OfflineSpill, ParkedStore};
 use ringtail::wal;
 
 use super::backlog::{alone, progress_bar, require_log};
@@ -37,6 +38,7 @@ enum Command {
     List(list::ListArgs),
     Show(show::ShowArgs),
     Export(export::ExportArgs),
+    Requeue(requeue::RequeueArgs),
     Drop(discard::DropArgs),
 }
 
@@ -46,6 +48,7 @@ pub async fn run(args: ParkedArgs) -> anyhow::Result<ExitCode> {
         Command::List(args) => list::run(args).await,
         Command::Show(args) => show::run(args).await,
         Command::Export(args) => export::run(args).await,
+        Command::Requeue(args) => requeue::run(args).await,
         Command::Drop(args) => discard::run(args).await,
     }
 }
@@ -105,7 +108,8 @@ fn do_here<C: ParkedCommand>(directory: &Path, command: &C, lines: &mut Lines<'_
     let (state, _lock) = alone(wal::open_parked(directory)).context("open the parked events")?;
     let store = ParkedStore::open(state).context("open the parked events")?;
     let mut result = Ok(());
-    command.run(&store, &mut |line| {
+    let spill = OfflineSpill::open(directory).context("open the spill")?;
+    command.run(&store, &spill, &mut |line| {
         result = lines.take(line);
         if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });

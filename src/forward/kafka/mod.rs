@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::message::{Header as KafkaHeader, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 use serde::Deserialize;
 use tracing::{debug, error, info, warn};
@@ -158,8 +159,37 @@ impl Producer {
     /// # Errors
     /// librdkafka refuses it on the spot, and `tag` will not be reported.
     pub(super) fn send(&self, topic: &str, key: Option<&str>, payload: &[u8], tag: usize) -> Result<(), Failure> {
+        self.send_with(topic, key, payload, tag, None)
+    }
+
+    /// The same with headers, as (name, value).
+    ///
+    /// # Errors
+    /// As [`Producer::send`].
+    pub(super) fn send_with_headers<'a>(
+        &self,
+        topic: &str,
+        key: Option<&str>,
+        payload: &[u8],
+        tag: usize,
+        headers: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Result<(), Failure> {
+        let add = |headers: Option<OwnedHeaders>, (key, value)| {
+            Some(headers.unwrap_or_default().insert(KafkaHeader { key, value: Some(value) }))
+        };
+        self.send_with(topic, key, payload, tag, headers.fold(None, add))
+    }
+
+    fn send_with(
+        &self,
+        topic: &str,
+        key: Option<&str>,
+        payload: &[u8],
+        tag: usize,
+        headers: Option<OwnedHeaders>,
+    ) -> Result<(), Failure> {
         let mut record = BaseRecord::<str, [u8], usize>::with_opaque_to(topic, tag).payload(payload);
-        record.key = key;
+        (record.key, record.headers) = (key, headers);
         self.client
             .send(record)
             .map_err(|(error, _)| Failure(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::InvalidArgument)))

@@ -267,14 +267,20 @@ impl Hold {
 
     /// Its events in memory are in the spill now, as the last ones of the topic.
     pub(super) fn moved(&mut self, numbers: Range<u64>) {
+        self.append(numbers);
+        self.events.retain(|event| event.is_spilled());
+        self.log_events = 0;
+    }
+
+    /// The spill has more events of the topic now.
+    pub(super) fn append(&mut self, numbers: Range<u64>) {
         let spilled = &mut self.spilled;
         if spilled.consumed == spilled.end {
             *spilled =
                 Spilled { consumed: numbers.start, next: numbers.start, end: numbers.start, ..Spilled::default() };
         }
         spilled.end = numbers.end;
-        self.events.retain(|event| event.is_spilled());
-        self.log_events = 0;
+        self.expecting = false;
     }
 }
 

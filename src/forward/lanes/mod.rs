@@ -192,12 +192,21 @@ impl Lanes {
         id
     }
 
-    /// `topic` has events in the spill, with those numbers.
+    /// The spill has events of `topic`, with those numbers, of which the log shows none again.
     pub(super) fn restore(&mut self, topic: &str, numbers: Range<u64>, now: Instant) {
         let id = self.lane_of(topic);
+        // Whoever requeues them means that the topic takes them now.
+        self.lane_mut(id).refused = false;
         let hold = self.hold_lane(id, now);
-        hold.moved(numbers);
+        hold.append(numbers);
         hold.commit();
+        self.settle(id, now, &mut Vec::new());
+    }
+
+    /// Events of the log, of other topics, are in the spill now as events of `topic`, with those numbers.
+    pub(super) fn redirected(&mut self, topic: &str, numbers: Range<u64>, now: Instant) {
+        let id = self.lane_of(topic);
+        self.hold_lane(id, now).append(numbers);
         self.settle(id, now, &mut Vec::new());
     }
 

@@ -80,8 +80,9 @@ impl Replay {
                         continue;
                     }
                 };
-                let tag = event.spilled_tag(lane);
-                (producer.send(topic, found.key.as_deref(), &found.payload, tag), found.payload.len())
+                let (tag, key) = (event.spilled_tag(lane), found.key.as_deref());
+                let headers = found.headers.iter().map(|header| (header.name.as_str(), header.value.as_str()));
+                (producer.send_with_headers(topic, key, &found.payload, tag, headers), found.payload.len())
             } else {
                 let (live, found) = walk.find(event);
                 let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
@@ -91,6 +92,7 @@ impl Replay {
                 Ok(()) => {
                     self.lanes.sent(lane, event, charge(payload_bytes), now);
                     sent.push((event, charge(payload_bytes)));
+                    self.pace.spent(1, payload_bytes as u64);
                     bytes += charge(payload_bytes);
                     is_over = bytes >= ROUND_BYTES_MAX;
                 }

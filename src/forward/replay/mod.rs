@@ -8,19 +8,22 @@ mod held;
 mod transaction;
 
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tracing::{error, info};
 
-use super::backoff::{Backoff, LogLimit, Pace, Retry};
+use super::backoff::{Backoff, Every, LogLimit, Retry};
 use super::discard::{Discard, Verdict};
 use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Passed, RECORDS_MAX};
 use super::kafka::{Failure, Inbox, Producer, Properties, Reported};
 use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
+use super::pace::Pace;
 use super::parked::ParkedStore;
 use super::parking::{Origin, Parking};
+use super::requeue::Requested;
 use super::router::Router;
 use super::spilling::{STALL_PATIENCE, Spilling};
 use super::status::{Connection, Drain, Shared};
@@ -99,9 +102,12 @@ pub(super) struct Replay {
     to_park: Vec<ToPark>,
     parking: Parking,
     spilling: Spilling,
+    pace: Pace,
+    dead_letter_topic: Option<Box<str>>,
+    requeued: Receiver<Requested>,
     /// A lane that has as much in the client as one may.
     full_lane: Option<LaneId>,
-    stalled: Pace,
+    stalled: Every,
     /// With exactly-once delivery.
     exactly_once: Option<ExactlyOnce>,
     failures: Failures,
@@ -127,7 +133,7 @@ struct Failures {
 
 impl Replay {
     /// Starts at the log's cursor.
-    pub(super) fn new(parts: Parts) -> Replay {
+    pub(super) fn new(parts: Parts, requeued: Receiver<Requested>) -> Replay {
         let Parts { config, properties, producer, topic_propagation, wal, parked, spilling, metrics, shared, seed } =
             parts;
         let limits = RetryLimits {
@@ -158,8 +164,11 @@ impl Replay {
             to_park: Vec::new(),
             parking: Parking::new(parked, Retry::new(backoff.clone()), SmallRng::seed_from_u64(seed)),
             spilling,
+            pace: Pace::new(&config.pace, now),
+            dead_letter_topic: (!config.dead_letter_topic.is_empty()).then(|| config.dead_letter_topic.as_str().into()),
+            requeued,
             full_lane: None,
-            stalled: Pace::new(STALL_LOOK_INTERVAL),
+            stalled: Every::new(STALL_LOOK_INTERVAL),
             exactly_once,
             failures: Failures::default(),
             reading: Retry::new(backoff.clone()),
@@ -184,7 +193,9 @@ impl Replay {
             self.poll();
             let now = Instant::now();
             self.shared.beat(now);
+            self.pace.tick(now);
             let mut worked = self.take_reports(now);
+            worked |= self.take_requeued(now);
             worked |= self.drive_transaction(now);
             self.settle_spill(now);
             self.let_go_of_discarded(now);
@@ -373,8 +384,30 @@ impl Replay {
 
     fn park(&mut self, now: Instant) -> bool {
         self.parking.add(&mut self.to_park);
-        let Replay { in_flight, lanes, spilling, router, metrics, .. } = self;
-        self.parking.run(&mut Origin { in_flight, lanes, spilling, router, metrics }, now)
+        let Replay { in_flight, lanes, spilling, router, metrics, dead_letter_topic, .. } = self;
+        let dead_letter_topic = dead_letter_topic.as_deref();
+        self.parking.run(&mut Origin { in_flight, lanes, spilling, router, metrics, dead_letter_topic }, now)
+    }
+
+    /// Puts what an operator wants back into the backlog.
+    fn take_requeued(&mut self, now: Instant) -> bool {
+        // In a transaction, what is in the spill and what the log still shows must not be mixed up.
+        let waits = self.exactly_once.as_ref().is_some_and(|once| !once.is_idle()) || !self.spilling.is_settled();
+        let Some(Requested { events, answer }) = (!waits).then(|| self.requeued.try_recv().ok()).flatten() else {
+            return false;
+        };
+        let count: usize = events.iter().map(|(_, events)| events.len()).sum();
+        let topics: Vec<String> = events.iter().map(|(topic, _)| topic.clone()).collect();
+        let contents = topics.iter().map(String::as_str).zip(events.into_iter().map(|(_, events)| events));
+        let result = self.spilling.put(contents.collect()).map(|numbers| {
+            for (topic, numbers) in topics.iter().zip(numbers) {
+                self.lanes.restore(topic, numbers, now);
+            }
+            self.metrics.forward.requeued_events.increment(count as u64);
+        });
+        // Whoever asked may have given up.
+        let _ = answer.send(result);
+        true
     }
 
     /// Holds the lanes that stand still when that keeps others from being read, and moves held ones out of the way.
@@ -464,7 +497,7 @@ impl Replay {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
-        while bytes < READ_BYTES && self.has_room() {
+        while bytes < READ_BYTES && self.has_room() && self.pace.may_send() {
             let held_back = self.held_back.take().map(Some);
             let next = match held_back.map_or_else(|| self.reader.next_record(), Ok) {
                 Ok(next) => next,
@@ -545,6 +578,7 @@ impl Replay {
         let slot = self.in_flight.push(record);
         let batch = &record.batch;
         let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
+        self.pace.spent(u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64);
         for (index, event) in batch.request.events().enumerate() {
             let event_ref = InFlight::event_ref(slot, index);
             let lane = self.lanes.route(&self.router, event.event_type);
@@ -613,11 +647,12 @@ impl Replay {
             self.reading.due(now),
             self.rebuilding.due(now),
             self.spilling.due(now),
+            self.pace.due(now),
         ];
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
-        let can_read = can_read && self.may_read() && self.spilling.is_settled();
+        let can_read = can_read && self.may_read() && self.spilling.is_settled() && self.pace.may_send();
         if can_read && self.lanes.in_client() == 0 {
             self.reader.wait(wait);
             return;

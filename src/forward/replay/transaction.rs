@@ -146,6 +146,11 @@ impl ExactlyOnce {
         self.state != State::Starting
     }
 
+    /// No transaction is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.state == State::Idle
+    }
+
     /// Records before are delivered.
     pub(super) fn delivered_before(&self) -> Sequence {
         self.delivered_before
@@ -503,7 +508,7 @@ impl Replay {
             return Ok(true);
         }
         let Some(round) = &mut side.round else {
-            let stays = once.stopping || once.state == State::Aborting;
+            let stays = once.stopping || once.state == State::Aborting || !self.pace.may_send();
             let next = if stays { None } else { self.lanes.next_round(now) };
             return next.map_or(Ok(false), |(lane, events)| self.begin_side(lane, events, now).map(|()| true));
         };

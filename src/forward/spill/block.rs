@@ -50,6 +50,21 @@ pub(in crate::forward) struct SpilledEvent {
     /// The event's bytes, as the client sent them.
     #[prost(bytes = "bytes", tag = "8")]
     pub(in crate::forward) payload: Bytes,
+    /// What the record is to say besides, on a dead letter topic.
+    #[prost(message, repeated, tag = "9")]
+    pub(in crate::forward) headers: Vec<Header>,
+    /// It comes from the parked store: the log does not show it again.
+    #[prost(bool, tag = "10")]
+    pub(in crate::forward) requeued: bool,
+}
+
+/// A header of a Kafka record.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(in crate::forward) struct Header {
+    #[prost(string, tag = "1")]
+    pub(in crate::forward) name: String,
+    #[prost(string, tag = "2")]
+    pub(in crate::forward) value: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -60,7 +75,7 @@ struct Body {
 
 /// What a block's header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct BlockHeader {
     pub(super) topic: String,
     /// Number of the first event in its topic.
     pub(super) first: u64,
@@ -69,7 +84,7 @@ pub(super) struct Header {
     body_checksum: u32,
 }
 
-impl Header {
+impl BlockHeader {
     fn bytes(&self) -> u64 {
         (HEADER_BYTES + self.topic.len()) as u64
     }
@@ -103,7 +118,7 @@ pub(super) fn encode(topic: &str, first: u64, events: Vec<SpilledEvent>) -> Vec<
 }
 
 /// The header at `offset`; none where there is no good one.
-pub(super) fn read_header(file: &File, offset: u64) -> io::Result<Option<Header>> {
+pub(super) fn read_header(file: &File, offset: u64) -> io::Result<Option<BlockHeader>> {
     let mut fixed = [0; HEADER_BYTES];
     if !read_exact(file, offset, &mut fixed)? {
         return Ok(None);
@@ -124,7 +139,7 @@ pub(super) fn read_header(file: &File, offset: u64) -> io::Result<Option<Header>
         return Ok(None);
     }
     let Ok(topic) = String::from_utf8(topic) else { return Ok(None) };
-    Ok(Some(Header { topic, first, events, body_bytes, body_checksum }))
+    Ok(Some(BlockHeader { topic, first, events, body_bytes, body_checksum }))
 }
 
 /// The events of the block at `offset`; none if it is damaged.

@@ -31,7 +31,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub(super) use block::SpilledEvent;
+pub(super) use block::{Header, SpilledEvent};
 use prost::Message;
 use state::{State, TopicState};
 
@@ -243,7 +243,7 @@ impl Spill {
             return Ok(());
         }
         self.current = None;
-        let is_in_log = |event: &SpilledEvent| (cursor.0..tail.0).contains(&event.sequence);
+        let is_in_log = |event: &SpilledEvent| !event.requeued && (cursor.0..tail.0).contains(&event.sequence);
         let names: Vec<Box<str>> = self.topics.keys().cloned().collect();
         for name in names {
             loop {
@@ -512,7 +512,7 @@ impl Spill {
 }
 
 /// How many of the events of a block in file `id` count.
-fn counting(state: Option<&State>, id: u64, header: &block::Header) -> u32 {
+fn counting(state: Option<&State>, id: u64, header: &block::BlockHeader) -> u32 {
     let Some(state) = state else { return header.events };
     match state.topics.iter().find(|topic| topic.topic == header.topic) {
         Some(topic) if id < state.settled_file => {

@@ -14,6 +14,8 @@ fn event(sequence: u64, payload: &[u8]) -> SpilledEvent {
         event_type: "t".into(),
         key: Some("i".into()),
         payload: payload.to_vec().into(),
+        headers: Vec::new(),
+        requeued: false,
     }
 }
 

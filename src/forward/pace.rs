@@ -1,0 +1,145 @@
+//! `[forward.pace]`: how fast, and at what times of day, events go out.
+//!
+//! A budget for each limit fills with time, up to what one second gives; whatever is sent takes from it, also more than there
+//! is, and nothing is sent while one is empty. So a record is never cut, and the limit holds on average.
+
+use std::time::{Duration, Instant};
+
+use crate::config::{PaceConfig, TimeWindow};
+
+/// How often the time of day is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub(super) struct Pace {
+    events: Budget,
+    bytes: Budget,
+    windows: Vec<TimeWindow>,
+    looked_at: Option<Instant>,
+    is_open: bool,
+}
+
+impl Pace {
+    pub(super) fn new(config: &PaceConfig, now: Instant) -> Pace {
+        Pace {
+            events: Budget::new(config.events_per_second_max, now),
+            bytes: Budget::new(config.bytes_per_second_max.as_u64(), now),
+            windows: config.windows.clone(),
+            looked_at: None,
+            is_open: true,
+        }
+    }
+
+    /// Time has passed.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.events.fill(now);
+        self.bytes.fill(now);
+        if self.windows.is_empty() || self.looked_at.is_some_and(|at| now < at + LOOK_INTERVAL) {
+            return;
+        }
+        self.looked_at = Some(now);
+        let time = jiff::Zoned::now().time();
+        let is_open = self.windows.iter().any(|window| window.contains(time));
+        if is_open != self.is_open {
+            let what = if is_open { "begins" } else { "ends, until the next one nothing is forwarded" };
+            tracing::info!(at = %time.strftime("%H:%M"), "a time window of forward.pace {what}");
+        }
+        self.is_open = is_open;
+    }
+
+    /// Whether anything may be sent now.
+    pub(super) fn may_send(&self) -> bool {
+        self.is_open && self.events.left() && self.bytes.left()
+    }
+
+    /// When that may change; none if anything may be sent now.
+    pub(super) fn due(&self, now: Instant) -> Option<Instant> {
+        if self.may_send() {
+            return None;
+        }
+        let closed = (!self.is_open).then(|| self.looked_at.map_or(now, |at| at + LOOK_INTERVAL));
+        [closed, self.events.due(), self.bytes.due()].into_iter().flatten().max()
+    }
+
+    /// So much was sent.
+    pub(super) fn spent(&mut self, events: u64, bytes: u64) {
+        self.events.spend(events);
+        self.bytes.spend(bytes);
+    }
+}
+
+/// One limit. None: there is no such limit.
+struct Budget {
+    per_second: Option<f64>,
+    left: f64,
+    filled_at: Instant,
+}
+
+impl Budget {
+    fn new(per_second: u64, now: Instant) -> Budget {
+        let per_second = (per_second > 0).then_some(per_second as f64);
+        Budget { per_second, left: per_second.unwrap_or(0.0), filled_at: now }
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let Some(per_second) = self.per_second else { return };
+        let elapsed = now.saturating_duration_since(self.filled_at).as_secs_f64();
+        self.left = (self.left + elapsed * per_second).min(per_second);
+        self.filled_at = now;
+    }
+
+    fn spend(&mut self, amount: u64) {
+        if self.per_second.is_some() {
+            self.left -= amount as f64;
+        }
+    }
+
+    fn left(&self) -> bool {
+        self.per_second.is_none() || self.left > 0.0
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let per_second = self.per_second.filter(|_| !self.left())?;
+        Some(self.filled_at + Duration::from_secs_f64(-self.left / per_second) + Duration::from_millis(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytesize::ByteSize;
+
+    use super::*;
+
+    #[test]
+    fn over_time_no_more_is_sent_than_allowed() {
+        let start = Instant::now();
+        let config = PaceConfig {
+            bytes_per_second_max: ByteSize::b(10_000),
+            events_per_second_max: 1_000_000,
+            windows: Vec::new(),
+        };
+        let mut pace = Pace::new(&config, start);
+        let (mut now, mut sent) = (start, 0);
+        while now < start + Duration::from_secs(60) {
+            pace.tick(now);
+            while pace.may_send() {
+                pace.spent(10, 3_000);
+                sent += 3_000;
+            }
+            let due = pace.due(now).expect("the budget is used up");
+            assert!(due > now && due <= now + Duration::from_secs(1), "{:?}", due - now);
+            now = due;
+        }
+        // A minute, the second that was saved up, and the last record.
+        assert!((600_000..=613_000).contains(&sent), "{sent}");
+    }
+
+    #[test]
+    fn without_limits_nothing_is_held_back() {
+        let now = Instant::now();
+        let mut pace = Pace::new(&PaceConfig::default(), now);
+        pace.spent(1 << 40, 1 << 50);
+        pace.tick(now);
+        assert!(pace.may_send() && pace.due(now).is_none());
+    }
+}
