@@ -12,7 +12,9 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
-use crate::admin::{self, Admin, Backlog, BatchLine, Connections, ParkedEvents, ParkedReadError, Phase, StatusSource};
+use crate::admin::{
+    self, Admin, Backlog, BatchLine, Connections, Limits, ParkedEvents, ParkedReadError, Phase, StatusSource,
+};
 use crate::config::Config;
 use crate::forward::{ForwardError, Forwarder, ParkedStore, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
@@ -94,6 +96,7 @@ struct Stages {
     forwarder: Forwarder,
     /// There are brokers.
     forwards: bool,
+    limits: Limits,
     topics: Topics,
 }
 
@@ -115,8 +118,13 @@ impl App {
         let ingest = Ingest::new(&config.ingest, wal.clone(), metrics.clone());
         let phase = AtomicU8::new(Phase::Starting as u8);
         let forwards = !config.forward.brokers.is_empty();
+        metrics.forward.enabled.set(f64::from(u8::from(forwards)));
+        let limits = Limits {
+            connections_max: config.ingest.connections_max as u64,
+            free_bytes_min: config.wal.free_bytes_min.as_u64(),
+        };
         let topics = Topics::new(&config.forward.topic);
-        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, topics });
+        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, limits, topics });
 
         let stopped = CancellationToken::new();
         let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
@@ -252,6 +260,10 @@ impl StatusSource for Stages {
     fn connections(&self) -> Connections {
         let [websocket, rest, grpc] = Protocol::ALL.map(|protocol| self.ingest.connections(protocol));
         Connections { websocket, rest, grpc }
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
     }
 
     fn wal(&self) -> Option<WalStatus> {

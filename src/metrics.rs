@@ -10,6 +10,7 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use crate::batch::now_ms;
 use crate::forward::{DropReason, FailureReason, ParkReason};
 use crate::ingest::{CloseReason, Protocol, RejectReason};
 
@@ -26,6 +27,8 @@ pub struct Metrics {
     recorder: PrometheusRecorder,
     /// One set a protocol: WebSocket, REST, gRPC.
     ingest: [IngestMetrics; 3],
+    /// `ingest.connections_max`
+    pub connections_limit: Gauge,
     /// The log.
     pub wal: WalMetrics,
     /// The forwarder.
@@ -78,6 +81,8 @@ pub struct WalMetrics {
     pub disk_limit_bytes: Gauge,
     /// Free on the file system.
     pub free_bytes: Gauge,
+    /// Disk that the log may still take, by both limits.
+    pub headroom_bytes: Gauge,
     /// 1 while batches are refused for space.
     pub full: Gauge,
     /// Segments on disk, spares included.
@@ -88,6 +93,8 @@ pub struct WalMetrics {
 
 /// `ringtail_forward_*`
 pub struct ForwardMetrics {
+    /// 1 if there are brokers to forward to, 0 if batches are only collected.
+    pub enabled: Gauge,
     /// 1 while at least one broker is up.
     pub connected: Gauge,
     /// Events acked by Kafka, counted once each.
@@ -121,12 +128,15 @@ impl Metrics {
             })
             .expect("the buckets are not empty")
             .build_recorder();
-        let (ingest, wal, forward) = metrics::with_local_recorder(&recorder, || {
+        let (ingest, connections_limit, wal, forward) = metrics::with_local_recorder(&recorder, || {
             describe();
             gauge!("ringtail_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-            (Protocol::ALL.map(IngestMetrics::new), WalMetrics::new(), ForwardMetrics::new())
+            // Must not change while the process lives: each change is taken for a restart.
+            gauge!("process_start_time_seconds").set(now_ms() as f64 / 1000.0);
+            let connections_limit = gauge!("ringtail_ingest_connections_limit");
+            (Protocol::ALL.map(IngestMetrics::new), connections_limit, WalMetrics::new(), ForwardMetrics::new())
         });
-        Arc::new(Metrics { recorder, ingest, wal, forward })
+        Arc::new(Metrics { recorder, ingest, connections_limit, wal, forward })
     }
 
     /// The metrics of one protocol.
@@ -200,6 +210,7 @@ impl WalMetrics {
             disk_bytes: gauge!("ringtail_wal_disk_bytes"),
             disk_limit_bytes: gauge!("ringtail_wal_disk_limit_bytes"),
             free_bytes: gauge!("ringtail_wal_free_bytes"),
+            headroom_bytes: gauge!("ringtail_wal_headroom_bytes"),
             full: gauge!("ringtail_wal_full"),
             segments: gauge!("ringtail_wal_segments"),
             quarantined_segments: gauge!("ringtail_wal_quarantined_segments"),
@@ -210,6 +221,7 @@ impl WalMetrics {
 impl ForwardMetrics {
     fn new() -> ForwardMetrics {
         ForwardMetrics {
+            enabled: gauge!("ringtail_forward_enabled"),
             connected: gauge!("ringtail_forward_connected"),
             delivered_events: counter!("ringtail_forward_delivered_events_total"),
             delivered_bytes: counter!("ringtail_forward_delivered_bytes_total"),
@@ -248,7 +260,9 @@ fn find<R: PartialEq + Copy>(counters: &[(R, Counter)], reason: R) -> &Counter {
 
 fn describe() {
     describe_gauge!("ringtail_build_info", "Always 1; the version is a label.");
+    describe_gauge!("process_start_time_seconds", "When the process began, in seconds since the Unix epoch.");
     describe_gauge!("ringtail_ingest_connections", "Open client connections.");
+    describe_gauge!("ringtail_ingest_connections_limit", "Most WebSocket connections that may be open.");
     describe_counter!("ringtail_ingest_connections_opened_total", "Client connections accepted.");
     describe_counter!("ringtail_ingest_connections_closed_total", "Client connections closed, by reason.");
     describe_counter!("ringtail_ingest_received_batches_total", "Decoded requests, before admission.");
@@ -275,9 +289,14 @@ fn describe() {
     describe_gauge!("ringtail_wal_disk_bytes", "Disk space used by the log.");
     describe_gauge!("ringtail_wal_disk_limit_bytes", "Most disk space that the log may use.");
     describe_gauge!("ringtail_wal_free_bytes", "Free space of the log's file system.");
+    describe_gauge!("ringtail_wal_headroom_bytes", "Disk space that the log may still take before it is full.");
     describe_gauge!("ringtail_wal_full", "1 while batches are refused for lack of space.");
     describe_gauge!("ringtail_wal_segments", "Segments on disk, prepared spares included.");
     describe_gauge!("ringtail_wal_quarantined_segments", "Damaged segments set aside.");
+    describe_gauge!(
+        "ringtail_forward_enabled",
+        "1 if there are brokers to forward to, 0 if batches are only collected."
+    );
     describe_gauge!("ringtail_forward_connected", "1 while at least one Kafka broker is up.");
     describe_counter!("ringtail_forward_delivered_events_total", "Events acked by Kafka.");
     describe_counter!("ringtail_forward_delivered_bytes_total", "Payload bytes acked by Kafka.");

@@ -28,7 +28,7 @@ use crate::metrics::Metrics;
 use crate::wal::WalStatus;
 pub use backlog::{Backlog, BatchLine, EventLine, PeekFilter};
 pub use parked::{ParkedEvents, ParkedFilter, ParkedReadError};
-pub use status::{Connections, NotReady, ParkedCount, Phase, Status};
+pub use status::{Connections, Limits, NotReady, ParkedCount, Phase, Status};
 
 /// How often histograms are folded into their buckets, so that samples do not pile up between scrapes.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -40,6 +40,9 @@ pub trait StatusSource: Send + Sync + 'static {
 
     /// Open client connections.
     fn connections(&self) -> Connections;
+
+    /// What the configuration allows.
+    fn limits(&self) -> Limits;
 
     /// The log; none while it is being opened.
     fn wal(&self) -> Option<WalStatus>;

@@ -63,6 +63,23 @@ pub struct Connections {
     pub grpc: u64,
 }
 
+/// What the configuration allows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// `ingest.connections_max`
+    pub connections_max: u64,
+    /// `wal.free_bytes_min`
+    pub free_bytes_min: u64,
+}
+
+impl Limits {
+    /// Disk that the log may still take before it is full. What prepared segments have reserved counts as taken.
+    pub fn headroom_bytes(&self, wal: &WalStatus) -> u64 {
+        let of_budget = wal.disk_limit_bytes.saturating_sub(wal.disk_bytes);
+        of_budget.min(wal.free_bytes.saturating_sub(self.free_bytes_min))
+    }
+}
+
 /// The answer of `/status`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Status {
@@ -82,6 +99,8 @@ pub struct Status {
     pub live: bool,
     /// Open client connections.
     pub connections: Connections,
+    /// What the configuration allows.
+    pub limits: Limits,
     /// The log; none while it is being opened.
     pub wal: Option<WalStatus>,
     /// The forwarder, last error included; `null` when it does not run.
@@ -111,6 +130,7 @@ impl Admin {
             not_ready_reason: reason,
             live: not_live(source).is_none(),
             connections: source.connections(),
+            limits: source.limits(),
             wal,
             forward: source.forward(),
             parked: ParkedCount { events: source.parked_count() },
@@ -138,7 +158,7 @@ pub(super) async fn livez(State(admin): State<Admin>) -> Response {
 
 pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
     if let Some(wal) = admin.source.wal() {
-        record(&wal, &admin.metrics.wal);
+        record(&wal, &admin.source.limits(), &admin.metrics.wal);
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.handle().render()).into_response()
 }
@@ -168,7 +188,7 @@ pub(super) fn not_live(source: &dyn StatusSource) -> Option<&'static str> {
 }
 
 /// Sets the gauges that describe the log's state.
-fn record(wal: &WalStatus, metrics: &WalMetrics) {
+fn record(wal: &WalStatus, limits: &Limits, metrics: &WalMetrics) {
     let oldest_age_ms = wal.oldest_pending_received_at_ms.map_or(0, |received| now_ms().saturating_sub(received));
     metrics.pending_batches.set(wal.pending_batches as f64);
     metrics.pending_events.set(wal.pending_events as f64);
@@ -177,6 +197,7 @@ fn record(wal: &WalStatus, metrics: &WalMetrics) {
     metrics.disk_bytes.set(wal.disk_bytes as f64);
     metrics.disk_limit_bytes.set(wal.disk_limit_bytes as f64);
     metrics.free_bytes.set(wal.free_bytes as f64);
+    metrics.headroom_bytes.set(limits.headroom_bytes(wal) as f64);
     metrics.full.set(f64::from(u8::from(wal.full)));
     metrics.segments.set(wal.segments as f64);
     metrics.quarantined_segments.set(wal.quarantined_segments as f64);

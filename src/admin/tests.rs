@@ -23,6 +23,9 @@ impl StatusSource for Fake {
     fn connections(&self) -> Connections {
         Connections { websocket: 3, rest: 2, grpc: 1 }
     }
+    fn limits(&self) -> Limits {
+        Limits { connections_max: 100, free_bytes_min: 300 }
+    }
     fn wal(&self) -> Option<WalStatus> {
         self.wal.clone()
     }
@@ -114,6 +117,16 @@ async fn metrics_show_the_log_at_the_scrape() {
     assert_eq!(response.headers()[header::CONTENT_TYPE], "text/plain; version=0.0.4");
     assert!(text.contains("\nringtail_wal_pending_events 7\n"), "{text}");
     assert!(text.contains("\nringtail_wal_disk_limit_bytes 1000\n"), "{text}");
+    assert!(text.contains("\nringtail_wal_headroom_bytes 0\n"), "{text}");
+}
+
+#[test]
+fn the_headroom_is_what_both_limits_leave() {
+    let limits = Limits { connections_max: 1, free_bytes_min: 300 };
+    let headroom = |disk_bytes, free_bytes| {
+        limits.headroom_bytes(&WalStatus { disk_limit_bytes: 1000, disk_bytes, free_bytes, ..WalStatus::default() })
+    };
+    assert_eq!([headroom(400, 5000), headroom(400, 500), headroom(400, 200), headroom(1100, 5000)], [600, 200, 0, 0]);
 }
 
 #[tokio::test]
