@@ -13,10 +13,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
 use crate::admin::{
-    self, Admin, Backlog, BatchLine, Connections, Limits, ParkedEvents, ParkedReadError, Phase, StatusSource,
+    self, Admin, Backlog, BatchLine, Connections, Limits, ParkedEvents, ParkedReadError, ParkedReasons, Phase,
+    StatusSource,
 };
 use crate::config::Config;
-use crate::forward::{ForwardError, Forwarder, ParkedStore, Topics};
+use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::metrics::Metrics;
 use crate::shutdown;
@@ -128,8 +129,8 @@ impl App {
 
         let stopped = CancellationToken::new();
         let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
-        let endpoints = Admin::new(stages.clone(), metrics.clone());
-        tokio::spawn(admin::run_upkeep(metrics, stopped.clone()));
+        let endpoints = Admin::new(stages.clone(), metrics);
+        tokio::spawn(admin::run_upkeep(endpoints.clone(), stopped.clone()));
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
         tokio::spawn(async move { shutdown::feed_watchdog(|| watched.is_live()).await });
@@ -285,6 +286,15 @@ impl StatusSource for Stages {
 
     fn parked_events(&self, from_id: u64) -> ParkedEvents {
         parked_json(self.forwarder.parked(), from_id)
+    }
+
+    fn parked_reasons(&self, from_id: u64) -> ParkedReasons {
+        // One that is damaged is held all the same. A store that fails ends them.
+        Box::new(self.forwarder.parked().events(from_id).filter_map(|event| match event {
+            Ok(event) => Some((event.id, event.about.reason.as_str())),
+            Err(ParkedError::Damaged { id, .. }) => Some((id, "damaged")),
+            Err(_) => None,
+        }))
     }
 
     fn backlog(&self, payloads: bool) -> Backlog {

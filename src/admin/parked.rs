@@ -8,6 +8,9 @@ use crate::forward::ParkReason;
 /// Parked events, oldest first. An event that cannot be read is an error of its own and need not end them.
 pub type ParkedEvents = Box<dyn Iterator<Item = Result<Map<String, Value>, ParkedReadError>> + Send>;
 
+/// Ids and reasons of parked events, oldest first.
+pub type ParkedReasons = Box<dyn Iterator<Item = (u64, &'static str)> + Send>;
+
 /// A parked event cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("cannot read a parked event: {message}")]

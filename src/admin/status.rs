@@ -1,4 +1,7 @@
-//! `/metrics`, `/livez`, `/readyz` and `/status`.
+//! `/metrics`, `/livez`, `/readyz`, `/status` and `/history`.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 use axum::Json;
 use axum::extract::State;
@@ -6,9 +9,10 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
+use super::watch::{Observation, Rates, Sample, SeenError};
 use super::{Admin, StatusSource};
 use crate::batch::now_ms;
-use crate::metrics::WalMetrics;
+use crate::metrics::{Totals, WalMetrics};
 use crate::wal::WalStatus;
 
 /// A commit that takes longer makes the process not live, in milliseconds.
@@ -85,6 +89,10 @@ impl Limits {
 pub struct Status {
     /// Version of Ringtail.
     pub version: &'static str,
+    /// The host's name.
+    pub host: String,
+    /// The clock of this answer, milliseconds since the Unix epoch.
+    pub now_ms: u64,
     /// When the process began, milliseconds since the Unix epoch.
     pub started_at_ms: u64,
     /// Seconds since then.
@@ -107,13 +115,36 @@ pub struct Status {
     pub forward: serde_json::Value,
     /// The dead letters.
     pub parked: ParkedCount,
+    /// What happens a second, smoothed over some seconds.
+    pub(super) rates: Rates,
+    /// Sums since the start.
+    pub totals: Totals,
+    /// Where it leads if it goes on.
+    pub forecast: Forecast,
+    /// The last errors of the forwarder, newest first, each once.
+    pub(super) errors: Vec<SeenError>,
+    /// The last seconds, oldest first; more in `/history`.
+    pub(super) recent: Vec<Sample>,
 }
 
 /// The dead letters in `/status`.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct ParkedCount {
     /// Events held now.
     pub events: u64,
+    /// The same by reason, as last counted; none before they were.
+    pub by_reason: Option<BTreeMap<&'static str, u64>>,
+}
+
+/// Where it leads if it goes on.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Forecast {
+    /// Disk that the log may still take before it is full.
+    pub headroom_bytes: u64,
+    /// Seconds until that is used up; none while the backlog does not grow.
+    pub full_seconds: Option<f64>,
+    /// Seconds until the backlog is empty; none while it does not shrink.
+    pub drain_seconds: Option<f64>,
 }
 
 impl Admin {
@@ -121,8 +152,17 @@ impl Admin {
         let source = &*self.source;
         let wal = source.wal();
         let reason = not_ready(source.phase(), wal.as_ref());
+        let forward = source.forward();
+        let headroom_bytes = wal.as_ref().map_or(0, |wal| source.limits().headroom_bytes(wal));
+        let forecast = Forecast {
+            headroom_bytes,
+            full_seconds: self.watch.full_seconds(headroom_bytes),
+            drain_seconds: forward["drain_seconds"].as_f64(),
+        };
         Status {
             version: env!("CARGO_PKG_VERSION"),
+            host: host_name(),
+            now_ms: now_ms(),
             started_at_ms: self.started_at_ms,
             uptime_seconds: now_ms().saturating_sub(self.started_at_ms) / 1000,
             phase: source.phase(),
@@ -132,14 +172,44 @@ impl Admin {
             connections: source.connections(),
             limits: source.limits(),
             wal,
-            forward: source.forward(),
-            parked: ParkedCount { events: source.parked_count() },
+            forward,
+            parked: ParkedCount { events: source.parked_count(), by_reason: self.watch.parked_by_reason() },
+            rates: self.watch.rates(),
+            totals: self.metrics.totals(),
+            forecast,
+            errors: self.watch.errors(),
+            recent: self.watch.recent(),
         }
     }
+
+    /// Takes note of how things are now.
+    pub(super) fn observe(&self) {
+        let wal = self.source.wal().unwrap_or_default();
+        let observation = Observation {
+            at_ms: now_ms(),
+            totals: self.metrics.totals(),
+            pending_events: wal.pending_events,
+            pending_bytes: wal.pending_bytes,
+            forward: self.source.forward(),
+        };
+        self.watch.observe(Instant::now(), observation);
+    }
+}
+
+fn host_name() -> String {
+    let mut name = [0; 256];
+    // SAFETY: the buffer is as long as is said.
+    let result = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0).filter(|_| result == 0).unwrap_or(0);
+    String::from_utf8_lossy(&name[..end]).into_owned()
 }
 
 pub(super) async fn status(State(admin): State<Admin>) -> Response {
     ([(header::CACHE_CONTROL, "no-store")], Json(admin.status())).into_response()
+}
+
+pub(super) async fn history(State(admin): State<Admin>) -> Response {
+    ([(header::CACHE_CONTROL, "no-store")], Json(admin.watch.history())).into_response()
 }
 
 pub(super) async fn readyz(State(admin): State<Admin>) -> Response {
