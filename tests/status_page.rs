@@ -184,8 +184,10 @@ async fn assert_keyboard_and_names(page: &mut Page) {
         "/: in .*\\/s, out .*\\/s/.test(document.getElementById('rates-readout').innerText)",
     )
     .await;
+    page.photograph(&picture("cursor")).await;
     page.press("Escape").await;
     page.wait_for("the cursor to go", "document.getElementById('rates-readout').innerText === ''").await;
+    page.evaluate("document.activeElement.blur()").await;
     page.evaluate("document.getElementById('numbers').open = true").await;
     page.wait_for("the table", "document.querySelectorAll('#minutes tr').length > 0").await;
     page.evaluate("document.getElementById('numbers').open = false").await;

@@ -115,7 +115,7 @@ pub struct Status {
     pub forward: serde_json::Value,
     /// The dead letters.
     pub parked: ParkedCount,
-    /// What happens a second, smoothed over some seconds.
+    /// What happened a second, over the last five.
     pub(super) rates: Rates,
     /// Sums since the start.
     pub totals: Totals,
@@ -154,11 +154,9 @@ impl Admin {
         let reason = not_ready(source.phase(), wal.as_ref());
         let forward = source.forward();
         let headroom_bytes = wal.as_ref().map_or(0, |wal| source.limits().headroom_bytes(wal));
-        let forecast = Forecast {
-            headroom_bytes,
-            full_seconds: self.watch.full_seconds(headroom_bytes),
-            drain_seconds: forward["drain_seconds"].as_f64(),
-        };
+        let drain_seconds = forward["drain_seconds"].as_f64();
+        let full_seconds = self.watch.full_seconds(headroom_bytes).filter(|_| drain_seconds.is_none());
+        let forecast = Forecast { headroom_bytes, full_seconds, drain_seconds };
         Status {
             version: env!("CARGO_PKG_VERSION"),
             host: host_name(),

@@ -19,8 +19,8 @@ const RECENT_SAMPLES: usize = 10;
 const ERRORS_MAX: usize = 8;
 /// Bytes of an error's message that are kept.
 const MESSAGE_BYTES_MAX: usize = 600;
-/// Time constant of the rates.
-const RATE_SMOOTHING: Duration = Duration::from_secs(5);
+/// Looks that the rates go over: five seconds.
+const RATE_LOOKS: usize = 5;
 /// Time constant of the growth that says when the disk is full: a burst is no trend.
 const GROWTH_SMOOTHING: Duration = Duration::from_secs(60);
 /// Parked events are divided by reason at most so often...
@@ -52,7 +52,7 @@ pub(super) struct Sample {
     pub pending_events: u64,
 }
 
-/// What happens a second, smoothed over some seconds.
+/// What happened a second, over the last five.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub(super) struct Rates {
     pub received_events: f64,
@@ -60,7 +60,7 @@ pub(super) struct Rates {
     pub committed_events: f64,
     pub committed_bytes: f64,
     pub delivered_events: f64,
-    /// By how much the backlog grows; negative while it shrinks. Smoothed over a minute.
+    /// By how much the backlog grows; negative while it shrinks. Smoothed over the last minute or so.
     pub growth_bytes: f64,
 }
 
@@ -100,13 +100,21 @@ pub(super) struct Watch(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    last: Option<(Instant, Observation)>,
-    rates: Rates,
+    /// The last ones, oldest first.
+    looks: VecDeque<Look>,
+    growth_bytes: Option<f64>,
     samples: VecDeque<Sample>,
     errors: VecDeque<SeenError>,
     tally: Option<Tally>,
     /// When the next tally may begin.
     next_tally: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    at: Instant,
+    totals: Totals,
+    pending_bytes: u64,
 }
 
 /// The answer of `/history`.
@@ -120,23 +128,20 @@ impl Watch {
     pub fn observe(&self, now: Instant, observation: Observation) {
         let mut state = self.state();
         state.note_error(&observation.forward);
-        let Some((before, last)) = state.last.replace((now, observation.clone())) else { return };
-        let seconds = now.saturating_duration_since(before).as_secs_f64();
+        let look = Look { at: now, totals: observation.totals, pending_bytes: observation.pending_bytes };
+        let Some(last) = state.looks.back().copied() else { return state.looks.push_back(look) };
+        let seconds = now.saturating_duration_since(last.at).as_secs_f64();
         if seconds <= 0.0 {
             return;
         }
-        let first = state.samples.is_empty();
-        let (totals, past) = (observation.totals, last.totals);
-        let rate = |now: u64, before: u64| (now as f64 - before as f64) / seconds;
-        let now = Rates {
-            received_events: rate(totals.received_events, past.received_events),
-            rejected_batches: rate(totals.rejected_batches, past.rejected_batches),
-            committed_events: rate(totals.committed_events, past.committed_events),
-            committed_bytes: rate(totals.committed_bytes, past.committed_bytes),
-            delivered_events: rate(totals.delivered_events, past.delivered_events),
-            growth_bytes: rate(observation.pending_bytes, last.pending_bytes),
-        };
-        state.rates.follow(&now, seconds, first);
+        if state.looks.len() > RATE_LOOKS {
+            state.looks.pop_front();
+        }
+        state.looks.push_back(look);
+        let growth = (look.pending_bytes as f64 - last.pending_bytes as f64) / seconds;
+        let weight = 1.0 - (-seconds / GROWTH_SMOOTHING.as_secs_f64()).exp();
+        state.growth_bytes = Some(state.growth_bytes.map_or(growth, |before| before + weight * (growth - before)));
+        let now = look.rates_since(&last);
         if state.samples.len() == SAMPLES_MAX {
             state.samples.pop_front();
         }
@@ -149,14 +154,18 @@ impl Watch {
     }
 
     pub fn rates(&self) -> Rates {
-        let rates = self.state().rates;
+        let state = self.state();
+        let rates = match (state.looks.front(), state.looks.back()) {
+            (Some(first), Some(last)) if first.at < last.at => last.rates_since(first),
+            _ => Rates::default(),
+        };
         Rates {
             received_events: rounded(rates.received_events),
             rejected_batches: rounded(rates.rejected_batches),
             committed_events: rounded(rates.committed_events),
             committed_bytes: rounded(rates.committed_bytes),
             delivered_events: rounded(rates.delivered_events),
-            growth_bytes: rounded(rates.growth_bytes),
+            growth_bytes: rounded(state.growth_bytes.unwrap_or_default()),
         }
     }
 
@@ -232,17 +241,20 @@ impl State {
     }
 }
 
-impl Rates {
-    fn follow(&mut self, now: &Rates, seconds: f64, first: bool) {
-        let weight = |constant: Duration| if first { 1.0 } else { 1.0 - (-seconds / constant.as_secs_f64()).exp() };
-        let (rate, growth) = (weight(RATE_SMOOTHING), weight(GROWTH_SMOOTHING));
-        let follow = |value: &mut f64, now: f64, weight: f64| *value += weight * (now - *value);
-        follow(&mut self.received_events, now.received_events, rate);
-        follow(&mut self.rejected_batches, now.rejected_batches, rate);
-        follow(&mut self.committed_events, now.committed_events, rate);
-        follow(&mut self.committed_bytes, now.committed_bytes, rate);
-        follow(&mut self.delivered_events, now.delivered_events, rate);
-        follow(&mut self.growth_bytes, now.growth_bytes, growth);
+impl Look {
+    /// Without the growth, which is smoothed.
+    fn rates_since(&self, before: &Look) -> Rates {
+        let seconds = self.at.saturating_duration_since(before.at).as_secs_f64();
+        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
+        let (now, past) = (&self.totals, &before.totals);
+        Rates {
+            received_events: rate(now.received_events, past.received_events),
+            rejected_batches: rate(now.rejected_batches, past.rejected_batches),
+            committed_events: rate(now.committed_events, past.committed_events),
+            committed_bytes: rate(now.committed_bytes, past.committed_bytes),
+            delivered_events: rate(now.delivered_events, past.delivered_events),
+            growth_bytes: 0.0,
+        }
     }
 }
 
@@ -252,7 +264,8 @@ fn rounded(value: f64) -> f64 {
 }
 
 fn shortened(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MESSAGE_BYTES_MAX)]
+    let end = (0..=MESSAGE_BYTES_MAX.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
 }
 
 /// What librdkafka adds in brackets differs from time to time: how long it took, how often it happened.
@@ -295,7 +308,9 @@ mod tests {
         assert_eq!(watch.full_seconds(1000), None);
         let newest = Sample { at_ms: 1000, committed_events: 50.0, delivered_events: 50.0, pending_events: 0 };
         assert_eq!(watch.recent(), [newest]);
-        for second in 2..1000 {
+        look(&watch, start, 2, 50, 50);
+        assert_eq!(watch.rates().committed_events, 25.0);
+        for second in 3..1000 {
             look(&watch, start, second, second * 50, 50);
         }
         assert_eq!((watch.rates().committed_bytes, watch.rates().delivered_events), (5000.0, 0.0));

@@ -65,12 +65,13 @@ function bytes(value) {
 
 function duration(seconds) {
   if (!isNumber(seconds)) return "–";
-  if (seconds < 1) return "under 1 s";
-  if (seconds < 60 || (seconds < 90 && seconds % 60 !== 0)) return Math.round(seconds) + " s";
+  // Number and unit stay on one line.
   const minutes = Math.round(seconds / 60);
-  if (minutes < 90) return minutes + " min";
-  if (seconds < 2 * DAY) return Math.floor(minutes / 60) + " h " + (minutes % 60) + " min";
-  if (seconds < 365 * DAY) return Math.round(seconds / DAY) + " days";
+  if (seconds < 1) return "under 1\u00a0s";
+  if (seconds < 60 || (seconds < 90 && seconds % 60 !== 0)) return Math.round(seconds) + "\u00a0s";
+  if (minutes < 90) return minutes + "\u00a0min";
+  if (seconds < 2 * DAY) return Math.floor(minutes / 60) + "\u00a0h " + (minutes % 60) + "\u00a0min";
+  if (seconds < 365 * DAY) return Math.round(seconds / DAY) + "\u00a0days";
   return "over a year";
 }
 
@@ -79,6 +80,11 @@ function clock(ms) {
 }
 
 // ---- what it means ----
+
+// A service that has just started is not yet cut off.
+function isConnecting({ forward, uptime_seconds }) {
+  return Boolean(forward) && !forward.connected && uptime_seconds < 6;
+}
 
 // The one sentence: state of the lamp, headline, explanation.
 function judge(status) {
@@ -96,11 +102,11 @@ function judge(status) {
       "events, or the log is given more disk."];
   }
   if (!forward) return ["ok", "Collecting only", "No brokers are configured: " + plural(pending, "event is", "events are") + " kept on disk. " + full];
-  if (!forward.connected && status.uptime_seconds < 6) return ["wait", "Connecting to Kafka", "Events are accepted meanwhile."];
+  if (isConnecting(status)) return ["wait", "Connecting to Kafka", "Events are accepted meanwhile."];
   if (!forward.connected) {
     const since = forward.disconnected_since_ms ? " for " + duration((status.now_ms - forward.disconnected_since_ms) / 1000) : "";
     return ["warn", "Kafka is unreachable" + since, "Events are accepted and kept on disk; nothing is lost. " + full +
-      " Once Kafka is back, they are delivered by themselves."];
+      " Once Kafka is back, delivery goes on by itself."];
   }
   if (pending > 0 && waited > 5 && isNumber(forecast.drain_seconds)) {
     return ["busy", "Catching up: drained in about " + duration(forecast.drain_seconds), plural(pending, "event waits", "events wait") +
@@ -116,7 +122,7 @@ function judge(status) {
   }
   if (status.parked.events > 0) {
     return ["warn", plural(status.parked.events, "event is", "events are") + " parked", "Kafka can never take them as they are; " +
-      "the rest flows. See below, and: ringtail parked list."];
+      "the rest flows. More below."];
   }
   return ["ok", "All is well", "What comes in goes out to Kafka."];
 }
@@ -146,15 +152,17 @@ function showPath(status) {
 
   const connected = Boolean(forward && forward.connected);
   show("rate-out", forward ? rate(rates.delivered_events) : "–");
-  mark("pipe-out", "flow", forward && !connected ? "blocked" : rates.delivered_events >= 0.1 ? "flows" : "idle");
-  show("note-out", !forward ? "no brokers configured" : connected ? "in order, until acked" : "waits on disk");
-  mark("kafka", "state", forward && !connected ? "warn" : "ok");
-  show("connected", !forward ? "Not configured" : connected ? "Connected" : "Unreachable");
+  const cut = Boolean(forward) && !connected && !isConnecting(status);
+  mark("pipe-out", "flow", cut ? "blocked" : rates.delivered_events >= 0.1 ? "flows" : "idle");
+  show("note-out", !forward ? "no brokers configured" : cut ? "waits on disk" : "in order, until acked");
+  mark("kafka", "state", cut ? "warn" : "ok");
+  show("connected", !forward ? "Not configured" : connected ? "Connected" : cut ? "Unreachable" : "Connecting");
   show("brokers", forward ? count(connected ? forward.brokers : 0) : "–");
   const inFlight = forward ? plural(forward.in_flight_events, "event", "events") : "–";
   show("in-flight", inFlight + (forward && forward.held_topics > 0 ? ", " + plural(forward.held_topics, "topic", "topics") + " refused" : ""));
-  const empty = wal && wal.pending_events === 0;
-  show("drain", empty ? "nothing waits" : isNumber(forecast.drain_seconds) ? duration(forecast.drain_seconds) : "not shrinking");
+  const oldest = wal && wal.oldest_pending_received_at_ms;
+  const flowing = connected && oldest && status.now_ms - oldest < 2000;
+  show("drain", !oldest ? "nothing waits" : flowing ? "at once" : isNumber(forecast.drain_seconds) ? duration(forecast.drain_seconds) : "not shrinking");
   show("delivered", forward ? count(status.totals.delivered_events) : "–");
 }
 
@@ -189,9 +197,10 @@ function element(name, text, className) {
 
 function showParked(parked) {
   const some = parked.events > 0;
-  show("parked-summary", some ? plural(parked.events, "event", "events") + " that Kafka can never take, kept on disk. To look at them: ringtail parked list."
+  show("parked-summary", some ? plural(parked.events, "event", "events") + " that Kafka can never take, kept on disk with the reason."
     : "None. Kafka took everything that it was given.");
   const reasons = Object.entries(parked.by_reason || {}).sort((a, b) => b[1] - a[1]);
+  byId("parked-hint").hidden = !some;
   byId("parked-table").hidden = !some || reasons.length === 0;
   byId("parked").replaceChildren(...reasons.map(([reason, events]) => {
     const [title, meaning] = Object.hasOwn(REASONS, reason) ? REASONS[reason] : [reason, ""];
@@ -315,7 +324,7 @@ class Chart {
   }
 
   key(event) {
-    const steps = { ArrowLeft: -10, ArrowRight: 10, Home: -Infinity, End: Infinity };
+    const steps = { ArrowLeft: -5, ArrowRight: 5, Home: -Infinity, End: Infinity };
     if (event.key === "Escape") return this.moveTo(null);
     if (!(event.key in steps) || samples.length === 0) return;
     event.preventDefault();
@@ -363,7 +372,7 @@ function showCharts() {
   const most = (of) => Math.max(...samples.map(of));
   show("rates-summary", "Now " + rate(last.committed_events) + " in and " + rate(last.delivered_events) + " out; at most " +
     rate(most((sample) => sample.committed_events)) + " in and " + rate(most((sample) => sample.delivered_events)) + " out.");
-  const before = samples[Math.max(0, samples.length - 31)];
+  const before = samples[Math.max(0, samples.length - 11)];
   const change = last.pending_events - before.pending_events;
   const trend = change > 0 ? "growing" : change < 0 ? "shrinking" : "steady";
   show("backlog-summary", "Now " + plural(last.pending_events, "event", "events") + ", " + trend + "; at most " + count(most((sample) => sample.pending_events)) + ".");
