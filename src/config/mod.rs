@@ -7,14 +7,16 @@
 mod keys;
 mod load;
 mod property;
+mod raccoon;
 mod show;
 mod size;
 #[cfg(test)]
 mod tests;
 mod validate;
 
-pub use load::{ConfigError, DEFAULT_FILE, Loaded, Override, Problem, Source};
+pub use load::{ConfigError, DEFAULT_FILE, Files, Loaded, Override, Problem, Source};
 pub use property::KafkaProperty;
+pub use raccoon::{RaccoonEnv, RaccoonSetting, Taken};
 pub use show::{Setting, TEMPLATE};
 pub use validate::Violation;
 
