@@ -11,6 +11,7 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+const TOPIC: &str = "raccoon-page";
 
 /// The binary, without the configuration of whoever runs the tests.
 fn ringtail() -> Command {
@@ -95,21 +96,10 @@ fn what_is_refused_keeps_the_service_from_starting() {
     }
 }
 
-#[test]
-fn the_service_takes_the_place_of_a_raccoon() {
-    let cluster = MockCluster::new(1).unwrap();
-    cluster.create_topic("raccoon-page", 1, 1).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let brokers = cluster.bootstrap_servers();
-    let file = write(
-        directory.path(),
-        &format!(
-            "SERVER_WEBSOCKET_CONN_ID_HEADER=X-Device\nPUBLISHER_KAFKA_CLIENT_BOOTSTRAP_SERVERS=\"{brokers}\"\n\
-             EVENT_DISTRIBUTION_PUBLISHER_PATTERN=raccoon-%s\nPUBLISHER_KAFKA_CLIENT_ACKS=1\n"
-        ),
-    );
+/// `ringtail serve --raccoon-env`, on free ports and a log in `directory`. Gives back what it logged, too.
+fn serve(directory: &Path, file: &str) -> (Serving, SocketAddr, String) {
     let mut command = ringtail();
-    command.args(["serve", "--raccoon-env", &file]).env("RINGTAIL_WAL__DIRECTORY", directory.path().join("wal"));
+    command.args(["serve", "--raccoon-env", file]).env("RINGTAIL_WAL__DIRECTORY", directory.join("wal"));
     for key in ["INGEST__HTTP__LISTEN", "INGEST__GRPC__LISTEN", "ADMIN__LISTEN"] {
         command.env(format!("RINGTAIL_{key}"), "127.0.0.1:0");
     }
@@ -117,17 +107,21 @@ fn the_service_takes_the_place_of_a_raccoon() {
     let mut serving = Serving(command.spawn().unwrap());
     let mut log = BufReader::new(serving.0.stderr.take().unwrap()).lines();
     let mut said = String::new();
-    let http: SocketAddr = loop {
+    let http = loop {
         let line = log.next().expect("it becomes ready").unwrap();
         said += &line;
         if let Some((_, rest)) = line.split_once(" ready http=") {
             break rest.split(' ').next().unwrap().parse().unwrap();
         }
     };
-    assert!(said.contains("raccoon settings taken over") && said.contains("without_effect=1"), "{said}");
-    assert!(said.contains("setting=\"PUBLISHER_KAFKA_CLIENT_ACKS\""), "{said}");
+    // What it says later must not fill the pipe.
+    std::thread::spawn(move || log.for_each(drop));
+    (serving, http, said)
+}
 
-    let body = r#"{"req_guid":"1","events":[{"type":"page","event_bytes":"aGVsbG8="}]}"#;
+/// Sends one event over REST as `d-1`, which must be acked.
+fn post(http: SocketAddr, req_guid: &str) {
+    let body = format!(r#"{{"req_guid":"{req_guid}","events":[{{"type":"page","event_bytes":"aGVsbG8="}}]}}"#);
     let mut stream = TcpStream::connect(http).unwrap();
     write!(
         stream,
@@ -139,22 +133,58 @@ fn the_service_takes_the_place_of_a_raccoon() {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
 
+/// Waits for the event at `offset` of the topic: its key and value.
+fn event(brokers: &str, offset: i64) -> (Option<Vec<u8>>, Option<Vec<u8>>) {
     let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", &brokers)
+        .set("bootstrap.servers", brokers)
         .set("group.id", "test")
         .set("enable.auto.commit", "false")
         .create()
         .unwrap();
     let mut assignment = TopicPartitionList::new();
-    assignment.add_partition_offset("raccoon-page", 0, Offset::Beginning).unwrap();
+    assignment.add_partition_offset(TOPIC, 0, Offset::Offset(offset)).unwrap();
     consumer.assign(&assignment).unwrap();
     let deadline = Instant::now() + PATIENCE;
-    let message = loop {
+    loop {
         assert!(Instant::now() < deadline, "the event does not arrive");
         if let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) {
-            break message.detach();
+            return (message.key().map(<[u8]>::to_vec), message.payload().map(<[u8]>::to_vec));
         }
-    };
-    assert_eq!((message.key(), message.payload()), (Some(&b"d-1"[..]), Some(&b"hello"[..])));
+    }
+}
+
+#[test]
+fn the_service_takes_the_place_of_a_raccoon_and_leaves_it_again() {
+    const BROKER: i32 = 1;
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic(TOPIC, 1, 1).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let brokers = cluster.bootstrap_servers();
+    let file = write(
+        directory.path(),
+        &format!(
+            "SERVER_WEBSOCKET_CONN_ID_HEADER=X-Device\nPUBLISHER_KAFKA_CLIENT_BOOTSTRAP_SERVERS=\"{brokers}\"\n\
+             EVENT_DISTRIBUTION_PUBLISHER_PATTERN=raccoon-%s\nPUBLISHER_KAFKA_CLIENT_ACKS=1\n\
+             PUBLISHER_KAFKA_FLUSH_INTERVAL_MS=200\n"
+        ),
+    );
+    let (mut serving, http, said) = serve(directory.path(), &file);
+    assert!(said.contains("raccoon settings taken over") && said.contains("without_effect=1"), "{said}");
+    assert!(said.contains("setting=\"PUBLISHER_KAFKA_CLIENT_ACKS\""), "{said}");
+    post(http, "1");
+    assert_eq!(event(&brokers, 0), (Some(b"d-1".to_vec()), Some(b"hello".to_vec())));
+
+    // Back to the Raccoon, with a batch left in the log.
+    cluster.broker_down(BROKER).unwrap();
+    post(http, "2");
+    // SAFETY: kill has no preconditions; the child has not been waited for, so the id is its own.
+    assert_eq!(unsafe { libc::kill(serving.0.id() as libc::pid_t, libc::SIGTERM) }, 0);
+    assert!(serving.0.wait().unwrap().success());
+    cluster.broker_up(BROKER).unwrap();
+    let log = directory.path().join("wal");
+    let (code, _, said) = run(&["backlog", "drain", "--raccoon-env", &file, "--directory", log.to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(event(&brokers, 1), (Some(b"d-1".to_vec()), Some(b"hello".to_vec())));
 }

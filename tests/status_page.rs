@@ -129,6 +129,87 @@ async fn the_page_tells_of_an_outage_and_shows_nothing_but_text() {
     photograph(&mut page, "gone").await;
 }
 
+/// What the page makes of every state that a service can be in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_state_has_its_sentence() {
+    let mut service = Service::start("127.0.0.1:1", "");
+    let chromium = Chromium::start().await;
+    let mut page = chromium.open().await;
+    page.go(&format!("http://127.0.0.1:{}/", service.ports().admin)).await;
+    page.wait_for("the first answer", "life !== null").await;
+    page.evaluate(
+        "(async () => {
+            clearTimeout(timer);
+            window.base = await (await fetch('status')).json();
+            base.uptime_seconds = 1000;
+            Object.assign(base.forward, { connected: true, brokers: 1, disconnected_since_ms: null });
+            window.show_state = (change) => {
+              const status = structuredClone(base);
+              change(status, status.wal, status.forward, status.forecast);
+              showBanner(judge(status), status.host);
+              showPath(status);
+              showParked(status.parked);
+              const state = (id, name) => document.getElementById(id).dataset[name];
+              return [headline.innerText, state('banner', 'state'), state('pipe-in', 'flow'), state('pipe-out', 'flow')].join(' | ')
+                .replaceAll('\\u00a0', ' ');
+            };
+        })()",
+    )
+    .await;
+    let old =
+        "wal.pending_events = 9; wal.oldest_pending_received_at_ms = s.now_ms - 100000; forecast.drain_seconds = null;";
+    let cases = [
+        ("", "All is well | ok | idle | idle"),
+        ("s.rates.committed_events = 5; s.rates.delivered_events = 5", "All is well | ok | flows | flows"),
+        (
+            "forward.connected = false; forward.disconnected_since_ms = s.now_ms - 600000",
+            "Kafka is unreachable for 10 min | warn | idle | blocked",
+        ),
+        ("forward.connected = false; s.uptime_seconds = 3", "Connecting to Kafka | wait | idle | idle"),
+        ("s.forward = null", "Collecting only | ok | idle | idle"),
+        ("wal.full = true; s.ready = false", "The log is full: batches are refused | bad | blocked | idle"),
+        (
+            "wal.full = true; forward.connected = false",
+            "The log is full: batches are refused | bad | blocked | blocked",
+        ),
+        ("wal.failed = true", "The log has failed | bad | blocked | idle"),
+        ("s.live = false", "No progress | bad | idle | idle"),
+        ("s.phase = 'stopping'", "Stopping | wait | idle | idle"),
+        ("s.phase = 'starting'; s.wal = null", "Starting | wait | idle | idle"),
+        (
+            &format!("{old} forecast.drain_seconds = 7300"),
+            "Catching up: drained in about 2 h 2 min | busy | idle | idle",
+        ),
+        (&format!("{old} forecast.drain_seconds = 9e6"), "Kafka is reachable, but events wait | warn | idle | idle"),
+        (old, "Kafka is reachable, but events wait | warn | idle | idle"),
+        ("wal.quarantined_segments = 2", "2 damaged segments are set aside | warn | idle | idle"),
+        ("s.parked.events = 1", "1 event is parked | warn | idle | idle"),
+    ];
+    for (change, expected) in cases {
+        let shown = page.evaluate(&format!("show_state((s, wal, forward, forecast) => {{ {change} }})")).await;
+        assert_eq!(shown, expected, "{change}");
+    }
+    let full = "wal.full = true; wal.disk_bytes = wal.disk_limit_bytes; forecast.headroom_bytes = 0; s.totals.rejected_batches = 1234; \
+                s.rates.rejected_batches = 12.5; wal.quarantined_segments = 1; s.connections.websocket = 9800; \
+                wal.pending_events = 41234567; wal.pending_bytes = 8e9; wal.oldest_pending_received_at_ms = s.now_ms - 3e8; \
+                forward.connected = false; forward.disconnected_since_ms = s.now_ms - 3e8; \
+                s.parked = { events: 12345, by_reason: { too_large: 12000, unknown_topic: 345 } }";
+    page.evaluate(&format!("show_state((s, wal, forward, forecast) => {{ {full} }})")).await;
+    assert_eq!(page.text("disk").await, "8.0 GiB of 8.0 GiB");
+    assert_eq!(page.text("rejected").await, "1,234, 13/s");
+    photograph(&mut page, "full").await;
+
+    // Nobody who asked for stillness sees anything move.
+    let moving = "getComputedStyle(document.querySelector('#pipe-in .line')).animationName";
+    page.evaluate("show_state((s) => { s.rates.committed_events = 5 })").await;
+    assert_ne!(page.evaluate(moving).await, "none");
+    let still = serde_json::json!({"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]});
+    page.call("Emulation.setEmulatedMedia", still).await;
+    assert_eq!(page.evaluate(moving).await, "none");
+    assert_eq!(page.complaints(), [] as [&str; 0], "the page complained");
+    assert!(service.stop().success());
+}
+
 /// Every string that can come from outside, made of markup: the page is given a status in which each is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_a_status_says_is_shown_as_text() {

@@ -108,8 +108,9 @@ function judge(status) {
     return ["warn", "Kafka is unreachable" + since, "Events are accepted and kept on disk; nothing is lost. " + full +
       " Once Kafka is back, delivery goes on by itself."];
   }
-  if (pending > 0 && waited > 5 && isNumber(forecast.drain_seconds)) {
-    return ["busy", "Catching up: drained in about " + duration(forecast.drain_seconds), plural(pending, "event waits", "events wait") +
+  // What takes longer than days is no catching up.
+  if (pending > 0 && waited > 5 && isNumber(forecast.drain_seconds) && forecast.drain_seconds < 7 * DAY) {
+    return ["busy", "Catching up: drained in about " + duration(Math.max(1, forecast.drain_seconds)), plural(pending, "event waits", "events wait") +
       " on disk, and more goes out than comes in."];
   }
   if (pending > 0 && waited > 60) {
