@@ -11,7 +11,7 @@ mod service;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use chromium::{Chromium, Page};
+use chromium::{Chromium, EDGE_HOST, Page};
 use rdkafka::mocking::MockCluster;
 use ringtail::client::{RetryPolicy, Sender, new_req_guid};
 use ringtail::proto::{Event, SendEventRequest};
@@ -76,7 +76,7 @@ async fn the_page_tells_of_an_outage_and_shows_nothing_but_text() {
     // Idle, but for a few devices.
     let devices: Vec<_> =
         (0..5).map(|at| traffic(&service, &format!("device-{at}"), Duration::from_millis(250))).collect();
-    page.go(&format!("http://127.0.0.1:{}/", service.ports().admin)).await;
+    page.go(&format!("http://{EDGE_HOST}:{}/", service.ports().admin)).await;
     page.wait_for("all to be well", "headline.innerText === 'All is well'").await;
     page.wait_for("some seconds of charts", "samples.length > 8").await;
     assert_eq!(number(&mut page, "connections").await, 5);
@@ -135,7 +135,7 @@ async fn each_state_has_its_sentence() {
     let mut service = Service::start("127.0.0.1:1", "");
     let chromium = Chromium::start().await;
     let mut page = chromium.open().await;
-    page.go(&format!("http://127.0.0.1:{}/", service.ports().admin)).await;
+    page.go(&format!("http://{EDGE_HOST}:{}/", service.ports().admin)).await;
     page.wait_for("the first answer", "life !== null").await;
     page.evaluate(
         "(async () => {
@@ -195,7 +195,7 @@ async fn each_state_has_its_sentence() {
                 forward.connected = false; forward.disconnected_since_ms = s.now_ms - 3e8; \
                 s.parked = { events: 12345, by_reason: { too_large: 12000, unknown_topic: 345 } }";
     page.evaluate(&format!("show_state((s, wal, forward, forecast) => {{ {full} }})")).await;
-    assert_eq!(page.text("disk").await, "8.0 GiB of 8.0 GiB");
+    assert_eq!(page.text("disk").await.replace('\u{a0}', " "), "8.0 GiB of 8.0 GiB");
     assert_eq!(page.text("rejected").await, "1,234, 13/s");
     photograph(&mut page, "full").await;
 
@@ -217,7 +217,7 @@ async fn whatever_a_status_says_is_shown_as_text() {
     service.wait_for("the error", PATIENCE, |service| service.status()["errors"][0].is_object());
     let chromium = Chromium::start().await;
     let mut page = chromium.open().await;
-    page.go(&format!("http://127.0.0.1:{}/", service.ports().admin)).await;
+    page.go(&format!("http://{EDGE_HOST}:{}/", service.ports().admin)).await;
     page.wait_for("the first answer", "life !== null").await;
     let show_hostile = format!(
         "(async () => {{

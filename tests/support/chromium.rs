@@ -15,6 +15,9 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// A host name that leads to loopback.
+pub const EDGE_HOST: &str = "edge-17.test";
+
 const POLL: Duration = Duration::from_millis(100);
 
 /// A running browser.
@@ -29,9 +32,12 @@ impl Chromium {
         let directory = tempfile::Builder::new().prefix("ringtail-chromium-").tempdir().unwrap();
         let flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update \
                      --disable-sync --no-first-run --hide-scrollbars --remote-debugging-port=0";
+        // A name as it has on a network: what browsers allow to loopback alone must not be needed.
+        let names = format!("--host-resolver-rules=MAP {EDGE_HOST} 127.0.0.1");
         let child = Command::new("chromium")
             .args(flags.split_whitespace())
             .arg(format!("--user-data-dir={}", directory.path().display()))
+            .arg(names)
             .arg("about:blank")
             .stdin(Stdio::null())
             .stdout(Stdio::null())

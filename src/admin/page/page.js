@@ -60,7 +60,7 @@ function bytes(value) {
     value /= 1024;
     unit += 1;
   }
-  return (unit === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)) + " " + units[unit];
+  return (unit === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)) + "\u00a0" + units[unit];
 }
 
 function duration(seconds) {
@@ -441,7 +441,7 @@ async function refresh() {
   delete document.body.dataset.stale;
   host = status.host;
   show("host", host);
-  show("about", "Ringtail " + status.version + ", up for " + duration(status.uptime_seconds));
+  show("about", "Ringtail " + status.version + ", up for " + duration(Math.max(1, status.uptime_seconds)));
   showBanner(judge(status), host);
   takeSamples(status.recent);
   showPath(status);
