@@ -198,6 +198,25 @@ fn an_outage_fires_with_the_time_that_is_left_and_resolves() {
     assert!(service.stop().success());
 }
 
+#[test]
+fn a_restart_loop_and_a_dead_service_fire() {
+    let mut service = Service::start("127.0.0.1:1", "");
+    let prometheus = Prometheus::start(&format!("127.0.0.1:{}", service.ports().admin), &impatient(RULES));
+    let starts = || prometheus.query("process_start_time_seconds");
+    let mut seen = wait_for("the first scrape", starts);
+    for start in 1..=4 {
+        assert_eq!(prometheus.firing("RingtailRestartLoop"), None, "after {start} starts");
+        service.kill();
+        service.restart();
+        seen = wait_for("the new process", || starts().filter(|started| *started != seen));
+    }
+    let firing = wait_for("the alert of the loop", || prometheus.firing("RingtailRestartLoop"));
+    let summary = firing["annotations"]["summary"].as_str().unwrap();
+    assert!(summary.ends_with(": ringtail was started 4 times within 15 minutes"), "{summary}");
+    service.kill();
+    wait_for("the alert of the end", || prometheus.firing("RingtailDown"));
+}
+
 /// Every question of the dashboard is one that Prometheus takes, and those about a running service have an answer.
 fn assert_dashboard_is_answered(prometheus: &Prometheus) {
     let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
