@@ -11,7 +11,12 @@ use base64::prelude::BASE64_STANDARD;
 
 const PAGE: &str = include_str!("page/page.html");
 const STYLE: &str = include_str!("page/page.css");
-const SCRIPT: &str = include_str!("page/page.js");
+const SCRIPT: &str = concat!(
+    include_str!("page/words.js"),
+    include_str!("page/path.js"),
+    include_str!("page/charts.js"),
+    include_str!("page/page.js"),
+);
 
 /// The page.
 pub(super) async fn page() -> Response {

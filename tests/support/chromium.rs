@@ -1,6 +1,7 @@
 //! A headless Chromium for tests, driven by its own protocol: pages are opened, asked, photographed, and every complaint of
 //! theirs is kept. It needs Debian's package `chromium`, and ends with the test.
 
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,6 +16,8 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long its last helpers may keep its directory in use.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
 /// A host name that leads to loopback.
 pub const EDGE_HOST: &str = "edge-17.test";
 
@@ -39,6 +42,7 @@ impl Chromium {
             .arg(format!("--user-data-dir={}", directory.path().display()))
             .arg(names)
             .arg("about:blank")
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -76,9 +80,14 @@ impl Chromium {
 
 impl Drop for Chromium {
     fn drop(&mut self) {
-        // Its helpers end with it.
-        let _ = self.child.kill();
+        // Its helpers, which are in its process group, would go on writing to the directory for a while.
+        // SAFETY: kill has no preconditions; the child has not been waited for, so the group is its own.
+        unsafe { libc::kill(-(self.child.id() as libc::pid_t), libc::SIGKILL) };
         let _ = self.child.wait();
+        let deadline = Instant::now() + REMOVAL_PATIENCE;
+        while std::fs::remove_dir_all(self.directory.path()).is_err() && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
     }
 }
 
