@@ -154,8 +154,10 @@ impl Admin {
         let reason = not_ready(source.phase(), wal.as_ref());
         let forward = source.forward();
         let headroom_bytes = wal.as_ref().map_or(0, |wal| source.limits().headroom_bytes(wal));
-        let drain_seconds = forward["drain_seconds"].as_f64();
-        let full_seconds = self.watch.full_seconds(headroom_bytes).filter(|_| drain_seconds.is_none());
+        let drain_seconds = self.watch.drain_seconds();
+        // The forwarder's own estimate is slower: within a moment of rest it still knows that the backlog shrinks.
+        let shrinks = drain_seconds.is_some() || forward["drain_seconds"].is_number();
+        let full_seconds = self.watch.full_seconds(headroom_bytes).filter(|_| !shrinks);
         let forecast = Forecast { headroom_bytes, full_seconds, drain_seconds };
         Status {
             version: env!("CARGO_PKG_VERSION"),

@@ -114,6 +114,7 @@ struct State {
 struct Look {
     at: Instant,
     totals: Totals,
+    pending_events: u64,
     pending_bytes: u64,
 }
 
@@ -128,7 +129,8 @@ impl Watch {
     pub fn observe(&self, now: Instant, observation: Observation) {
         let mut state = self.state();
         state.note_error(&observation.forward);
-        let look = Look { at: now, totals: observation.totals, pending_bytes: observation.pending_bytes };
+        let Observation { totals, pending_events, pending_bytes, .. } = observation;
+        let look = Look { at: now, totals, pending_events, pending_bytes };
         let Some(last) = state.looks.back().copied() else { return state.looks.push_back(look) };
         let seconds = now.saturating_duration_since(last.at).as_secs_f64();
         if seconds <= 0.0 {
@@ -173,6 +175,18 @@ impl Watch {
     pub fn full_seconds(&self, headroom_bytes: u64) -> Option<f64> {
         let growth = self.rates().growth_bytes;
         (growth > 0.0).then(|| (headroom_bytes as f64 / growth).round())
+    }
+
+    /// Seconds until the backlog is empty, as it went in the last five; none while it does not shrink.
+    pub fn drain_seconds(&self) -> Option<f64> {
+        let state = self.state();
+        let (first, last) = (state.looks.front()?, state.looks.back()?);
+        if last.pending_events == 0 {
+            return Some(0.0);
+        }
+        let seconds = last.at.saturating_duration_since(first.at).as_secs_f64();
+        let shrunk = first.pending_events.checked_sub(last.pending_events).filter(|shrunk| *shrunk > 0)?;
+        Some((last.pending_events as f64 * seconds / shrunk as f64).ceil())
     }
 
     /// The last samples, oldest first.
@@ -318,6 +332,21 @@ mod tests {
         let samples = watch.history().samples;
         assert_eq!((samples.len(), samples[0].at_ms, samples[599].at_ms), (600, 400_000, 999_000));
         assert_eq!(watch.recent(), samples[590..]);
+    }
+
+    #[test]
+    fn a_backlog_that_shrinks_is_drained_at_some_time() {
+        let (watch, start) = (Watch::default(), Instant::now());
+        assert_eq!(watch.drain_seconds(), None);
+        look(&watch, start, 0, 0, 0);
+        assert_eq!(watch.drain_seconds(), Some(0.0));
+        look(&watch, start, 1, 1000, 0);
+        assert_eq!(watch.drain_seconds(), None);
+        for second in 2..10 {
+            look(&watch, start, second, 1000, (second - 1) * 100);
+        }
+        // 200 are left, and 100 go a second.
+        assert_eq!(watch.drain_seconds(), Some(2.0));
     }
 
     #[test]
