@@ -12,9 +12,9 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
-use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Phase, StatusSource};
+use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Limits, ParkedReasons, Phase, StatusSource};
 use crate::config::Config;
-use crate::forward::{ForwardError, Forwarder, ParkedStore, Requeue, Topics};
+use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore, Requeue, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::metrics::Metrics;
 use crate::shutdown;
@@ -94,6 +94,7 @@ struct Stages {
     forwarder: Forwarder,
     /// There are brokers.
     forwards: bool,
+    limits: Limits,
     topics: Topics,
 }
 
@@ -115,13 +116,18 @@ impl App {
         let ingest = Ingest::new(&config.ingest, wal.clone(), metrics.clone());
         let phase = AtomicU8::new(Phase::Starting as u8);
         let forwards = !config.forward.brokers.is_empty();
+        metrics.forward.enabled.set(f64::from(u8::from(forwards)));
+        let limits = Limits {
+            connections_max: config.ingest.connections_max as u64,
+            free_bytes_min: config.wal.free_bytes_min.as_u64(),
+        };
         let topics = Topics::new(&config.forward.topic);
-        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, topics });
+        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, limits, topics });
 
         let stopped = CancellationToken::new();
         let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
-        let endpoints = Admin::new(stages.clone(), metrics.clone());
-        tokio::spawn(admin::run_upkeep(metrics, stopped.clone()));
+        let endpoints = Admin::new(stages.clone(), metrics);
+        tokio::spawn(admin::run_upkeep(endpoints.clone(), stopped.clone()));
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
         tokio::spawn(async move { shutdown::feed_watchdog(|| watched.is_live()).await });
@@ -254,6 +260,10 @@ impl StatusSource for Stages {
         Connections { websocket, rest, grpc }
     }
 
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
     fn wal(&self) -> Option<WalStatus> {
         Some(self.wal.status())
     }
@@ -277,6 +287,15 @@ impl StatusSource for Stages {
 
     fn requeue(&self) -> Box<dyn Requeue> {
         Box::new(self.forwarder.requeuer())
+    }
+
+    fn parked_reasons(&self, from_id: u64) -> ParkedReasons {
+        // One that is damaged is held all the same. A store that fails ends them.
+        Box::new(self.forwarder.parked().events(from_id).filter_map(|event| match event {
+            Ok(event) => Some((event.id, event.about.reason.as_str())),
+            Err(ParkedError::Damaged { id, .. }) => Some((id, "damaged")),
+            Err(_) => None,
+        }))
     }
 
     fn backlog(&self, payloads: bool) -> Backlog {

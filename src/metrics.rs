@@ -4,12 +4,15 @@
 //! Gauges that describe a state (backlog, disk, memory) are set by [`crate::admin`] when Prometheus scrapes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use metrics::{
-    Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+    Counter, CounterFn, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use crate::batch::now_ms;
 use crate::forward::{DropReason, FailureReason, ParkReason, ParkedDropReason};
 use crate::ingest::{CloseReason, Protocol, RejectReason};
 
@@ -24,12 +27,39 @@ const GROUP_BUCKETS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256
 /// Handles of every metric.
 pub struct Metrics {
     recorder: PrometheusRecorder,
+    sums: Sums,
     /// One set a protocol: WebSocket, REST, gRPC.
     ingest: [IngestMetrics; 3],
+    /// `ingest.connections_max`
+    pub connections_limit: Gauge,
     /// The log.
     pub wal: WalMetrics,
     /// The forwarder.
     pub forward: ForwardMetrics,
+}
+
+/// Sums of some counters, over all their labels, since the start: what `/status` tells of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Totals {
+    /// Events of decoded requests, before admission.
+    pub received_events: u64,
+    /// Requests refused and never acked.
+    pub rejected_batches: u64,
+    /// Events made durable.
+    pub committed_events: u64,
+    /// Request bytes made durable.
+    pub committed_bytes: u64,
+    /// Events acked by Kafka.
+    pub delivered_events: u64,
+}
+
+#[derive(Default)]
+struct Sums {
+    received_events: Arc<AtomicU64>,
+    rejected_batches: Arc<AtomicU64>,
+    committed_events: Arc<AtomicU64>,
+    committed_bytes: Arc<AtomicU64>,
+    delivered_events: Arc<AtomicU64>,
 }
 
 /// `ringtail_ingest_*`, for one protocol.
@@ -78,6 +108,8 @@ pub struct WalMetrics {
     pub disk_limit_bytes: Gauge,
     /// Free on the file system.
     pub free_bytes: Gauge,
+    /// Disk that the log may still take, by both limits.
+    pub headroom_bytes: Gauge,
     /// 1 while batches are refused for space.
     pub full: Gauge,
     /// Segments on disk, spares included.
@@ -88,6 +120,8 @@ pub struct WalMetrics {
 
 /// `ringtail_forward_*`
 pub struct ForwardMetrics {
+    /// 1 if there are brokers to forward to, 0 if batches are only collected.
+    pub enabled: Gauge,
     /// 1 while at least one broker is up.
     pub connected: Gauge,
     /// Events acked by Kafka, counted once each.
@@ -133,17 +167,34 @@ impl Metrics {
             })
             .expect("the buckets are not empty")
             .build_recorder();
-        let (ingest, wal, forward) = metrics::with_local_recorder(&recorder, || {
+        let sums = Sums::default();
+        let (ingest, connections_limit, wal, forward) = metrics::with_local_recorder(&recorder, || {
             describe();
             gauge!("ringtail_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-            (Protocol::ALL.map(IngestMetrics::new), WalMetrics::new(), ForwardMetrics::new())
+            // Must not change while the process lives: each change is taken for a restart.
+            gauge!("process_start_time_seconds").set(now_ms() as f64 / 1000.0);
+            let connections_limit = gauge!("ringtail_ingest_connections_limit");
+            let ingest = Protocol::ALL.map(|protocol| IngestMetrics::new(protocol, &sums));
+            (ingest, connections_limit, WalMetrics::new(&sums), ForwardMetrics::new(&sums))
         });
-        Arc::new(Metrics { recorder, ingest, wal, forward })
+        Arc::new(Metrics { recorder, sums, ingest, connections_limit, wal, forward })
     }
 
     /// The metrics of one protocol.
     pub fn ingest(&self, protocol: Protocol) -> &IngestMetrics {
         &self.ingest[protocol as usize]
+    }
+
+    /// Sums of some counters since the start.
+    pub fn totals(&self) -> Totals {
+        let sum = |sum: &AtomicU64| sum.load(Ordering::Relaxed);
+        Totals {
+            received_events: sum(&self.sums.received_events),
+            rejected_batches: sum(&self.sums.rejected_batches),
+            committed_events: sum(&self.sums.committed_events),
+            committed_bytes: sum(&self.sums.committed_bytes),
+            delivered_events: sum(&self.sums.delivered_events),
+        }
     }
 
     /// Counts events that were given up. The caller bounds the number of topics.
@@ -161,7 +212,7 @@ impl Metrics {
 }
 
 impl IngestMetrics {
-    fn new(protocol: Protocol) -> IngestMetrics {
+    fn new(protocol: Protocol, sums: &Sums) -> IngestMetrics {
         let protocol = protocol.as_str();
         IngestMetrics {
             connections: gauge!("ringtail_ingest_connections", "protocol" => protocol),
@@ -173,12 +224,16 @@ impl IngestMetrics {
                 })
                 .to_vec(),
             received_batches: counter!("ringtail_ingest_received_batches_total", "protocol" => protocol),
-            received_events: counter!("ringtail_ingest_received_events_total", "protocol" => protocol),
+            received_events: summed(
+                &sums.received_events,
+                counter!("ringtail_ingest_received_events_total", "protocol" => protocol),
+            ),
             received_bytes: counter!("ringtail_ingest_received_bytes_total", "protocol" => protocol),
             rejected_batches: RejectReason::ALL
                 .map(|reason| {
                     let labels = [("protocol", protocol), ("reason", reason.as_str())];
-                    (reason, counter!("ringtail_ingest_rejected_batches_total", &labels))
+                    let counter = counter!("ringtail_ingest_rejected_batches_total", &labels);
+                    (reason, summed(&sums.rejected_batches, counter))
                 })
                 .to_vec(),
             duplicate_batches: counter!("ringtail_ingest_duplicate_batches_total", "protocol" => protocol),
@@ -198,11 +253,11 @@ impl IngestMetrics {
 }
 
 impl WalMetrics {
-    fn new() -> WalMetrics {
+    fn new(sums: &Sums) -> WalMetrics {
         WalMetrics {
             committed_batches: counter!("ringtail_wal_committed_batches_total"),
-            committed_events: counter!("ringtail_wal_committed_events_total"),
-            committed_bytes: counter!("ringtail_wal_committed_bytes_total"),
+            committed_events: summed(&sums.committed_events, counter!("ringtail_wal_committed_events_total")),
+            committed_bytes: summed(&sums.committed_bytes, counter!("ringtail_wal_committed_bytes_total")),
             commit_duration: histogram!("ringtail_wal_commit_duration_seconds"),
             commit_group_batches: histogram!("ringtail_wal_commit_group_batches"),
             pending_batches: gauge!("ringtail_wal_pending_batches"),
@@ -212,6 +267,7 @@ impl WalMetrics {
             disk_bytes: gauge!("ringtail_wal_disk_bytes"),
             disk_limit_bytes: gauge!("ringtail_wal_disk_limit_bytes"),
             free_bytes: gauge!("ringtail_wal_free_bytes"),
+            headroom_bytes: gauge!("ringtail_wal_headroom_bytes"),
             full: gauge!("ringtail_wal_full"),
             segments: gauge!("ringtail_wal_segments"),
             quarantined_segments: gauge!("ringtail_wal_quarantined_segments"),
@@ -220,10 +276,11 @@ impl WalMetrics {
 }
 
 impl ForwardMetrics {
-    fn new() -> ForwardMetrics {
+    fn new(sums: &Sums) -> ForwardMetrics {
         ForwardMetrics {
+            enabled: gauge!("ringtail_forward_enabled"),
             connected: gauge!("ringtail_forward_connected"),
-            delivered_events: counter!("ringtail_forward_delivered_events_total"),
+            delivered_events: summed(&sums.delivered_events, counter!("ringtail_forward_delivered_events_total")),
             delivered_bytes: counter!("ringtail_forward_delivered_bytes_total"),
             delivery_failures: FailureReason::ALL
                 .map(|reason| {
@@ -278,6 +335,27 @@ impl ForwardMetrics {
     }
 }
 
+/// A counter that is added to a sum as well: the counters themselves cannot be read.
+struct Summed {
+    sum: Arc<AtomicU64>,
+    counter: Counter,
+}
+
+impl CounterFn for Summed {
+    fn increment(&self, value: u64) {
+        self.sum.fetch_add(value, Ordering::Relaxed);
+        self.counter.increment(value);
+    }
+
+    fn absolute(&self, _: u64) {
+        unreachable!("what is summed is only ever incremented");
+    }
+}
+
+fn summed(sum: &Arc<AtomicU64>, counter: Counter) -> Counter {
+    Counter::from_arc(Arc::new(Summed { sum: sum.clone(), counter }))
+}
+
 fn find<R: PartialEq + Copy>(counters: &[(R, Counter)], reason: R) -> &Counter {
     let found = counters.iter().find(|(known, _)| *known == reason);
     &found.expect("ALL lists every reason").1
@@ -285,7 +363,9 @@ fn find<R: PartialEq + Copy>(counters: &[(R, Counter)], reason: R) -> &Counter {
 
 fn describe() {
     describe_gauge!("ringtail_build_info", "Always 1; the version is a label.");
+    describe_gauge!("process_start_time_seconds", "When the process began, in seconds since the Unix epoch.");
     describe_gauge!("ringtail_ingest_connections", "Open client connections.");
+    describe_gauge!("ringtail_ingest_connections_limit", "Most WebSocket connections that may be open.");
     describe_counter!("ringtail_ingest_connections_opened_total", "Client connections accepted.");
     describe_counter!("ringtail_ingest_connections_closed_total", "Client connections closed, by reason.");
     describe_counter!("ringtail_ingest_received_batches_total", "Decoded requests, before admission.");
@@ -312,9 +392,14 @@ fn describe() {
     describe_gauge!("ringtail_wal_disk_bytes", "Disk space used by the log.");
     describe_gauge!("ringtail_wal_disk_limit_bytes", "Most disk space that the log may use.");
     describe_gauge!("ringtail_wal_free_bytes", "Free space of the log's file system.");
+    describe_gauge!("ringtail_wal_headroom_bytes", "Disk space that the log may still take before it is full.");
     describe_gauge!("ringtail_wal_full", "1 while batches are refused for lack of space.");
     describe_gauge!("ringtail_wal_segments", "Segments on disk, prepared spares included.");
     describe_gauge!("ringtail_wal_quarantined_segments", "Damaged segments set aside.");
+    describe_gauge!(
+        "ringtail_forward_enabled",
+        "1 if there are brokers to forward to, 0 if batches are only collected."
+    );
     describe_gauge!("ringtail_forward_connected", "1 while at least one Kafka broker is up.");
     describe_counter!("ringtail_forward_delivered_events_total", "Events acked by Kafka.");
     describe_counter!("ringtail_forward_delivered_bytes_total", "Payload bytes acked by Kafka.");
@@ -359,4 +444,25 @@ fn describe() {
         "ringtail_forward_drain_seconds",
         "Estimated seconds until the backlog is empty; NaN while it grows."
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_go_over_all_labels() {
+        let metrics = Metrics::new();
+        for protocol in Protocol::ALL {
+            metrics.ingest(protocol).received_events.increment(2);
+            metrics.ingest(protocol).rejected_batches(RejectReason::ALL[0]).increment(1);
+        }
+        metrics.ingest(Protocol::Rest).rejected_batches(RejectReason::ALL[1]).increment(1);
+        metrics.forward.delivered_events.increment(5);
+        let totals = Totals { received_events: 6, rejected_batches: 4, delivered_events: 5, ..Totals::default() };
+        assert_eq!(metrics.totals(), totals);
+        let text = metrics.handle().render();
+        assert!(text.contains("ringtail_ingest_received_events_total{protocol=\"rest\"} 2\n"), "{text}");
+        assert!(text.contains("ringtail_forward_delivered_events_total 5\n"), "{text}");
+    }
 }

@@ -8,19 +8,21 @@
 
 pub mod backlog;
 pub mod control;
+mod page;
 pub mod parked;
 mod status;
+mod watch;
 
 use std::future::IntoFuture;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::http::{HeaderName, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
 use axum::routing::get;
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::now_ms;
@@ -28,10 +30,14 @@ use crate::forward::{ParkedStore, Requeue};
 use crate::metrics::Metrics;
 use crate::wal::WalStatus;
 pub use backlog::{Backlog, BatchLine, EventLine, PeekFilter};
-pub use parked::{ParkedCommand, ParkedDrop, ParkedLine, ParkedList, ParkedProgress, ParkedRequeue, ParkedSummary};
-pub use status::{Connections, NotReady, ParkedCount, Phase, Status};
+pub use parked::{
+    ParkedCommand, ParkedDrop, ParkedLine, ParkedList, ParkedProgress, ParkedReasons, ParkedRequeue, ParkedSummary,
+};
+pub use status::{Connections, Forecast, Limits, NotReady, ParkedCount, Phase, Status};
+use watch::Watch;
 
-/// How often histograms are folded into their buckets, so that samples do not pile up between scrapes.
+/// How often the stages are looked at, and histograms are folded into their buckets, so that samples do not pile up between
+/// scrapes.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the admin endpoints ask the other stages. Called for every request: must not block.
@@ -41,6 +47,9 @@ pub trait StatusSource: Send + Sync + 'static {
 
     /// Open client connections.
     fn connections(&self) -> Connections;
+
+    /// What the configuration allows.
+    fn limits(&self) -> Limits;
 
     /// The log; none while it is being opened.
     fn wal(&self) -> Option<WalStatus>;
@@ -59,6 +68,9 @@ pub trait StatusSource: Send + Sync + 'static {
     /// Takes parked events back into the backlog.
     fn requeue(&self) -> Box<dyn Requeue>;
 
+    /// Ids and reasons of the same. The iterator may block.
+    fn parked_reasons(&self, from_id: u64) -> ParkedReasons;
+
     /// The pending batches, oldest first. The iterator may block: it is used on a thread for that.
     fn backlog(&self, payloads: bool) -> Backlog;
 }
@@ -68,13 +80,14 @@ pub trait StatusSource: Send + Sync + 'static {
 pub struct Admin {
     source: Arc<dyn StatusSource>,
     metrics: Arc<Metrics>,
+    watch: Arc<Watch>,
     started_at_ms: u64,
 }
 
 impl Admin {
     /// The uptime that is shown counts from this call.
     pub fn new(source: Arc<dyn StatusSource>, metrics: Arc<Metrics>) -> Admin {
-        Admin { source, metrics, started_at_ms: now_ms() }
+        Admin { source, metrics, watch: Arc::default(), started_at_ms: now_ms() }
     }
 
     /// Whether the service makes progress: what `/livez` says and systemd's watchdog is to be told.
@@ -94,24 +107,10 @@ fn routes() -> Router<Admin> {
         .route("/livez", get(status::livez))
         .route("/readyz", get(status::readyz))
         .route("/status", get(status::status))
-        .route("/", get(|| page("text/html; charset=utf-8", include_str!("page/index.html"))))
-        .route("/page.js", get(|| page("text/javascript; charset=utf-8", include_str!("page/page.js"))))
-        .route("/page.css", get(|| page("text/css; charset=utf-8", include_str!("page/page.css"))))
+        .route("/history", get(status::history))
+        .route("/", get(page::page))
         .fallback(|| async { (StatusCode::NOT_FOUND, "not found\n") })
-}
-
-/// A file of the status page. The page may run its own script, talk to its own server, and nothing else.
-async fn page(content_type: &'static str, body: &'static str) -> Response {
-    const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
-                          base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
-    let headers: [(HeaderName, &str); 5] = [
-        (header::CONTENT_TYPE, content_type),
-        (header::CONTENT_SECURITY_POLICY, POLICY),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-        (header::REFERRER_POLICY, "no-referrer"),
-        (header::CACHE_CONTROL, "no-cache"),
-    ];
-    (headers, body).into_response()
+        .layer(axum::middleware::map_response(page::no_sniffing))
 }
 
 /// Serves `router` until `stop` is cancelled. Cancel it after everything else has stopped: `/readyz` says why until then.
@@ -125,13 +124,23 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
     }
 }
 
-/// Keeps the memory of histograms bounded, until `stop` is cancelled.
-pub async fn run_upkeep(metrics: Arc<Metrics>, stop: CancellationToken) {
-    let handle = metrics.handle();
+/// Looks at the stages, and keeps the memory of histograms bounded, until `stop` is cancelled.
+pub async fn run_upkeep(admin: Admin, stop: CancellationToken) {
+    let handle = admin.metrics.handle();
     let mut ticks = tokio::time::interval(UPKEEP_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut tally: Option<JoinHandle<()>> = None;
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         handle.run_upkeep();
+        admin.observe();
+        let idle = tally.as_ref().is_none_or(JoinHandle::is_finished);
+        if idle && admin.watch.wants_tally(Instant::now(), admin.source.parked_count()) {
+            let admin = admin.clone();
+            tally = Some(tokio::task::spawn_blocking(move || {
+                let source = &admin.source;
+                admin.watch.tally(|| source.parked_count(), |from_id| source.parked_reasons(from_id));
+            }));
+        }
     }
 }
 

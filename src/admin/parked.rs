@@ -14,6 +14,9 @@ use crate::forward::{
     ParkedAbout, ParkedDropReason, ParkedError, ParkedEvent, ParkedFilter, ParkedStore, Requeue, RequeueError,
 };
 
+/// Ids and reasons of parked events, oldest first.
+pub type ParkedReasons = Box<dyn Iterator<Item = (u64, &'static str)> + Send>;
+
 /// Longest silence of a command that works, so that nobody takes it for dead.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 

@@ -1,4 +1,7 @@
-//! `/metrics`, `/livez`, `/readyz` and `/status`.
+//! `/metrics`, `/livez`, `/readyz`, `/status` and `/history`.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 use axum::Json;
 use axum::extract::State;
@@ -6,9 +9,10 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
+use super::watch::{Observation, Rates, Sample, SeenError};
 use super::{Admin, StatusSource};
 use crate::batch::now_ms;
-use crate::metrics::WalMetrics;
+use crate::metrics::{Totals, WalMetrics};
 use crate::wal::WalStatus;
 
 /// A commit that takes longer makes the process not live, in milliseconds.
@@ -63,11 +67,32 @@ pub struct Connections {
     pub grpc: u64,
 }
 
+/// What the configuration allows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// `ingest.connections_max`
+    pub connections_max: u64,
+    /// `wal.free_bytes_min`
+    pub free_bytes_min: u64,
+}
+
+impl Limits {
+    /// Disk that the log may still take before it is full. What prepared segments have reserved counts as taken.
+    pub fn headroom_bytes(&self, wal: &WalStatus) -> u64 {
+        let of_budget = wal.disk_limit_bytes.saturating_sub(wal.disk_bytes);
+        of_budget.min(wal.free_bytes.saturating_sub(self.free_bytes_min))
+    }
+}
+
 /// The answer of `/status`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Status {
     /// Version of Ringtail.
     pub version: &'static str,
+    /// The host's name.
+    pub host: String,
+    /// The clock of this answer, milliseconds since the Unix epoch.
+    pub now_ms: u64,
     /// When the process began, milliseconds since the Unix epoch.
     pub started_at_ms: u64,
     /// Seconds since then.
@@ -82,19 +107,44 @@ pub struct Status {
     pub live: bool,
     /// Open client connections.
     pub connections: Connections,
+    /// What the configuration allows.
+    pub limits: Limits,
     /// The log; none while it is being opened.
     pub wal: Option<WalStatus>,
     /// The forwarder, last error included; `null` when it does not run.
     pub forward: serde_json::Value,
     /// The dead letters.
     pub parked: ParkedCount,
+    /// What happened a second, over the last five.
+    pub(super) rates: Rates,
+    /// Sums since the start.
+    pub totals: Totals,
+    /// Where it leads if it goes on.
+    pub forecast: Forecast,
+    /// The last errors of the forwarder, newest first, each once.
+    pub(super) errors: Vec<SeenError>,
+    /// The last seconds, oldest first; more in `/history`.
+    pub(super) recent: Vec<Sample>,
 }
 
 /// The dead letters in `/status`.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct ParkedCount {
     /// Events held now.
     pub events: u64,
+    /// The same by reason, as last counted; none before they were.
+    pub by_reason: Option<BTreeMap<&'static str, u64>>,
+}
+
+/// Where it leads if it goes on.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Forecast {
+    /// Disk that the log may still take before it is full.
+    pub headroom_bytes: u64,
+    /// Seconds until that is used up; none while the backlog does not grow.
+    pub full_seconds: Option<f64>,
+    /// Seconds until the backlog is empty; none while it does not shrink.
+    pub drain_seconds: Option<f64>,
 }
 
 impl Admin {
@@ -102,8 +152,17 @@ impl Admin {
         let source = &*self.source;
         let wal = source.wal();
         let reason = not_ready(source.phase(), wal.as_ref());
+        let forward = source.forward();
+        let headroom_bytes = wal.as_ref().map_or(0, |wal| source.limits().headroom_bytes(wal));
+        let drain_seconds = self.watch.drain_seconds();
+        // The forwarder's own estimate is slower: within a moment of rest it still knows that the backlog shrinks.
+        let shrinks = drain_seconds.is_some() || forward["drain_seconds"].is_number();
+        let full_seconds = self.watch.full_seconds(headroom_bytes).filter(|_| !shrinks);
+        let forecast = Forecast { headroom_bytes, full_seconds, drain_seconds };
         Status {
             version: env!("CARGO_PKG_VERSION"),
+            host: host_name(),
+            now_ms: now_ms(),
             started_at_ms: self.started_at_ms,
             uptime_seconds: now_ms().saturating_sub(self.started_at_ms) / 1000,
             phase: source.phase(),
@@ -111,15 +170,46 @@ impl Admin {
             not_ready_reason: reason,
             live: not_live(source).is_none(),
             connections: source.connections(),
+            limits: source.limits(),
             wal,
-            forward: source.forward(),
-            parked: ParkedCount { events: source.parked_count() },
+            forward,
+            parked: ParkedCount { events: source.parked_count(), by_reason: self.watch.parked_by_reason() },
+            rates: self.watch.rates(),
+            totals: self.metrics.totals(),
+            forecast,
+            errors: self.watch.errors(),
+            recent: self.watch.recent(),
         }
     }
+
+    /// Takes note of how things are now.
+    pub(super) fn observe(&self) {
+        let wal = self.source.wal().unwrap_or_default();
+        let observation = Observation {
+            at_ms: now_ms(),
+            totals: self.metrics.totals(),
+            pending_events: wal.pending_events,
+            pending_bytes: wal.pending_bytes,
+            forward: self.source.forward(),
+        };
+        self.watch.observe(Instant::now(), observation);
+    }
+}
+
+fn host_name() -> String {
+    let mut name = [0; 256];
+    // SAFETY: the buffer is as long as is said.
+    let result = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0).filter(|_| result == 0).unwrap_or(0);
+    String::from_utf8_lossy(&name[..end]).into_owned()
 }
 
 pub(super) async fn status(State(admin): State<Admin>) -> Response {
     ([(header::CACHE_CONTROL, "no-store")], Json(admin.status())).into_response()
+}
+
+pub(super) async fn history(State(admin): State<Admin>) -> Response {
+    ([(header::CACHE_CONTROL, "no-store")], Json(admin.watch.history())).into_response()
 }
 
 pub(super) async fn readyz(State(admin): State<Admin>) -> Response {
@@ -138,7 +228,7 @@ pub(super) async fn livez(State(admin): State<Admin>) -> Response {
 
 pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
     if let Some(wal) = admin.source.wal() {
-        record(&wal, &admin.metrics.wal);
+        record(&wal, &admin.source.limits(), &admin.metrics.wal);
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.handle().render()).into_response()
 }
@@ -168,7 +258,7 @@ pub(super) fn not_live(source: &dyn StatusSource) -> Option<&'static str> {
 }
 
 /// Sets the gauges that describe the log's state.
-fn record(wal: &WalStatus, metrics: &WalMetrics) {
+fn record(wal: &WalStatus, limits: &Limits, metrics: &WalMetrics) {
     let oldest_age_ms = wal.oldest_pending_received_at_ms.map_or(0, |received| now_ms().saturating_sub(received));
     metrics.pending_batches.set(wal.pending_batches as f64);
     metrics.pending_events.set(wal.pending_events as f64);
@@ -177,6 +267,7 @@ fn record(wal: &WalStatus, metrics: &WalMetrics) {
     metrics.disk_bytes.set(wal.disk_bytes as f64);
     metrics.disk_limit_bytes.set(wal.disk_limit_bytes as f64);
     metrics.free_bytes.set(wal.free_bytes as f64);
+    metrics.headroom_bytes.set(limits.headroom_bytes(wal) as f64);
     metrics.full.set(f64::from(u8::from(wal.full)));
     metrics.segments.set(wal.segments as f64);
     metrics.quarantined_segments.set(wal.quarantined_segments as f64);

@@ -3,6 +3,7 @@ use std::sync::atomic::Ordering;
 
 use axum::body::Body;
 use axum::http::{Request, header};
+use axum::response::Response;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -27,11 +28,14 @@ impl StatusSource for Fake {
     fn connections(&self) -> Connections {
         Connections { websocket: 3, rest: 2, grpc: 1 }
     }
+    fn limits(&self) -> Limits {
+        Limits { connections_max: 100, free_bytes_min: 300 }
+    }
     fn wal(&self) -> Option<WalStatus> {
         self.wal.clone()
     }
     fn forward(&self) -> Value {
-        json!({"connected": false, "last_error": {"message": "<script>alert(1)</script>"}})
+        json!({"connected": false, "last_error": {"message": "<script>alert(1)</script>", "at_ms": 1, "topic": null}})
     }
     fn is_forward_live(&self) -> bool {
         self.forward_live
@@ -45,6 +49,9 @@ impl StatusSource for Fake {
 
     fn requeue(&self) -> Box<dyn Requeue> {
         Box::new(OfflineSpill::open(std::path::Path::new("/nonexistent")).unwrap())
+    }
+    fn parked_reasons(&self, from_id: u64) -> ParkedReasons {
+        Box::new(self.parked.events(from_id).map(|event| (event.unwrap().id, "expired")))
     }
     fn backlog(&self, payloads: bool) -> Backlog {
         let line = move |number: u64| BatchLine {
@@ -128,6 +135,16 @@ async fn metrics_show_the_log_at_the_scrape() {
     assert_eq!(response.headers()[header::CONTENT_TYPE], "text/plain; version=0.0.4");
     assert!(text.contains("\nringtail_wal_pending_events 7\n"), "{text}");
     assert!(text.contains("\nringtail_wal_disk_limit_bytes 1000\n"), "{text}");
+    assert!(text.contains("\nringtail_wal_headroom_bytes 0\n"), "{text}");
+}
+
+#[test]
+fn the_headroom_is_what_both_limits_leave() {
+    let limits = Limits { connections_max: 1, free_bytes_min: 300 };
+    let headroom = |disk_bytes, free_bytes| {
+        limits.headroom_bytes(&WalStatus { disk_limit_bytes: 1000, disk_bytes, free_bytes, ..WalStatus::default() })
+    };
+    assert_eq!([headroom(400, 5000), headroom(400, 500), headroom(400, 200), headroom(1100, 5000)], [600, 200, 0, 0]);
 }
 
 #[tokio::test]
@@ -147,15 +164,67 @@ async fn status_is_json() {
 async fn the_page_may_only_run_its_own_script() {
     let (status, response, text) = get(fake(), "/").await;
     assert_eq!(status, 200);
-    let policy = response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
-    assert!(policy.starts_with("default-src 'none';") && !policy.contains("unsafe"), "{policy}");
-    assert!(!text.contains("<script>") && !text.contains("style=") && !text.contains("onclick"), "{text}");
-    for (path, content_type) in [("/page.js", "text/javascript"), ("/page.css", "text/css")] {
-        let (status, response, text) = get(fake(), path).await;
-        assert_eq!(status, 200);
-        assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(content_type));
-        assert!(!text.contains("innerHTML"));
+    let header = |name: &str| response.headers()[name].to_str().unwrap();
+    let policy = header("content-security-policy");
+    for part in
+        ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+    {
+        assert!(policy.split("; ").any(|found| found == part), "{part} in {policy}");
     }
+    assert!(!policy.contains("unsafe") && !policy.contains('*'), "{policy}");
+    assert_eq!(header("x-content-type-options"), "nosniff");
+    assert_eq!(header("referrer-policy"), "no-referrer");
+    assert_eq!(header("cache-control"), "no-store");
+    // The nonce in the policy is that of the two elements, and another every time.
+    let nonce =
+        |policy: &str| policy.split("script-src 'nonce-").nth(1).unwrap().split('\'').next().unwrap().to_owned();
+    let first = nonce(policy);
+    assert_eq!(text.matches(&format!("nonce=\"{first}\"")).count(), 2);
+    assert!(policy.contains(&format!("style-src 'nonce-{first}'")));
+    let (_, response, _) = get(fake(), "/").await;
+    assert_ne!(nonce(response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap()), first);
+}
+
+#[tokio::test]
+async fn no_answer_is_taken_for_something_else() {
+    for path in ["/", "/status", "/history", "/metrics", "/readyz", "/nothing"] {
+        let (_, response, _) = get(fake(), path).await;
+        assert_eq!(response.headers()["x-content-type-options"], "nosniff", "{path}");
+        assert_eq!(response.headers()["cross-origin-resource-policy"], "same-origin", "{path}");
+    }
+}
+
+#[tokio::test]
+async fn the_status_remembers() {
+    let metrics = Metrics::new();
+    let source = fake();
+    for _ in 0..2 {
+        source.parked.park(&about("t"), b"hello").unwrap();
+    }
+    source.parked.sync().unwrap();
+    let admin = Admin::new(Arc::new(source), metrics.clone());
+    let stop = CancellationToken::new();
+    let upkeep = tokio::spawn(run_upkeep(admin.clone(), stop.clone()));
+    metrics.wal.committed_events.increment(3);
+    let status = loop {
+        let answer = router(admin.clone()).oneshot(Request::get("/status").body(Body::empty()).unwrap()).await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.into_body().collect().await.unwrap().to_bytes()).unwrap();
+        if answer["parked"]["by_reason"].is_object() && answer["recent"][0].is_object() {
+            break answer;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    assert_eq!(status["parked"], json!({"events": 2, "by_reason": {"expired": 2}}));
+    assert_eq!(status["errors"][0]["message"], "<script>alert(1)</script>");
+    assert_eq!(status["totals"]["committed_events"], 3);
+    assert_eq!(status["recent"][0]["pending_events"], 7);
+    assert_eq!(status["limits"], json!({"connections_max": 100, "free_bytes_min": 300}));
+    assert!(status["forecast"]["full_seconds"].is_null());
+    let history = router(admin).oneshot(Request::get("/history").body(Body::empty()).unwrap()).await.unwrap();
+    let history: Value = serde_json::from_slice(&history.into_body().collect().await.unwrap().to_bytes()).unwrap();
+    assert_eq!(history["samples"][0], status["recent"][0]);
+    stop.cancel();
+    upkeep.await.unwrap();
 }
 
 #[tokio::test]

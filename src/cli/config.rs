@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use ringtail::config::{Config, DEFAULT_FILE, Loaded, Override, TEMPLATE};
+use ringtail::config::{Config, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
 
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
@@ -22,7 +22,7 @@ enum ConfigCommand {
     #[command(after_help = "Example:\n  ringtail config check --config /etc/ringtail/ringtail.toml")]
     Check(ConfigFile),
     /// Print the effective configuration, and where each value came from
-    #[command(after_help = "Example:\n  RINGTAIL_LOG__LEVEL=debug ringtail config show")]
+    #[command(after_help = "Example:\n  ringtail config show --raccoon-env /etc/raccoon/.env")]
     Show(ShowArgs),
     /// Write the commented default file
     #[command(after_help = "Example:\n  ringtail config init --output /etc/ringtail/ringtail.toml")]
@@ -35,13 +35,17 @@ pub struct ConfigFile {
     /// Configuration file; without it /etc/ringtail/ringtail.toml, if that exists
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Env file of a Raccoon to take over: its settings win over the configuration file's
+    #[arg(long, value_name = "FILE")]
+    pub raccoon_env: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
     #[command(flatten)]
     file: ConfigFile,
-    /// One JSON array of keys, values and sources
+    /// One JSON array of keys, values and sources; with --raccoon-env an object of that and of what became of
+    /// Raccoon's settings
     #[arg(long)]
     json: bool,
 }
@@ -59,7 +63,8 @@ struct InitArgs {
 impl ConfigFile {
     /// Loads and validates the configuration. Problems are printed, and the exit code is returned.
     pub fn load(&self, overrides: &[Override]) -> Result<Loaded, ExitCode> {
-        Config::load(self.config.as_deref(), overrides).map_err(|error| {
+        let files = Files { config: self.config.as_deref(), raccoon_env: self.raccoon_env.as_deref() };
+        Config::load_files(files, overrides).map_err(|error| {
             eprintln!("ringtail: {:#}", anyhow::Error::from(error));
             ExitCode::from(super::EXIT_USAGE)
         })
@@ -101,6 +106,10 @@ fn check(file: &ConfigFile) -> ExitCode {
     match file.load(&[]) {
         Ok(loaded) => {
             eprintln!("the configuration is valid ({})", describe(&loaded));
+            let settings = loaded.raccoon.iter().flat_map(|env| &env.settings);
+            for setting in settings.filter(|setting| setting.unsupported().is_some()) {
+                eprintln!("  {}", setting.to_line(&loaded));
+            }
             ExitCode::SUCCESS
         }
         Err(code) => code,
@@ -108,8 +117,12 @@ fn check(file: &ConfigFile) -> ExitCode {
 }
 
 fn describe(loaded: &Loaded) -> String {
-    let from = |path: &PathBuf| format!("{} and the environment", path.display());
-    loaded.file.as_ref().map_or_else(|| "defaults and the environment, no file".into(), from)
+    let file = loaded.file.as_ref().map_or("defaults, no file".into(), |path| path.display().to_string());
+    match &loaded.raccoon {
+        Some(env) => format!("{file}, Raccoon's {} and the environment", env.path.display()),
+        None if loaded.file.is_some() => format!("{file} and the environment"),
+        None => "defaults and the environment, no file".into(),
+    }
 }
 
 fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
@@ -117,13 +130,35 @@ fn show(args: &ShowArgs) -> anyhow::Result<ExitCode> {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
-    let text = if args.json {
-        serde_json::to_string_pretty(&loaded.settings())? + "\n"
-    } else {
-        format!("# {}\n\n{}", describe(&loaded), loaded.to_annotated_toml())
+    let text = match (args.json, &loaded.raccoon) {
+        (true, None) => serde_json::to_string_pretty(&loaded.settings())? + "\n",
+        (true, Some(env)) => {
+            let all = serde_json::json!({"settings": loaded.settings(), "raccoon": env});
+            serde_json::to_string_pretty(&all)? + "\n"
+        }
+        (false, _) => format!("# {}\n{}\n{}", describe(&loaded), raccoon_comment(&loaded), loaded.to_annotated_toml()),
     };
     io::stdout().write_all(text.as_bytes()).context("write to standard output")?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What became of Raccoon's settings, as comments in front of the configuration.
+fn raccoon_comment(loaded: &Loaded) -> String {
+    let Some(env) = &loaded.raccoon else { return String::new() };
+    let (taken, without): (Vec<_>, Vec<_>) = env.settings.iter().partition(|setting| setting.unsupported().is_none());
+    let lines = |settings: Vec<&RaccoonSetting>| -> String {
+        settings.into_iter().map(|setting| format!("#   {}\n", one_line(&setting.to_line(loaded)))).collect()
+    };
+    let mut text = format!("#\n# Raccoon's settings in {}, taken over:\n{}", env.path.display(), lines(taken));
+    if !without.is_empty() {
+        text += &format!("#\n# Without effect, and why:\n{}", lines(without));
+    }
+    text
+}
+
+/// A value may hold line breaks, and a comment ends with its line.
+fn one_line(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
 fn init(args: &InitArgs) -> anyhow::Result<ExitCode> {

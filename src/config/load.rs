@@ -1,4 +1,4 @@
-//! Composes the configuration: defaults, then the TOML file, then the environment, then flags.
+//! Composes the configuration: defaults, then the TOML file, then a Raccoon env file, then the environment, then flags.
 //!
 //! Every layer is a flat map from key to value and source, so that an error, and `ringtail config show`, can name the line
 //! or the variable that a value came from. Problems are collected, never reported one by one.
@@ -17,6 +17,7 @@ use toml::{Table, Value};
 
 use super::Config;
 use super::keys::{self, Keys, Kind};
+use super::raccoon::{self, RaccoonEnv};
 
 /// The file that is read when none is named, if it exists.
 pub const DEFAULT_FILE: &str = "/etc/ringtail/ringtail.toml";
@@ -33,6 +34,15 @@ pub enum Source {
         path: PathBuf,
         /// Line of the key, from 1.
         line: usize,
+    },
+    /// A Raccoon env file.
+    Raccoon {
+        /// Its path.
+        path: PathBuf,
+        /// Line of the variable, from 1; none if it is Raccoon's default and not in the file.
+        line: Option<usize>,
+        /// Raccoon's name of it.
+        variable: String,
     },
     /// An environment variable.
     Environment {
@@ -51,6 +61,12 @@ impl fmt::Display for Source {
         match self {
             Source::Default => f.write_str("default"),
             Source::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Source::Raccoon { path, line: Some(line), variable } if variable.is_empty() => {
+                write!(f, "{}:{line}", path.display())
+            }
+            Source::Raccoon { path, line: Some(line), variable } => write!(f, "{variable}, {}:{line}", path.display()),
+            Source::Raccoon { path, line: None, variable } if variable.is_empty() => path.display().fmt(f),
+            Source::Raccoon { line: None, variable, .. } => write!(f, "Raccoon's default of {variable}"),
             Source::Environment { variable } => write!(f, "environment variable {variable}"),
             Source::Flag { flag } => write!(f, "flag {flag}"),
         }
@@ -75,6 +91,8 @@ pub struct Loaded {
     pub config: Config,
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
+    /// The Raccoon env file that was taken over, if any.
+    pub raccoon: Option<RaccoonEnv>,
     sources: BTreeMap<String, Source>,
 }
 
@@ -144,6 +162,15 @@ fn list(problems: &[Problem]) -> String {
     problems.iter().map(|problem| format!("\n  {problem}")).collect()
 }
 
+/// The files that a configuration is loaded from.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Files<'a> {
+    /// The configuration file.
+    pub config: Option<&'a Path>,
+    /// A Raccoon env file.
+    pub raccoon_env: Option<&'a Path>,
+}
+
 impl Config {
     /// Loads the configuration from `file` (without one from [`DEFAULT_FILE`], if that exists), the process environment
     /// and flags. Later ones win. The result is validated.
@@ -151,9 +178,17 @@ impl Config {
     /// # Errors
     /// [`ConfigError`]; all unknown keys and all values that are not allowed are in one error.
     pub fn load(file: Option<&Path>, overrides: &[Override]) -> Result<Loaded, ConfigError> {
+        Config::load_files(Files { config: file, raccoon_env: None }, overrides)
+    }
+
+    /// As [`Config::load`], with a Raccoon env file, if there is one, between the file and the environment.
+    ///
+    /// # Errors
+    /// As [`Config::load`]; also when the env file asks for what there is not, or lacks what Raccoon requires.
+    pub fn load_files(files: Files<'_>, overrides: &[Override]) -> Result<Loaded, ConfigError> {
         let default = Path::new(DEFAULT_FILE);
-        let file = file.or_else(|| default.exists().then_some(default));
-        Config::load_from(file, std::env::vars_os(), overrides)
+        let config = files.config.or_else(|| default.exists().then_some(default));
+        Config::load_files_from(Files { config, ..files }, std::env::vars_os(), overrides)
     }
 
     /// As [`Config::load`], with a given environment and no default file.
@@ -165,19 +200,43 @@ impl Config {
         environment: impl IntoIterator<Item = (OsString, OsString)>,
         overrides: &[Override],
     ) -> Result<Loaded, ConfigError> {
+        Config::load_files_from(Files { config: file, raccoon_env: None }, environment, overrides)
+    }
+
+    /// As [`Config::load_files`], with a given environment and no default file.
+    ///
+    /// # Errors
+    /// As [`Config::load_files`].
+    pub fn load_files_from(
+        files: Files<'_>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+        overrides: &[Override],
+    ) -> Result<Loaded, ConfigError> {
         let keys = Keys::new();
         let mut problems = Vec::new();
         let mut layers = Vec::new();
-        if let Some(path) = file {
+        let read = files.raccoon_env.map(|path| raccoon::read(path, &keys, &mut problems)).transpose()?;
+        let (raccoon, raccoon_values) = match read {
+            Some(raccoon::Read { env, values, defaults }) => {
+                layers.push(defaults);
+                (Some(env), Some(values))
+            }
+            None => (None, None),
+        };
+        if let Some(path) = files.config {
             layers.push(read_file(path, &keys, &mut problems)?);
         }
+        layers.extend(raccoon_values);
         layers.push(read_environment(environment, &keys, &mut problems));
         layers.push(read_overrides(overrides, &keys, &mut problems));
+        if let Some(env) = &raccoon {
+            raccoon::check_required(env, &layers, &mut problems);
+        }
         let Some(config) = extract(&mut layers, &mut problems) else { return Err(ConfigError::Invalid { problems }) };
 
         let sources = layers.iter().flat_map(|layer| &layer.0);
         let sources = sources.map(|(key, entry)| (key.clone(), entry.source.clone())).collect();
-        let loaded = Loaded { config, file: file.map(Path::to_owned), sources };
+        let loaded = Loaded { config, file: files.config.map(Path::to_owned), raccoon, sources };
         problems.extend(loaded.violations());
         if problems.is_empty() { Ok(loaded) } else { Err(ConfigError::Invalid { problems }) }
     }
@@ -201,14 +260,24 @@ impl Loaded {
 }
 
 #[derive(Debug)]
-struct Entry {
-    value: Value,
-    source: Source,
+pub(super) struct Entry {
+    pub value: Value,
+    pub source: Source,
 }
 
 /// The values that one place sets.
 #[derive(Debug, Default)]
-struct Layer(BTreeMap<String, Entry>);
+pub(super) struct Layer(BTreeMap<String, Entry>);
+
+impl Layer {
+    pub(super) fn insert(&mut self, key: &str, entry: Entry) {
+        self.0.insert(key.to_owned(), entry);
+    }
+
+    pub(super) fn sets(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+}
 
 impl Provider for &Layer {
     fn metadata(&self) -> Metadata {

@@ -7,6 +7,7 @@
 mod keys;
 mod load;
 mod property;
+mod raccoon;
 mod show;
 mod size;
 #[cfg(test)]
@@ -14,8 +15,9 @@ mod tests;
 mod validate;
 mod window;
 
-pub use load::{ConfigError, DEFAULT_FILE, Loaded, Override, Problem, Source};
+pub use load::{ConfigError, DEFAULT_FILE, Files, Loaded, Override, Problem, Source};
 pub use property::KafkaProperty;
+pub use raccoon::{RaccoonEnv, RaccoonSetting, Taken};
 pub use show::{Setting, TEMPLATE};
 pub use validate::Violation;
 pub use window::{TimeWindow, TimeWindowError};

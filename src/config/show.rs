@@ -11,7 +11,7 @@ use super::{Loaded, Source};
 /// The commented default file, `config/ringtail.toml`.
 pub const TEMPLATE: &str = include_str!("../../config/ringtail.toml");
 
-const REDACTED: &str = "<redacted>";
+pub(super) const REDACTED: &str = "<redacted>";
 
 /// One value of the effective configuration.
 #[derive(Debug, Clone, Serialize)]

@@ -53,6 +53,7 @@ impl Ingest {
     /// Hands what comes in to `wal`.
     pub fn new(config: &IngestConfig, wal: Wal, metrics: Arc<Metrics>) -> Arc<Ingest> {
         let stopping = CancellationToken::new();
+        metrics.connections_limit.set(config.connections_max as f64);
         Arc::new(Ingest {
             config: config.clone(),
             admission: Admission::new(config, wal, metrics.clone(), stopping.clone()),

@@ -1,70 +1,132 @@
-// Fetches /status every 2 seconds. Everything is set as text, never as markup.
-"use strict";
+// Asks /history once and /status every two seconds, and shows the answers.
 
 const PERIOD_MS = 2000;
-const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+const PATIENCE_MS = 5000;
 
-function show(id, text, bad) {
-  const element = document.getElementById(id);
-  element.textContent = text;
-  element.classList.toggle("bad", Boolean(bad));
+const REASONS = {
+  too_large: ["Too large", "Larger than Kafka takes, even alone."],
+  invalid_topic: ["No topic name", "The event's type makes no legal name of a topic."],
+  unknown_topic: ["Unknown topic", "The topic did not appear in time."],
+  not_authorised: ["Not allowed", "Kafka does not let Ringtail write the topic."],
+  invalid_record: ["Refused", "Kafka refuses the record itself."],
+  expired: ["Too old", "Older than wal.age_max."],
+  damaged: ["Damaged", "Cannot be read any more."],
+};
+const LAMPS = { ok: "✓", busy: "↻", warn: "!", bad: "✕", wait: "…" };
+const COLOURS = { ok: "#1f8a41", busy: "#2f6fd6", warn: "#c98500", bad: "#d22f3d", wait: "#7a8794" };
+
+function showParked(parked) {
+  const some = parked.events > 0;
+  show("parked-summary", some
+    ? `${plural(parked.events, "event", "events")} that Kafka can never take, kept on disk with the reason.`
+    : "None. Kafka took everything that it was given.");
+  const reasons = Object.entries(parked.by_reason || {}).sort((a, b) => b[1] - a[1]);
+  byId("parked-hint").hidden = !some;
+  byId("parked-table").hidden = !some || reasons.length === 0;
+  byId("parked").replaceChildren(...reasons.map(([reason, events]) => {
+    const [title, meaning] = Object.hasOwn(REASONS, reason) ? REASONS[reason] : [reason, ""];
+    const row = element("tr");
+    const cell = element("td", title);
+    cell.append(element("small", meaning));
+    row.append(cell, element("td", count(events), "number"));
+    return row;
+  }));
 }
 
-function count(value) {
-  return Number.isFinite(value) ? value.toLocaleString("en") : "–";
-}
+let shownErrors = "";
 
-function bytes(value) {
-  if (!Number.isFinite(value)) return "–";
-  let unit = 0;
-  while (value >= 1024 && unit < UNITS.length - 1) {
-    value /= 1024;
-    unit += 1;
+function showErrors({ errors, now_ms }) {
+  show("errors-summary", errors.length === 0 ? "None since the start." : "Of the way to Kafka, newest first.");
+  // Not anew every time: somebody may be selecting text.
+  const key = JSON.stringify(errors);
+  if (key !== shownErrors) {
+    shownErrors = key;
+    byId("errors").replaceChildren(...errors.map((error) => {
+      const item = element("li");
+      item.append(element("p", ""), element("code", error.message));
+      return item;
+    }));
   }
-  return (unit === 0 ? value : value.toFixed(1)) + " " + UNITS[unit];
+  errors.forEach((error, at) => {
+    const often = error.count > 1 ? ", met " + count(error.count) + " times" : "";
+    const about = error.topic === null ? "" : ", topic " + error.topic;
+    const ago = duration(Math.max(0, now_ms - error.at_ms) / 1000) + " ago";
+    byId("errors").children[at].firstChild.textContent = clock(error.at_ms) + ", " + ago + often + about;
+  });
 }
 
-function seconds(value) {
-  if (!Number.isFinite(value)) return "–";
-  if (value < 120) return Math.round(value) + " s";
-  if (value < 7200) return Math.round(value / 60) + " min";
-  return (value / 3600).toFixed(1) + " h";
-}
-
-function showLog(wal) {
-  const oldest = wal.oldest_pending_received_at_ms;
-  show("pending", count(wal.pending_events));
-  show("oldest", oldest ? seconds((Date.now() - oldest) / 1000) : "–");
-  show("disk", bytes(wal.disk_bytes) + " of " + bytes(wal.disk_limit_bytes), wal.full);
-}
-
-function showKafka(forward) {
-  if (!forward) {
-    show("kafka", "not forwarding");
-    for (const id of ["in-flight", "drain", "error"]) show(id, "–");
-    return;
+function showBanner([state, headline, explanation], host) {
+  const before = byId("banner").dataset.state;
+  mark("banner", "state", state);
+  show("lamp", LAMPS[state]);
+  show("headline", headline);
+  show("explain", explanation);
+  document.title = [headline, host, "Ringtail"].filter(Boolean).join(" · ");
+  if (before !== state) {
+    // Said once by a screen reader; the numbers in it change too often to be said each time.
+    show("announce", headline + ". " + explanation);
+    const circle = `<circle cx="8" cy="8" r="7" fill="${COLOURS[state]}"/>`;
+    const picture = `<svg xmlns="${SVG}" viewBox="0 0 16 16">${circle}</svg>`;
+    byId("icon").href = "data:image/svg+xml," + encodeURIComponent(picture);
   }
-  const error = forward.last_error;
-  show("kafka", forward.connected ? "connected" : "not connected", !forward.connected);
-  show("in-flight", count(forward.in_flight_events));
-  show("drain", seconds(forward.drain_seconds));
-  show("error", error ? String(error.message || error) : "none");
+}
+
+let life = null;
+let host = "";
+
+async function ask(path) {
+  const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+  if (!answer.ok) throw new Error("status " + answer.status);
+  return answer.json();
 }
 
 async function refresh() {
+  let status;
   try {
-    const answer = await fetch("status", { cache: "no-store", signal: AbortSignal.timeout(PERIOD_MS) });
-    const status = await answer.json();
-    show("version", status.version);
-    show("state", status.ready ? "ready" : status.not_ready_reason, !status.ready);
-    for (const protocol of ["websocket", "rest", "grpc"]) show(protocol, count(status.connections[protocol]));
-    show("parked", count(status.parked.events), status.parked.events > 0);
-    showLog(status.wal || {});
-    showKafka(status.forward);
+    status = await ask("status");
+    if (status.started_at_ms !== life) {
+      // Another process: the past is its own, but what this page has seen of the one before stays.
+      takeSamples((await ask("history")).samples);
+      life = status.started_at_ms;
+    }
   } catch (error) {
-    show("state", "no answer", true);
+    document.body.dataset.stale = "";
+    const what = "It is down, or the way to it is. What is shown below is the last that it said.";
+    showBanner(["bad", "No answer from the service", what], host);
+    return;
   }
-  setTimeout(refresh, PERIOD_MS);
+  delete document.body.dataset.stale;
+  host = status.host;
+  show("host", host);
+  show("about", "Ringtail " + status.version + ", up for " + duration(Math.max(1, status.uptime_seconds)));
+  showBanner(judge(status), host);
+  takeSamples(status.recent);
+  showPath(status);
+  showCharts();
+  showParked(status.parked);
+  showErrors(status);
+  show("updated", "Last answer " + clock(Date.now()));
 }
 
-refresh();
+let timer = null;
+
+async function loop() {
+  clearTimeout(timer);
+  if (document.hidden) return;
+  try {
+    await refresh();
+  } finally {
+    // Whatever happens: a page that stands still must not look alive.
+    clearTimeout(timer);
+    timer = setTimeout(loop, PERIOD_MS);
+  }
+}
+
+document.addEventListener("visibilitychange", () => {
+  // The samples of the time away are in the history.
+  if (!document.hidden) {
+    life = null;
+    loop();
+  }
+});
+loop();
