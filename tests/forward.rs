@@ -880,3 +880,33 @@ fn outside_its_windows_nothing_is_forwarded() {
     assert_eq!(setup.consume("click", 1, 1)[0].1, number(0));
     setup.wait_for_empty_log(&forwarder);
 }
+
+#[test]
+fn what_is_spilled_is_part_of_an_export() {
+    let mut setup = Setup::new();
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.topic("open", 1);
+    setup.topic("closed", 1);
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    send_much_of(&setup, "closed", 0..300);
+    without_failures(&setup, &forwarder, 300);
+    forwarder.stop(Duration::from_secs(5));
+    drop(forwarder);
+    setup.wal.close();
+    let Setup { wal, _directory: directory, .. } = setup;
+    drop(wal);
+    let ringtail = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
+        command.args(arguments).arg("--directory").arg(directory.path());
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let export = ringtail(&["backlog", "export", "--type", "closed"]);
+    let lines = export.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let sequences: Vec<u64> = lines.map(|line| line["sequence"].as_u64().unwrap()).collect();
+    assert_eq!(sequences, (1..=300).collect::<Vec<_>>(), "each event once, in order");
+    let status: serde_json::Value = serde_json::from_str(&ringtail(&["backlog", "status", "--json"])).unwrap();
+    assert!(status["pending_events"].as_u64().unwrap() >= 300, "{status}");
+}

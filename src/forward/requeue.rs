@@ -1,5 +1,5 @@
 //! Parked events that go back into the backlog: they are put into the spill, at the end of their topic or of another one, and
-//! are delivered from there like everything in it.
+//! are delivered from there like everything in it. And the spill as the tools see it.
 //!
 //! While the service runs, its forward thread does it; otherwise the spill is opened by itself.
 
@@ -9,10 +9,14 @@ use std::sync::PoisonError;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::time::Duration;
 
+use prost::Message;
+
 use super::SPILL;
 use super::parked::ParkedEvent;
 use super::router::is_topic_name;
 use super::spill::{Spill, SpillError, SpilledEvent};
+use crate::batch::{Batch, Client, Request, Sequence};
+use crate::proto::{Event, SendEventRequest};
 use crate::wal::Wal;
 
 /// Longest wait for the forward thread.
@@ -94,6 +98,38 @@ impl OfflineSpill {
     pub fn open(directory: &Path) -> Result<OfflineSpill, SpillError> {
         Ok(OfflineSpill(Mutex::new(Spill::open(&directory.join(SPILL))?)))
     }
+
+    /// Gives each event to `take`, topic by topic and in order, as a batch of its own with the sequence that its batch had in
+    /// the log; but for those that the log, from `cursor` to `tail`, shows as well. How many cannot be read.
+    ///
+    /// # Errors
+    /// Those of `take`, and [`SpillError::Io`].
+    pub fn read<E: From<SpillError>>(
+        &self,
+        cursor: Sequence,
+        tail: Sequence,
+        mut take: impl FnMut(Sequence, Batch) -> Result<(), E>,
+    ) -> Result<u64, E> {
+        let mut spill = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut topics: Vec<String> = spill.topics().map(str::to_owned).collect();
+        topics.sort_unstable();
+        let mut damaged = 0;
+        for topic in topics {
+            for number in spill.numbers(&topic) {
+                let event = match spill.event(&topic, number) {
+                    Err(SpillError::Damaged { .. }) => {
+                        damaged += 1;
+                        continue;
+                    }
+                    event => event?,
+                };
+                if event.requeued || !(cursor.0..tail.0).contains(&event.sequence) {
+                    take(Sequence(event.sequence), batch(event))?;
+                }
+            }
+        }
+        Ok(damaged)
+    }
 }
 
 impl Requeue for OfflineSpill {
@@ -102,6 +138,20 @@ impl Requeue for OfflineSpill {
         let mut spill = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         spill.put(events.iter().map(|(topic, events)| (topic.as_str(), events.clone())).collect())?;
         Ok(())
+    }
+}
+
+/// A batch of one event.
+fn batch(event: SpilledEvent) -> Batch {
+    let request = SendEventRequest {
+        req_guid: event.req_guid,
+        events: vec![Event { event_bytes: event.payload, r#type: event.event_type }],
+        ..SendEventRequest::default()
+    };
+    Batch {
+        received_at_ms: event.received_at_ms,
+        client: Client { group: event.group.into(), id: event.connection_id.into() },
+        request: Request::parse(request.encode_to_vec().into()).expect("what prost encodes is well-formed"),
     }
 }
 

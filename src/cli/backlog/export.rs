@@ -7,8 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use ringtail::admin::BatchLine;
-use ringtail::batch::Batch;
-use ringtail::forward::Topics;
+use ringtail::batch::{Batch, Sequence};
+use ringtail::config::Config;
+use ringtail::forward::{OfflineSpill, Topics};
 use ringtail::wal::{CarvedRecord, OfflineLog, SegmentFiles};
 use tempfile::NamedTempFile;
 
@@ -33,6 +34,8 @@ Writes one JSON object a batch and line:
 or --topic, events and request hold the wanted events only; the rest of the request stays as it was.
 
 --raw writes the payloads alone, each after its length as a protobuf varint: what protobuf libraries call delimited.
+
+Events of held topics, which are on disk beside the log, come first, each as a batch of its own.
 
 Only pending batches, unless --from-sequence or --quarantined is given. Records are found by their checksums, without opening
 the segments: nothing is changed, and damaged ones give what they still hold.
@@ -64,6 +67,14 @@ pub struct ExportArgs {
     output: Option<PathBuf>,
 }
 
+impl Summary {
+    fn add(&mut self, batch: &Batch) {
+        self.batches += 1;
+        self.events += u64::from(batch.request.event_count());
+        self.bytes += batch.request.as_bytes().len() as u64;
+    }
+}
+
 #[derive(Default)]
 struct Summary {
     batches: u64,
@@ -85,11 +96,11 @@ pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
     let summary = match &args.output {
         None => {
             let mut output = BufWriter::new(io::stdout().lock());
-            let summary = export(&args, &log, &topics, &mut output)?;
+            let summary = export(&args, &config, &log, &topics, &mut output)?;
             output.flush().context("write to standard output")?;
             summary
         }
-        Some(path) => write_file(path, |output| export(&args, &log, &topics, output))?,
+        Some(path) => write_file(path, |output| export(&args, &config, &log, &topics, output))?,
     };
     let (batches, events) = (count(summary.batches, "batch"), count(summary.events, "event"));
     eprintln!("exported {batches} with {events}, {}", bytesize::ByteSize::b(summary.bytes));
@@ -119,8 +130,16 @@ pub(in crate::cli) fn write_file<T>(
     Ok(result)
 }
 
-fn export(args: &ExportArgs, log: &OfflineLog, topics: &Topics, output: &mut dyn Write) -> anyhow::Result<Summary> {
-    let mut summary = Summary::default();
+fn export(
+    args: &ExportArgs,
+    config: &Config,
+    log: &OfflineLog,
+    topics: &Topics,
+    output: &mut dyn Write,
+) -> anyhow::Result<Summary> {
+    // They are older than what is in the log.
+    let mut summary =
+        if args.quarantined { Summary::default() } else { export_spilled(args, config, log, topics, output)? };
     let from_sequence = args.filter.from_sequence.unwrap_or(log.cursor_sequence());
     let segments = if args.quarantined { log.quarantined()? } else { log.segments()? };
     let wanted = |segment: &&SegmentFiles| {
@@ -150,10 +169,8 @@ fn export(args: &ExportArgs, log: &OfflineLog, topics: &Topics, output: &mut dyn
                 summary.missing += gap(&args.filter, &mut next, record.sequence.0);
             }
             if let Some(batch) = args.filter.apply(record.sequence.0, &record.batch, topics) {
-                write_batch(args, &record, &batch, topics, output).context("write the export")?;
-                summary.batches += 1;
-                summary.events += u64::from(batch.request.event_count());
-                summary.bytes += batch.request.as_bytes().len() as u64;
+                write_batch(args, record.sequence, &batch, topics, output).context("write the export")?;
+                summary.add(&batch);
             }
         }
         progress.inc(segment.bytes());
@@ -162,6 +179,31 @@ fn export(args: &ExportArgs, log: &OfflineLog, topics: &Topics, output: &mut dyn
         summary.missing += gap(&args.filter, &mut next, log.next_sequence());
     }
     progress.finish_and_clear();
+    Ok(summary)
+}
+
+/// Exports the pending events that are not in the log any more, each as a batch of its own.
+fn export_spilled(
+    args: &ExportArgs,
+    config: &Config,
+    log: &OfflineLog,
+    topics: &Topics,
+    output: &mut dyn Write,
+) -> anyhow::Result<Summary> {
+    let mut summary = Summary::default();
+    let spill = OfflineSpill::open(&config.wal.directory).context("open the spill")?;
+    let (cursor, tail) = (Sequence(log.cursor_sequence()), Sequence(log.next_sequence()));
+    let damaged = spill.read(cursor, tail, |sequence, batch| {
+        if let Some(batch) = args.filter.apply(sequence.0, &batch, topics) {
+            write_batch(args, sequence, &batch, topics, output).context("write the export")?;
+            summary.add(&batch);
+        }
+        anyhow::Ok(())
+    })?;
+    if damaged > 0 {
+        eprintln!("{} of held topics cannot be read", count(damaged, "event"));
+        summary.unreadable = true;
+    }
     Ok(summary)
 }
 
@@ -179,7 +221,7 @@ fn gap(filter: &FilterArgs, next: &mut Option<u64>, sequence: u64) -> u64 {
 
 fn write_batch(
     args: &ExportArgs,
-    record: &CarvedRecord,
+    sequence: Sequence,
     batch: &Batch,
     topics: &Topics,
     output: &mut dyn Write,
@@ -193,7 +235,7 @@ fn write_batch(
         }
         return Ok(());
     }
-    let line = BatchLine::new(record.sequence, batch, topics, !args.compact).with_request(batch);
+    let line = BatchLine::new(sequence, batch, topics, !args.compact).with_request(batch);
     serde_json::to_writer(&mut *output, &line)?;
     output.write_all(b"\n")
 }

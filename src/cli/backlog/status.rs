@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use ringtail::admin::control;
-use ringtail::batch::now_ms;
+use ringtail::batch::{Sequence, now_ms};
 use ringtail::config::WalConfig;
+use ringtail::forward::{OfflineSpill, SpillError};
 use ringtail::wal::{self, WalStatus};
 use serde::Deserialize;
 
@@ -50,7 +51,16 @@ async fn read(config: &WalConfig) -> anyhow::Result<WalStatus> {
         return wal.context("the service is still opening its log");
     }
     eprintln!("no service runs on {}, reading the log itself", directory.display());
-    wal::inspect(config).context("read the log")
+    let mut status = wal::inspect(config).context("read the log")?;
+    let spill = OfflineSpill::open(directory).context("open the spill")?;
+    let (cursor, tail) = (Sequence(status.cursor_sequence), Sequence(status.next_sequence));
+    let mut spilled = 0;
+    spill.read(cursor, tail, |_, _| {
+        spilled += 1;
+        Ok::<(), SpillError>(())
+    })?;
+    status.pending_events += spilled;
+    Ok(status)
 }
 
 fn describe(backlog: &WalStatus) -> String {
