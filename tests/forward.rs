@@ -725,7 +725,7 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
     setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
     let forwarder = setup.start();
     for at in 0..50 {
-        setup.send("a", &[("closed", number(at)), ("open", number(at))]);
+        setup.send("a", &[("closed", number(at)), ("open", number(at)), ("not a topic", number(at))]);
     }
     wait_until("the rest is delivered and the cursor passed it", || {
         assert!(forwarder.is_live());
@@ -735,7 +735,10 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
     setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
     assert_eq!(by_key(setup.consume("closed", 1, 50))["a"], (0..50).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
-    setup.assert_books_balance(100);
+    setup.assert_books_balance(150);
+    // Also of transactions that were aborted and repeated.
+    let parked: Vec<Vec<u8>> = setup.parked().iter().map(|event| event.payload.to_vec()).collect();
+    assert_eq!(parked, (0..50).map(number).collect::<Vec<_>>());
     wait_until("no topic is held", || forwarder.status().held_topics == 0);
 }
 

@@ -13,7 +13,7 @@ use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
 use super::lanes::{Lanes, ToPark};
-use super::parked::{Limits, ParkedAbout, ParkedError, ParkedStore};
+use super::parked::{Limits, ParkedAbout, ParkedError, ParkedEvent, ParkedStore};
 use super::router::Router;
 use super::spill::{Header, SpillError, SpilledEvent};
 use super::spilling::Spilling;
@@ -70,6 +70,32 @@ impl Parking {
     /// Takes over `events`, leaving it empty.
     pub(super) fn add(&mut self, events: &mut Vec<ToPark>) {
         self.waiting.extend(events.drain(..));
+    }
+
+    /// The newest event in the store; 0 if there is none.
+    pub(super) fn last_id(&self) -> u64 {
+        self.store.last_id()
+    }
+
+    /// Takes back what was parked after `id` of batches that the log, from `cursor` to `tail`, shows again: it is parked again
+    /// then.
+    ///
+    /// # Errors
+    /// [`ParkedError`]: worth a retry.
+    pub(super) fn take_back(&self, id: u64, cursor: Sequence, tail: Sequence) -> Result<(), ParkedError> {
+        let shown_again = |event: &ParkedEvent| (cursor.0..tail.0).contains(&event.about.sequence.0);
+        let mut ids = Vec::new();
+        for event in self.store.events(id + 1) {
+            match event {
+                Ok(event) if shown_again(&event) => ids.push(event.id),
+                Ok(_) | Err(ParkedError::Damaged { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if !ids.is_empty() {
+            self.store.remove(&ids)?;
+        }
+        Ok(())
     }
 
     /// When [`Parking::run`] has something to do; none without events.

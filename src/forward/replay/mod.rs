@@ -562,12 +562,25 @@ impl Replay {
         self.to_park.extend((0..events).map(to_park));
     }
 
-    /// Takes out of the spill what the log shows again, once it is known from where on.
+    /// Takes out of the spill what the log shows again, once it is known from where on; with exactly-once delivery also out of
+    /// the parked store.
     fn settle_spill(&mut self, now: Instant) {
+        if self.spilling.is_settled() {
+            return;
+        }
         let delivered_before = match &self.exactly_once {
             None => Sequence::FIRST,
-            Some(once) if once.is_started() => once.delivered_before(),
-            Some(_) => return,
+            Some(once) if !once.is_started() => return,
+            Some(once) => {
+                let status = self.wal.status();
+                let cursor = once.delivered_before().max(Sequence(status.cursor_sequence));
+                let taken_back = self.parking.take_back(once.parked_before(), cursor, Sequence(status.next_sequence));
+                if let Err(error) = taken_back {
+                    self.shared.set_last_error(error.to_string(), None);
+                    return;
+                }
+                once.delivered_before()
+            }
         };
         self.spilling.settle(&self.wal, delivered_before, &mut self.lanes, now);
     }

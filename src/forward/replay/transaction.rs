@@ -54,6 +54,8 @@ pub(super) struct ExactlyOnce {
     cursor_reported: Option<bool>,
     /// Records before were delivered, by the cursor in Kafka.
     delivered_before: Sequence,
+    /// Parked events up to this id belong to committed transactions.
+    parked_before: u64,
     fenced: bool,
     /// No more transaction is begun.
     stopping: bool,
@@ -124,6 +126,7 @@ impl ExactlyOnce {
             failed: false,
             cursor_reported: None,
             delivered_before: Sequence::FIRST,
+            parked_before: 0,
             fenced: false,
             stopping: false,
             steps: Retry::new(backoff),
@@ -154,6 +157,11 @@ impl ExactlyOnce {
     /// Records before are delivered.
     pub(super) fn delivered_before(&self) -> Sequence {
         self.delivered_before
+    }
+
+    /// See the field.
+    pub(super) fn parked_before(&self) -> u64 {
+        self.parked_before
     }
 
     /// An event or the cursor failed.
@@ -380,7 +388,7 @@ impl Replay {
         self.move_watermark(now);
         self.lanes.commit_spilled(now);
         if let Some(once) = &mut self.exactly_once {
-            once.state = State::Idle;
+            (once.state, once.parked_before) = (State::Idle, self.parking.last_id());
         }
     }
 
