@@ -8,7 +8,7 @@
 //!    `fdatasync`. Only then does the client get its ack.
 //! 3. [`forward`] reads the log in order and hands each event to Kafka. Delivery reports move a contiguous watermark,
 //!    the watermark moves the durable cursor, and the cursor frees whole segments of the log. What Kafka can never take
-//!    is parked, durably, before the cursor passes it.
+//!    is parked, durably, before the cursor passes it; a topic that does not flow moves out of the way, to disk as well.
 //! 4. [`admin`] shows all of it: [`metrics`], health and status.
 //!
 //! [`app`] wires the stages together, starts them and drains them in order. `ingest` and `forward` never import each
