@@ -6,12 +6,13 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::client::{ClientContext, DefaultClientContext};
 use rdkafka::config::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
 use rdkafka::{Message, Offset, TopicPartitionList};
+use tracing::debug;
 
 use super::{Producer, Properties};
 
@@ -107,13 +108,13 @@ pub(in crate::forward) fn read_cursors(
         .filter(|(name, _)| CONNECTION_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
         .cloned()
         .collect();
-    let consumer: BaseConsumer = config
+    let consumer: BaseConsumer<Quiet> = config
         .clone()
         .set("group.id", id)
         .set("enable.auto.commit", "false")
         .set("enable.partition.eof", "true")
         .set("isolation.level", "read_committed")
-        .create()
+        .create_with_context(Quiet)
         .map_err(|error| error.to_string())?;
     let metadata = consumer.fetch_metadata(Some(topic), timeout).map_err(|error| error.to_string())?;
     let partitions: Vec<i32> = metadata
@@ -155,6 +156,17 @@ pub(in crate::forward) fn read_cursors(
     }
     Ok(values)
 }
+
+/// What goes wrong is returned, and the end of a partition is no error.
+struct Quiet;
+
+impl ClientContext for Quiet {
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!(%error, "reading the cursors: {reason}");
+    }
+}
+
+impl ConsumerContext for Quiet {}
 
 fn make_compacted(config: &mut ClientConfig, topic: &str, timeout: Duration) -> Result<(), String> {
     let admin: AdminClient<DefaultClientContext> = config.create().map_err(|error| error.to_string())?;

@@ -329,7 +329,10 @@ impl Replay {
                 self.rebuilding.failed(now, &mut self.rng);
             }
             TransactionError::Retry(message) | TransactionError::Abort(message) => {
-                if let Some(suppressed) = once.log_limit.admit(now) {
+                // An outage is told by itself.
+                if self.connection.is_up()
+                    && let Some(suppressed) = once.log_limit.admit(now)
+                {
                     warn!(error = message, suppressed, "the transaction waits for kafka");
                 }
                 once.steps.failed(now, &mut self.rng);
