@@ -271,6 +271,10 @@ impl ClientContext for Context {
             debug!(facility, "kafka client: {message}");
             return;
         }
+        if facility == "REQTMOUT" {
+            // The client breaks the connection then, without an error of its own.
+            self.inbox().error = Some(message.to_owned());
+        }
         let Some(suppressed) = self.admit(facility) else { return };
         match level {
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {

@@ -23,7 +23,7 @@ use super::parked::ParkedStore;
 use super::parking::{Origin, Parking};
 use super::router::Router;
 use super::spilling::{STALL_PATIENCE, Spilling};
-use super::status::{Connection, Drain, Shared};
+use super::status::{Connection, Drain, NO_BROKER, Shared};
 use super::{FailureReason, ParkReason};
 use crate::batch::{Sequence, now_ms};
 use crate::config::{Delivery, ForwardConfig};
@@ -290,6 +290,9 @@ impl Replay {
         let brokers_up = inbox.brokers_up;
         if self.connection.observe(brokers_up, inbox.all_brokers_down, &self.client_error, now, backlog) {
             let up = self.connection.is_up();
+            if !up && self.client_error.is_empty() {
+                self.shared.set_last_error(NO_BROKER.into(), None);
+            }
             // The next outage has a cause of its own.
             self.client_error.clear();
             self.metrics.forward.connected.set(f64::from(u8::from(up)));
