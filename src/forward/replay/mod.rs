@@ -262,8 +262,19 @@ impl Replay {
             }
             let (lane, event) = self.reported_event(reported);
             let bytes = charge(reported.payload_bytes as usize);
+            if self.exactly_once.is_some() && failure.is_consequence() {
+                self.metrics.forward.delivery_failures(failure.reason()).increment(1);
+                self.lanes.taken_back(lane, event, bytes, now);
+                continue;
+            }
             self.lanes.failed(lane, event, bytes, failure, now, &mut self.to_park);
             self.failures.count(lane, failure, &self.metrics);
+        }
+        if let Some(once) = &mut self.exactly_once {
+            for (topic, failure) in inbox.refused_topics.drain(..) {
+                self.shared.set_last_error(failure.to_string(), Some(&topic));
+                once.refused(topic, failure);
+            }
         }
         if self.forwards {
             self.observe_connection(&inbox, now);
@@ -349,7 +360,7 @@ impl Replay {
         if let Some(once) = &mut self.exactly_once {
             once.start_again();
         }
-        self.rewind(now);
+        self.rewind_transaction(now);
     }
 
     /// Forgets everything behind the watermark: it is read again.
@@ -463,7 +474,7 @@ impl Replay {
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle || !self.may_read() || !self.spilling.is_settled() || self.reading.due(now).is_some() {
+        if idle || !self.may_read(now) || !self.spilling.is_settled() || self.reading.due(now).is_some() {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
@@ -620,7 +631,7 @@ impl Replay {
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
-        let can_read = can_read && self.may_read() && self.spilling.is_settled();
+        let can_read = can_read && self.may_read(now) && self.spilling.is_settled();
         if can_read && self.lanes.in_client() == 0 {
             self.reader.wait(wait);
             return;
