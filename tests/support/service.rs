@@ -202,12 +202,16 @@ impl Service {
         come
     }
 
-    /// The backlog that this life has found, by its log.
+    /// The backlog that this life has found, in the log and in the spill, by what it logged.
     fn pending_at_start(&self) -> f64 {
         let log = self.life_log();
-        let line = log.lines().find(|line| line.contains("log opened")).expect("the log tells");
-        let number = line.split("pending_events=").nth(1).and_then(|rest| rest.split(' ').next());
-        number.and_then(|number| number.parse().ok()).expect("a number")
+        let number = |line: &str, name: &str| -> f64 {
+            let line = log.lines().find(|found| found.contains(line)).unwrap_or_default();
+            let number = line.split(name).nth(1).and_then(|rest| rest.split(' ').next());
+            number.map_or(0.0, |number| number.parse().expect("a number"))
+        };
+        assert!(log.contains("log opened"), "the log tells");
+        number("log opened", " pending_events=") + number("topics go on from the spill", " events=")
     }
 
     /// The parked events: topic, key and payload.
