@@ -63,9 +63,9 @@ impl Failure {
         Failure(RDKafkaErrorCode::Fail)
     }
 
-    /// The client took it back because its transaction has failed for another reason.
+    /// The client gave it back, or did not take it, because its transaction has failed for another reason.
     pub(super) fn is_consequence(self) -> bool {
-        matches!(self.0, RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight)
+        matches!(self.0, RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight | RDKafkaErrorCode::State)
     }
 
     /// It says nothing of the event or its topic.

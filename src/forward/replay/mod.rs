@@ -478,7 +478,7 @@ impl Replay {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
-        while bytes < READ_BYTES && self.has_room() {
+        while bytes < READ_BYTES && self.has_room() && self.may_read(now) {
             let held_back = self.held_back.take().map(Some);
             let next = match held_back.map_or_else(|| self.reader.next_record(), Ok) {
                 Ok(next) => next,
@@ -579,6 +579,10 @@ impl Replay {
                     if self.lanes.client_bytes(lane) >= lane_bytes_max {
                         self.full_lane = Some(lane);
                     }
+                }
+                Err(failure) if self.exactly_once.is_some() && failure.is_consequence() => {
+                    // The transaction is aborted, and the record read again.
+                    self.exactly_once.iter_mut().for_each(ExactlyOnce::failed);
                 }
                 Err(failure) => {
                     self.lanes.refused(lane, event_ref, failure, now, &mut self.to_park);

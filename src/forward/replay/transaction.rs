@@ -645,11 +645,12 @@ impl Replay {
         if let Some(once) = &mut self.exactly_once {
             once.side.refused.clear();
         }
+        let cause = |failure: Failure| blamed.filter(|_| failure.is_consequence()).unwrap_or(failure);
         for event in round.waiting {
             self.lanes.hold(lane, event);
         }
         for (event, bytes, failure) in round.outcomes {
-            let failure = failure.map(|failure| blamed.filter(|_| failure.is_consequence()).unwrap_or(failure));
+            let failure = failure.map(cause);
             match failure {
                 None if committed => {
                     self.metrics.forward.delivered_events.increment(1);
@@ -665,6 +666,7 @@ impl Replay {
             }
         }
         if let Some((event, failure)) = round.refused {
+            let failure = cause(failure);
             self.failures.count(lane, failure, &self.metrics);
             self.lanes.refused(lane, event, failure, now, &mut self.to_park);
         }
