@@ -216,6 +216,9 @@ pub struct ForwardConfig {
     /// How long a clean stop waits for events that Kafka has not yet acked. They stay in the log.
     #[serde(with = "humantime_serde")]
     pub stop_timeout: Duration,
+    /// File with the password for Kafka (`sasl.password`), for example a systemd credential; empty: none. When it changes, and
+    /// when one of the files that `ssl.….location` name does, Kafka is used with the new contents.
+    pub kafka_password_file: PathBuf,
     /// Any other librdkafka property, as `"linger.ms" = 5`, except those that the promises rest on
     /// (`enable.idempotence`, `acks`, …), which are refused.
     pub kafka: BTreeMap<String, KafkaProperty>,
@@ -354,6 +357,7 @@ impl Default for ForwardConfig {
             retry_delay_max: Duration::from_secs(5),
             topic_grace: Duration::from_secs(30),
             stop_timeout: Duration::from_secs(10),
+            kafka_password_file: PathBuf::new(),
             kafka: BTreeMap::new(),
         }
     }

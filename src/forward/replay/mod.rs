@@ -5,6 +5,7 @@
 //! [`TURN_MAX`], so that a heartbeat that stands still means trouble.
 
 mod held;
+mod renewal;
 mod transaction;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::batch::{Sequence, now_ms};
 use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::{Reader, Record, Wal};
+pub(super) use renewal::Renewal;
 use transaction::ExactlyOnce;
 pub(super) use transaction::transactional_id;
 
@@ -64,6 +66,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 pub(super) struct Parts {
     pub(super) config: ForwardConfig,
     pub(super) properties: Properties,
+    pub(super) renewal: Renewal,
     /// None: nothing is forwarded.
     pub(super) producer: Option<Producer>,
     pub(super) topic_propagation: Duration,
@@ -80,6 +83,7 @@ pub(super) struct Replay {
     router: Router,
     in_flight_bytes_max: u64,
     properties: Properties,
+    renewal: Renewal,
     wal: Wal,
     reader: Reader,
     /// Read, and to be worked on later: if nothing is forwarded it is not to be discarded, or no transaction could be begun.
@@ -128,8 +132,19 @@ struct Failures {
 impl Replay {
     /// Starts at the log's cursor.
     pub(super) fn new(parts: Parts) -> Replay {
-        let Parts { config, properties, producer, topic_propagation, wal, parked, spilling, metrics, shared, seed } =
-            parts;
+        let Parts {
+            config,
+            properties,
+            renewal,
+            producer,
+            topic_propagation,
+            wal,
+            parked,
+            spilling,
+            metrics,
+            shared,
+            seed,
+        } = parts;
         let limits = RetryLimits {
             delay_min: config.retry_delay_min,
             delay_max: config.retry_delay_max,
@@ -144,6 +159,7 @@ impl Replay {
             router: Router::new(&config.topic, config.record_key),
             in_flight_bytes_max: config.in_flight_bytes_max.as_u64(),
             properties,
+            renewal,
             reader: wal.reader(),
             held_back: None,
             metrics,
@@ -188,6 +204,7 @@ impl Replay {
             worked |= self.drive_transaction(now);
             self.settle_spill(now);
             self.let_go_of_discarded(now);
+            self.renew(now);
             worked |= self.mend_producer(now);
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
@@ -474,7 +491,12 @@ impl Replay {
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle || !self.may_read(now) || !self.spilling.is_settled() || self.reading.due(now).is_some() {
+        if idle
+            || self.renewal.is_draining()
+            || !self.may_read(now)
+            || !self.spilling.is_settled()
+            || self.reading.due(now).is_some()
+        {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
@@ -635,7 +657,7 @@ impl Replay {
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
-        let can_read = can_read && self.may_read(now) && self.spilling.is_settled();
+        let can_read = can_read && !self.renewal.is_draining() && self.may_read(now) && self.spilling.is_settled();
         if can_read && self.lanes.in_client() == 0 {
             self.reader.wait(wait);
             return;

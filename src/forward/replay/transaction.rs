@@ -196,7 +196,7 @@ impl ExactlyOnce {
     /// The producer is gone.
     pub(super) fn start_again(&mut self) {
         self.state = State::Starting;
-        self.failed = false;
+        (self.failed, self.stopping) = (false, false);
         self.side = Side::default();
     }
 }
@@ -480,15 +480,17 @@ impl Replay {
 
     /// The forwarder stops: the transaction does not wait for its time.
     pub(super) fn close_transaction(&mut self, now: Instant) {
-        if let Some(once) = &mut self.exactly_once
-            && once.state == State::Open
-        {
+        self.pause_transactions();
+        self.drive_transaction(now);
+    }
+
+    /// Nothing more goes into this transaction, and until [`ExactlyOnce::start_again`] no other is begun for held topics.
+    pub(super) fn pause_transactions(&mut self) {
+        let Some(once) = &mut self.exactly_once else { return };
+        once.stopping = true;
+        if once.state == State::Open {
             once.state = State::Closing;
         }
-        if let Some(once) = &mut self.exactly_once {
-            once.stopping = true;
-        }
-        self.drive_transaction(now);
     }
 
     /// When there is something to do for a transaction; none while that depends on others.
