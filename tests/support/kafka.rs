@@ -279,6 +279,18 @@ impl Kafka {
         acl::delete(&self.admin(), topic);
     }
 
+    /// Gives a SCRAM-SHA-256 user another password. Needs the feature `kafka-tls`.
+    pub fn set_scram_password(&self, user: &str, password: &str) {
+        acl::set_scram_password(&self.admin(), user, password);
+    }
+
+    /// Changes lines of `server.properties`, for the next start.
+    pub fn set_property(&mut self, key: &str, value: &str) {
+        self.options.properties.retain(|(known, _)| known != key);
+        self.options.properties.push((key.to_owned(), value.to_owned()));
+        self.write_properties();
+    }
+
     fn create_acl(&self, topic: &str, principal: &str, rule: Acl) {
         acl::create(&self.admin(), topic, principal, rule);
     }
