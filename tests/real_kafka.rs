@@ -53,27 +53,6 @@ fn parked(service: &Service) -> Vec<serde_json::Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("lines of JSON")).collect()
 }
 
-/// The backlog that this life has found, by its log.
-fn pending_at_start(service: &Service) -> f64 {
-    let log = service.life_log();
-    let line = log.lines().find(|line| line.contains("log opened")).expect("the log tells");
-    let number = line.split("pending_events=").nth(1).and_then(|rest| rest.split(' ').next());
-    number.and_then(|number| number.parse().ok()).expect("a number")
-}
-
-/// pending at start + committed = delivered + parked + dropped + pending, in events. Gives back the sum.
-#[track_caller]
-fn assert_books_balance(service: &Service) -> f64 {
-    let metric = |name: &str| service.metric(name, "");
-    let come = pending_at_start(service) + metric("ringtail_wal_committed_events_total");
-    let gone = metric("ringtail_forward_delivered_events_total")
-        + metric("ringtail_forward_parked_events_total")
-        + metric("ringtail_forward_dropped_events_total")
-        + metric("ringtail_wal_pending_events");
-    assert_eq!(come, gone, "the books balance:\n{}", service.metrics());
-    come
-}
-
 /// `promtool check metrics` has nothing to say.
 #[track_caller]
 fn assert_metrics_are_clean(service: &Service) {
@@ -118,7 +97,7 @@ fn topic_key_and_value_are_exactly_what_was_sent() {
             assert!(of_client == payloads, "{key}, {event_type}: {} values", of_client.len());
         }
     }
-    assert_eq!(assert_books_balance(&service), 24.0);
+    assert_eq!(service.assert_books_balance(), 24.0);
     assert_metrics_are_clean(&service);
     assert!(service.stop().success());
 }
@@ -187,7 +166,7 @@ fn park_what_is_too_large(outage: bool) {
     assert!(failures >= 3.0);
     assert_eq!(service.metric("ringtail_forward_parked_events", ""), 3.0);
     assert_eq!(service.metric("ringtail_forward_parked_events_total", "reason=\"too_large\""), 3.0);
-    assert_eq!(assert_books_balance(&service), 1053.0);
+    assert_eq!(service.assert_books_balance(), 1053.0);
     assert_metrics_are_clean(&service);
 }
 
@@ -225,7 +204,7 @@ fn topics_that_do_not_exist_or_cannot_are_parked_after_their_grace() {
     assert_eq!(listed.len(), 15);
     assert_eq!(service.metric("ringtail_forward_parked_events_total", "reason=\"unknown_topic\""), 5.0);
     assert_eq!(service.metric("ringtail_forward_parked_events_total", "reason=\"invalid_topic\""), 10.0);
-    assert_eq!(assert_books_balance(&service), 20.0);
+    assert_eq!(service.assert_books_balance(), 20.0);
     assert_metrics_are_clean(&service);
 
     // The payloads are kept, over a restart as well.
@@ -233,14 +212,14 @@ fn topics_that_do_not_exist_or_cannot_are_parked_after_their_grace() {
     service.restart();
     assert_eq!(parked(&service), listed);
     assert_eq!(service.metric("ringtail_forward_parked_events", ""), 15.0);
-    assert_eq!(assert_books_balance(&service), 0.0);
+    assert_eq!(service.assert_books_balance(), 0.0);
 }
 
 #[test]
 fn a_clean_stop_under_traffic_loses_nothing() {
     let kafka = Kafka::start();
     let mut service = Service::start(&kafka.bootstrap(), "");
-    let load = Load { seed: rand::random(), clients_per_protocol: 2, pause: Duration::from_millis(20) };
+    let load = Load { clients_per_protocol: 2, pause: Duration::from_millis(20), ..Load::default() };
     println!("seed {}", load.seed);
     let traffic = Traffic::start(service.ports(), load);
     for life in 1..=3 {
@@ -255,7 +234,7 @@ fn a_clean_stop_under_traffic_loses_nothing() {
     service.wait_for("traffic", PATIENCE, |_| traffic.acked() >= before + 5000);
     let mut ledger = traffic.stop();
     service.wait_until_drained(PATIENCE);
-    assert_books_balance(&service);
+    service.assert_books_balance();
     let findings = ledger.check(&kafka);
     println!("{findings:?}");
     assert_eq!((findings.lost, findings.out_of_order), (0, 0));
@@ -284,7 +263,7 @@ fn an_outage_is_told_once_and_is_not_unready() {
     assert_eq!(service.backlog().0, 3);
     assert!(!service.status()["forward"]["connected"].as_bool().unwrap());
     assert!(service.status()["forward"]["last_error"]["message"].is_string(), "{}", service.status());
-    assert_books_balance(&service);
+    service.assert_books_balance();
 
     kafka.restart();
     service.wait_for("the broker to be seen", PATIENCE, |service| connected(service) == 1.0);
@@ -294,6 +273,6 @@ fn an_outage_is_told_once_and_is_not_unready() {
     for line in ["kafka lost", "kafka back", "kafka connected"] {
         assert_eq!(service.logged(line), 1, "{line}:\n{}", service.life_log());
     }
-    assert_eq!(assert_books_balance(&service), 4.0);
+    assert_eq!(service.assert_books_balance(), 4.0);
     assert_metrics_are_clean(&service);
 }

@@ -157,7 +157,7 @@ fn nothing_acked_is_lost_whatever_is_killed() {
     let seconds = number_from_environment("RINGTAIL_SOAK_SECONDS").unwrap_or(SECONDS);
     println!("seed {seed}, {seconds} s");
     let mut random = SmallRng::seed_from_u64(seed);
-    let mut soak = Soak::start(Load { seed, clients_per_protocol: 4, pause: Duration::from_millis(45) });
+    let mut soak = Soak::start(Load { seed, ..Load::default() });
     for (at, fault) in FAULTS {
         let jitter = match fault {
             Fault::StopBroker | Fault::StartBroker => 0.0,

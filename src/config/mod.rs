@@ -227,6 +227,9 @@ pub struct ForwardConfig {
     pub stop_timeout: Duration,
     /// How much may be parked, and for how long.
     pub parked: ParkedConfig,
+    /// File with the password for Kafka (`sasl.password`), for example a systemd credential; empty: none. When it changes, and
+    /// when one of the files that `ssl.….location` name does, Kafka is used with the new contents.
+    pub kafka_password_file: PathBuf,
     /// Any other librdkafka property, as `"linger.ms" = 5`, except those that the promises rest on
     /// (`enable.idempotence`, `acks`, …), which are refused.
     pub kafka: BTreeMap<String, KafkaProperty>,
@@ -406,6 +409,7 @@ impl Default for ForwardConfig {
             pace: PaceConfig::default(),
             stop_timeout: Duration::from_secs(10),
             parked: ParkedConfig::default(),
+            kafka_password_file: PathBuf::new(),
             kafka: BTreeMap::new(),
         }
     }

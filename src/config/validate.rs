@@ -42,6 +42,7 @@ impl From<ForwardConfigError> for Violation {
             ForwardConfigError::InFlight { .. } => ("forward.in_flight_bytes_max".into(), error.to_string()),
             ForwardConfigError::CommitInterval => ("forward.commit_interval".into(), error.to_string()),
             ForwardConfigError::DeadLetterTopic { .. } => ("forward.dead_letter_topic".into(), error.to_string()),
+            ForwardConfigError::PasswordFile { .. } => ("forward.kafka_password_file".into(), error.to_string()),
             ForwardConfigError::CursorTopic { .. } => ("forward.cursor_topic".into(), error.to_string()),
             ForwardConfigError::RetryDelay => ("forward.retry_delay_min".into(), error.to_string()),
         };

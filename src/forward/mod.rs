@@ -67,7 +67,7 @@ use crate::metrics::Metrics;
 use crate::wal::Wal;
 use backoff::{Backoff, Retry};
 use kafka::Producer;
-use replay::{Parts, Replay};
+use replay::{Parts, Renewal, Replay};
 use requeue::Requeuer;
 use spilling::Spilling;
 use status::Shared;
@@ -155,15 +155,18 @@ impl Forwarder {
         )?;
         wal.note_spilled(i64::try_from(spilling.count()).unwrap_or(i64::MAX));
         let mut properties = properties::properties(config, batch_bytes_max);
+        properties.extend(properties::password(config)?);
         if config.delivery == Delivery::ExactlyOnce {
             properties.push(("transactional.id".into(), replay::transactional_id(config, &wal)));
         }
         let shared = Arc::new(Shared::new());
+        let renewal = Renewal::new(&properties, &config.kafka_password_file);
         let producer = if config.brokers.is_empty() { None } else { Some(Producer::new(&properties)?) };
         let parts = Parts {
             config: config.clone(),
             producer,
             properties,
+            renewal,
             topic_propagation: properties::topic_propagation(config),
             wal: wal.clone(),
             parked: parked.clone(),

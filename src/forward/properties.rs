@@ -1,5 +1,6 @@
 //! `[forward]` as librdkafka properties: our defaults, the operator's own, and the ones that the promises rest on.
 
+use std::path::Path;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -124,6 +125,14 @@ pub enum ForwardConfigError {
         /// The property.
         name: String,
     },
+    /// There is no password in the file for it.
+    #[error("forward.kafka_password_file: cannot read {path}: {error}")]
+    PasswordFile {
+        /// The file as given.
+        path: String,
+        /// Why not.
+        error: std::io::Error,
+    },
     /// TLS or SASL without the code for it.
     #[error(
         "forward.kafka: \"security.protocol\" = \"{protocol}\" needs Kafka over TLS and SASL, which this binary was \
@@ -169,7 +178,35 @@ pub fn validate(config: &ForwardConfig) -> Result<(), ForwardConfigError> {
     for (name, value) in &config.kafka {
         check_property(name, value)?;
     }
-    Ok(kafka::try_properties(&properties(config, BATCH_BYTES_MAX))?)
+    let mut properties = properties(config, BATCH_BYTES_MAX);
+    if let Some(password) = password(config)? {
+        if config.kafka.contains_key(&password.0) {
+            return Err(ForwardConfigError::Refused {
+                name: password.0,
+                why: "it is read from \"kafka_password_file\"",
+            });
+        }
+        properties.push(password);
+    }
+    Ok(kafka::try_properties(&properties)?)
+}
+
+/// The property with the password in `forward.kafka_password_file`, if there is such a file.
+///
+/// # Errors
+/// It cannot be read.
+pub(super) fn password(config: &ForwardConfig) -> Result<Option<(String, String)>, ForwardConfigError> {
+    let path = &config.kafka_password_file;
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let failed = |error| ForwardConfigError::PasswordFile { path: path.display().to_string(), error };
+    Ok(Some(("sasl.password".into(), read_password(path).map_err(failed)?)))
+}
+
+/// The password in a file: its contents without the end of the line.
+pub(super) fn read_password(path: &Path) -> std::io::Result<String> {
+    Ok(std::fs::read_to_string(path)?.trim_end_matches(['\r', '\n']).to_owned())
 }
 
 fn check_property(name: &str, value: &KafkaProperty) -> Result<(), ForwardConfigError> {
@@ -261,6 +298,21 @@ mod tests {
         assert!(unknown.contains("lingre.ms"), "{unknown}");
         let bad = with("linger.ms", KafkaProperty::Text("soon".into())).unwrap_err().to_string();
         assert!(bad.contains("linger.ms"), "{bad}");
+    }
+
+    #[test]
+    fn a_password_is_read_from_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("password");
+        let mut config = ForwardConfig { kafka_password_file: path.clone(), ..ForwardConfig::default() };
+        let message = validate(&config).unwrap_err().to_string();
+        assert!(message.contains("forward.kafka_password_file: cannot read"), "{message}");
+        std::fs::write(&path, "open sesame \n").unwrap();
+        assert_eq!(password(&config).unwrap(), Some(("sasl.password".into(), "open sesame ".into())));
+        validate(&config).unwrap();
+        config.kafka.insert("sasl.password".into(), KafkaProperty::Text("other".into()));
+        let message = validate(&config).unwrap_err().to_string();
+        assert!(message.contains("kafka_password_file"), "{message}");
     }
 
     #[cfg(not(feature = "kafka-tls"))]

@@ -38,6 +38,8 @@ pub(super) struct Spilling {
     spill: Spill,
     /// What the log shows again has been taken out.
     settled: bool,
+    /// It was done at least once.
+    known: bool,
     storing: Retry,
     rng: SmallRng,
     in_flight_bytes_max: u64,
@@ -61,6 +63,7 @@ impl Spilling {
         Ok(Spilling {
             spill: Spill::open(directory)?,
             settled: false,
+            known: false,
             storing,
             rng,
             in_flight_bytes_max,
@@ -116,10 +119,10 @@ impl Spilling {
         for topic in self.spill.topics() {
             lanes.restore(topic, self.spill.numbers(topic), now);
         }
-        if self.spill.count() > 0 {
+        if self.spill.count() > 0 && !self.known {
             info!(events = self.spill.count(), topics = self.spill.topics().count(), "topics go on from the spill");
         }
-        self.settled = true;
+        (self.settled, self.known) = (true, true);
     }
 
     /// Whether it is time to move events of held topics.

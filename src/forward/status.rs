@@ -14,8 +14,15 @@ use crate::wal::WalStatus;
 /// A first connection that takes longer is reported as lost.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Without a connection for so long by its statistics, and no word of it, the client has lost Kafka. A broker that starts drops
+/// connections that it has just taken.
+const LOSS_PATIENCE: Duration = Duration::from_millis(1500);
+
 /// Time constant of the backlog's smoothed slope.
 const DRAIN_SMOOTHING: Duration = Duration::from_secs(10);
+
+/// The error when the client does not say why.
+pub(super) const NO_BROKER: &str = "no broker is connected";
 
 /// What an operator sees of the forwarder.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -121,11 +128,13 @@ pub(super) struct Connection {
     /// None before the first connection is made or given up.
     up: Option<bool>,
     since: Instant,
+    /// Since when the statistics show no broker that is up, while `up` still says so.
+    none_since: Option<Instant>,
 }
 
 impl Connection {
     pub(super) fn new(now: Instant) -> Connection {
-        Connection { up: None, since: now }
+        Connection { up: None, since: now, none_since: None }
     }
 
     /// Whether a broker is up.
@@ -148,6 +157,16 @@ impl Connection {
         backlog: impl FnOnce() -> WalStatus,
     ) -> bool {
         let waited = now.saturating_duration_since(self.since);
+        match brokers_up {
+            Some(0) if self.is_up() && !all_down => {
+                let since = *self.none_since.get_or_insert(now);
+                if now.saturating_duration_since(since) < LOSS_PATIENCE {
+                    return false;
+                }
+            }
+            Some(_) => self.none_since = None,
+            None => {}
+        }
         let up = match (brokers_up, self.up) {
             (Some(brokers), _) if brokers > 0 => true,
             (Some(_), None) if !all_down && waited < CONNECT_PATIENCE => return false,
@@ -161,13 +180,13 @@ impl Connection {
         let pending_events = backlog().pending_events;
         match (self.up, up) {
             (_, false) => {
-                let error = if error.is_empty() { "no broker is connected" } else { error };
+                let error = if error.is_empty() { NO_BROKER } else { error };
                 warn!(error, pending_events, "kafka lost");
             }
             (None, true) => info!(pending_events, "kafka connected"),
             (Some(_), true) => info!(outage_seconds = waited.as_secs_f64(), pending_events, "kafka back"),
         }
-        (self.up, self.since) = (Some(up), now);
+        (self.up, self.since, self.none_since) = (Some(up), now, None);
         true
     }
 }
@@ -218,7 +237,11 @@ mod tests {
         assert_eq!(observe(None, true, 4), (true, false));
         assert_eq!(observe(Some(0), true, 5), (false, false));
         assert_eq!(observe(Some(1), false, 6), (true, true));
-        assert_eq!(observe(Some(0), false, 7), (true, false));
+        assert_eq!(observe(Some(0), false, 7), (false, true));
+        assert_eq!(observe(Some(1), false, 8), (false, true));
+        assert_eq!(observe(Some(0), false, 9), (false, true));
+        assert_eq!(observe(None, false, 10), (false, true));
+        assert_eq!(observe(Some(0), false, 11), (true, false));
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! A real Apache Kafka for tests: one broker and controller in one process, on loopback, in a directory of its own.
+//! A real Apache Kafka for tests: one broker and controller in one process, on loopback, in a directory of its own; or a
+//! [`Cluster`] of three such.
 //!
 //! Needs Java 17 and Maven. The jars are resolved once, into `target/kafka-jars`. A broker is a child of the test and ends
 //! with it: [`Kafka`] kills it when it is dropped, also by a panic, and then shows the end of its log.
 
 #![allow(dead_code, reason = "each test uses its own part")]
+
+#[path = "kafka_acl.rs"]
+mod acl;
 
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -13,7 +17,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use acl::Acl;
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -22,6 +27,7 @@ use tempfile::TempDir;
 
 const KAFKA_VERSION: &str = "4.3.1";
 const CLUSTER_ID: &str = "MkU3OEVBNTcwNTJENDM2Qk";
+const OTHER_CLUSTER_ID: &str = "NkU3OEVBNTcwNTJENDM2Qk";
 
 /// Longest that a broker may take to start or to stop.
 const BROKER_PATIENCE: Duration = Duration::from_secs(90);
@@ -41,14 +47,54 @@ pub struct Options {
     pub properties: Vec<(String, String)>,
     /// More heap, and the optimising compiler: for throughput.
     pub fast: bool,
+    /// Access control: everything is allowed until [`Kafka::deny`] says otherwise.
+    pub acls: bool,
+    /// Where clients are sent instead of to the broker's own port: a proxy.
+    pub advertised_port: Option<u16>,
+    /// More listeners, by security protocol, which is also the listener's name.
+    pub listeners: Vec<&'static str>,
+    /// SCRAM-SHA-256 users and their passwords.
+    pub scram_users: Vec<(String, String)>,
 }
 
 /// A running, or deliberately not running, broker.
 pub struct Kafka {
     directory: TempDir,
-    port: u16,
+    node: Node,
+    cluster_id: &'static str,
     options: Options,
     child: Option<Child>,
+}
+
+/// A broker's place in its cluster.
+#[derive(Debug, Clone)]
+struct Node {
+    id: usize,
+    port: u16,
+    /// For the test's own clients, where others are sent to a proxy.
+    direct_port: u16,
+    /// Of [`Options::listeners`].
+    listener_ports: Vec<u16>,
+    controller_port: u16,
+    /// `controller.quorum.voters`
+    voters: String,
+    /// Where the test's own clients connect.
+    bootstrap: String,
+    replication: i32,
+}
+
+/// Three brokers and controllers: each partition has three replicas, of which two must be in sync.
+pub struct Cluster {
+    pub nodes: Vec<Kafka>,
+}
+
+/// What may be done with a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Denied {
+    /// Only writing is not allowed.
+    Write,
+    /// Nothing is allowed, not even to know of it.
+    Everything,
 }
 
 /// A record of a topic.
@@ -68,18 +114,42 @@ impl Kafka {
 
     /// The same with options.
     pub fn start_with(options: Options) -> Kafka {
-        let directory = tempfile::Builder::new().prefix("ringtail-kafka-").tempdir().expect("make a directory");
-        let (port, controller_port) = (free_port(), free_port());
-        let mut kafka = Kafka { directory, port, options, child: None };
-        kafka.write_properties(controller_port);
-        kafka.format();
+        let mut kafka = Kafka::prepare(&options, Node::alone(&options));
         kafka.restart();
+        kafka
+    }
+
+    /// A broker with an empty data directory that does not run yet.
+    fn prepare(options: &Options, node: Node) -> Kafka {
+        let directory = tempfile::Builder::new().prefix("ringtail-kafka-").tempdir().expect("make a directory");
+        let kafka = Kafka { directory, node, cluster_id: CLUSTER_ID, options: options.clone(), child: None };
+        kafka.write_properties();
+        kafka.format();
         kafka
     }
 
     /// `host:port` for clients.
     pub fn bootstrap(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        format!("127.0.0.1:{}", self.options.advertised_port.unwrap_or(self.node.port))
+    }
+
+    /// `host:port` for clients of one of [`Options::listeners`].
+    pub fn bootstrap_of(&self, listener: &str) -> String {
+        let at = self.options.listeners.iter().position(|name| *name == listener).expect("there is such a listener");
+        format!("127.0.0.1:{}", self.node.listener_ports[at])
+    }
+
+    /// The port on which the broker itself listens for clients.
+    pub fn port(&self) -> u16 {
+        self.node.port
+    }
+
+    /// Removes all data of a stopped broker: it comes back as a cluster that nobody knows.
+    pub fn wipe(&mut self) {
+        assert!(self.child.is_none(), "the broker runs");
+        fs::remove_dir_all(self.directory.path().join("data")).expect("remove the broker's data");
+        self.cluster_id = OTHER_CLUSTER_ID;
+        self.format();
     }
 
     /// Process id of the broker, which must be running.
@@ -125,6 +195,11 @@ impl Kafka {
 
     /// Starts a stopped or killed broker again, on the same data and ports, and waits until it takes requests.
     pub fn restart(&mut self) {
+        self.spawn();
+        self.wait_until_started();
+    }
+
+    fn spawn(&mut self) {
         assert!(self.child.is_none(), "the broker runs");
         let log = File::create(self.log_path()).expect("make the broker's log");
         let mut command = self.java(if self.options.fast { &["-Xmx768m"] } else { &["-Xmx192m"] });
@@ -134,7 +209,6 @@ impl Kafka {
         command.arg("-cp").arg(class_path()).arg("kafka.Kafka").arg(self.properties_path());
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("share the log")).stderr(log);
         self.child = Some(command.spawn().expect("start java: is Java 17 installed?"));
-        self.wait_until_started();
     }
 
     fn wait_until_started(&mut self) {
@@ -153,13 +227,12 @@ impl Kafka {
 
     /// Creates a topic, and waits until its partitions have leaders.
     pub fn create_topic(&self, name: &str, partitions: i32, config: &[(&str, &str)]) {
-        let admin: AdminClient<DefaultClientContext> = self.client().create().expect("make an admin client");
-        let replication = TopicReplication::Fixed(1);
+        let admin = self.admin();
+        let replication = TopicReplication::Fixed(self.node.replication);
         let topic = config
             .iter()
             .fold(NewTopic::new(name, partitions, replication), |topic, (key, value)| topic.set(key, value));
-        let options = AdminOptions::new().operation_timeout(Some(BROKER_PATIENCE));
-        let results = block_on(admin.create_topics([&topic], &options)).expect("create the topic");
+        let results = block_on(admin.create_topics([&topic], &admin_options())).expect("create the topic");
         for result in results {
             result.unwrap_or_else(|(topic, code)| panic!("create {topic}: {code}"));
         }
@@ -169,6 +242,73 @@ impl Kafka {
             assert!(Instant::now() < deadline, "the topic {name} does not get its leaders");
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Removes a topic, and waits until it is gone.
+    pub fn delete_topic(&self, name: &str) {
+        let results = block_on(self.admin().delete_topics(&[name], &admin_options())).expect("delete the topic");
+        for result in results {
+            result.unwrap_or_else(|(topic, code)| panic!("delete {topic}: {code}"));
+        }
+    }
+
+    /// Gives a topic this configuration, and the default one otherwise.
+    pub fn configure_topic(&self, name: &str, config: &[(&str, &str)]) {
+        let topic = AlterConfig::new(ResourceSpecifier::Topic(name));
+        let topic = config.iter().fold(topic, |topic, (key, value)| topic.set(key, value));
+        let results = block_on(self.admin().alter_configs([&topic], &admin_options())).expect("configure the topic");
+        for result in results {
+            result.unwrap_or_else(|(topic, code)| panic!("configure {topic:?}: {code}"));
+        }
+    }
+
+    /// Takes away what everybody may do with a topic. Needs [`Options::acls`].
+    pub fn deny(&self, topic: &str, denied: Denied) {
+        match denied {
+            Denied::Write => {
+                self.create_acl(topic, "User:*", Acl::AllowAll);
+                self.create_acl(topic, "User:*", Acl::DenyWrite);
+            }
+            // Once a topic has a rule, whoever is not named may nothing.
+            Denied::Everything => self.create_acl(topic, "User:nobody", Acl::AllowAll),
+        }
+    }
+
+    /// Everybody may do everything with a topic again.
+    pub fn allow(&self, topic: &str) {
+        acl::delete(&self.admin(), topic);
+    }
+
+    /// Gives a SCRAM-SHA-256 user another password. Needs the feature `kafka-tls`.
+    pub fn set_scram_password(&self, user: &str, password: &str) {
+        acl::set_scram_password(&self.admin(), user, password);
+    }
+
+    /// Changes lines of `server.properties`, for the next start.
+    pub fn set_property(&mut self, key: &str, value: &str) {
+        self.options.properties.retain(|(known, _)| known != key);
+        self.options.properties.push((key.to_owned(), value.to_owned()));
+        self.write_properties();
+    }
+
+    fn create_acl(&self, topic: &str, principal: &str, rule: Acl) {
+        acl::create(&self.admin(), topic, principal, rule);
+    }
+
+    /// The brokers that lead partitions of a topic, by partition.
+    pub fn leaders(&self, topic: &str) -> Vec<i32> {
+        let consumer = self.consumer(false);
+        let metadata = consumer.fetch_metadata(Some(topic), BROKER_PATIENCE).expect("fetch metadata");
+        let found = metadata.topics().iter().filter(|found| found.name() == topic);
+        found.flat_map(|topic| topic.partitions()).map(|partition| partition.leader()).collect()
+    }
+
+    /// In-sync replicas of the partition of a topic that has fewest.
+    pub fn in_sync_least(&self, topic: &str) -> usize {
+        let consumer = self.consumer(false);
+        let metadata = consumer.fetch_metadata(Some(topic), BROKER_PATIENCE).expect("fetch metadata");
+        let found = metadata.topics().iter().filter(|found| found.name() == topic);
+        found.flat_map(|topic| topic.partitions()).map(|partition| partition.isr().len()).min().unwrap_or(0)
     }
 
     /// Every record of a topic up to the high watermarks, by partition and offset. A topic that is not there is empty.
@@ -234,8 +374,12 @@ impl Kafka {
 
     fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", self.bootstrap());
+        config.set("bootstrap.servers", &self.node.bootstrap);
         config
+    }
+
+    fn admin(&self) -> AdminClient<DefaultClientContext> {
+        self.client().create().expect("make an admin client")
     }
 
     fn format(&self) {
@@ -243,8 +387,11 @@ impl Kafka {
             .java(&["-Xmx64m", "-XX:TieredStopAtLevel=1"])
             .arg("-cp")
             .arg(class_path())
-            .args(["kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c"])
+            .args(["kafka.tools.StorageTool", "format", "-t", self.cluster_id, "-c"])
             .arg(self.properties_path())
+            .args(self.options.scram_users.iter().flat_map(|(name, password)| {
+                ["--add-scram".to_owned(), format!("SCRAM-SHA-256=[name={name},password={password}]")]
+            }))
             .output()
             .expect("start java: is Java 17 installed?");
         assert!(output.status.success(), "format: {}", String::from_utf8_lossy(&output.stderr));
@@ -256,29 +403,49 @@ impl Kafka {
         command
     }
 
-    fn write_properties(&self, controller_port: u16) {
-        let (port, data) = (self.port, self.directory.path().join("data"));
+    fn write_properties(&self) {
+        let Node { id, port, direct_port, controller_port, voters, listener_ports, replication, .. } = &self.node;
+        let data = self.directory.path().join("data");
+        let mut listeners = vec![("PLAINTEXT", "PLAINTEXT", *port), ("DIRECT", "PLAINTEXT", *direct_port)];
+        let more = self.options.listeners.iter().zip(listener_ports);
+        listeners.extend(more.map(|(protocol, port)| (*protocol, *protocol, *port)));
+        let list = |of: &dyn Fn(&(&str, &str, u16)) -> String| listeners.iter().map(of).collect::<Vec<_>>().join(",");
+        let advertised = |(name, _, port): &(&str, &str, u16)| {
+            let port = self.options.advertised_port.filter(|_| *name == "PLAINTEXT").unwrap_or(*port);
+            format!("{name}://127.0.0.1:{port}")
+        };
+        let listened = list(&|(name, _, port)| format!("{name}://127.0.0.1:{port}"));
+        let protocols = list(&|(name, protocol, _)| format!("{name}:{protocol}"));
+        let in_sync_min = (replication + 1) / 2;
         let mut lines = vec![
             ("process.roles", "broker,controller".to_owned()),
-            ("node.id", "1".into()),
-            ("controller.quorum.voters", format!("1@127.0.0.1:{controller_port}")),
-            ("listeners", format!("PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}")),
+            ("node.id", id.to_string()),
+            ("controller.quorum.voters", voters.clone()),
+            ("listeners", format!("{listened},CONTROLLER://127.0.0.1:{controller_port}")),
+            ("advertised.listeners", list(&advertised)),
             ("controller.listener.names", "CONTROLLER".into()),
-            ("inter.broker.listener.name", "PLAINTEXT".into()),
-            ("listener.security.protocol.map", "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT".into()),
+            ("inter.broker.listener.name", "DIRECT".into()),
+            ("listener.security.protocol.map", format!("{protocols},CONTROLLER:PLAINTEXT")),
             ("log.dirs", data.display().to_string()),
             ("num.partitions", PARTITIONS.to_string()),
             ("auto.create.topics.enable", "true".into()),
-            ("offsets.topic.replication.factor", "1".into()),
+            ("default.replication.factor", replication.to_string()),
+            ("min.insync.replicas", in_sync_min.to_string()),
+            ("offsets.topic.replication.factor", replication.to_string()),
             ("offsets.topic.num.partitions", "1".into()),
-            ("transaction.state.log.replication.factor", "1".into()),
-            ("transaction.state.log.min.isr", "1".into()),
+            ("transaction.state.log.replication.factor", replication.to_string()),
+            ("transaction.state.log.min.isr", in_sync_min.to_string()),
             ("transaction.state.log.num.partitions", "1".into()),
             ("group.initial.rebalance.delay.ms", "0".into()),
             ("log.cleaner.dedupe.buffer.size", "4194304".into()),
             ("broker.session.timeout.ms", "1500".into()),
             ("broker.heartbeat.interval.ms", "300".into()),
         ];
+        if self.options.acls {
+            let authorizer = "org.apache.kafka.metadata.authorizer.StandardAuthorizer";
+            lines.push(("authorizer.class.name", authorizer.into()));
+            lines.push(("allow.everyone.if.no.acl.found", "true".into()));
+        }
         lines.retain(|(key, _)| self.options.properties.iter().all(|(own, _)| own != key));
         let own = self.options.properties.iter().map(|(key, value)| (key.as_str(), value.clone()));
         let text: String = lines.into_iter().chain(own).map(|(key, value)| format!("{key}={value}\n")).collect();
@@ -298,6 +465,57 @@ impl Kafka {
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
     }
+}
+
+impl Node {
+    fn new(options: &Options, id: usize) -> Node {
+        let (port, direct_port, controller_port) = (free_port(), free_port(), free_port());
+        Node {
+            id,
+            port,
+            direct_port,
+            listener_ports: options.listeners.iter().map(|_| free_port()).collect(),
+            controller_port,
+            voters: format!("{id}@127.0.0.1:{controller_port}"),
+            bootstrap: format!("127.0.0.1:{direct_port}"),
+            replication: 1,
+        }
+    }
+
+    fn alone(options: &Options) -> Node {
+        Node::new(options, 1)
+    }
+}
+
+impl Cluster {
+    /// Starts three brokers with empty data directories, and waits until they take requests.
+    pub fn start(options: &Options) -> Cluster {
+        let mut nodes: Vec<Node> = (1..=3).map(|id| Node::new(options, id)).collect();
+        let join = |of: &dyn Fn(&Node) -> String| nodes.iter().map(of).collect::<Vec<_>>().join(",");
+        let (voters, bootstrap) = (join(&|node| node.voters.clone()), join(&|node| node.bootstrap.clone()));
+        for node in &mut nodes {
+            (node.voters, node.bootstrap, node.replication) = (voters.clone(), bootstrap.clone(), 3);
+        }
+        let mut nodes: Vec<Kafka> = nodes.into_iter().map(|node| Kafka::prepare(options, node)).collect();
+        nodes.iter_mut().for_each(Kafka::spawn);
+        nodes.iter_mut().for_each(Kafka::wait_until_started);
+        Cluster { nodes }
+    }
+
+    /// `host:port` of every broker, for clients.
+    pub fn bootstraps(&self) -> Vec<String> {
+        self.nodes.iter().map(Kafka::bootstrap).collect()
+    }
+
+    /// The broker with that id.
+    pub fn node(&mut self, id: i32) -> &mut Kafka {
+        self.nodes.iter_mut().find(|node| node.node.id as i32 == id).expect("there is a broker with that id")
+    }
+}
+
+/// Longest that the broker may take for one order.
+fn admin_options() -> AdminOptions {
+    AdminOptions::new().operation_timeout(Some(BROKER_PATIENCE))
 }
 
 impl Drop for Kafka {

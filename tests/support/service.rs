@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use ringtail::client::ClientOptions;
 use tempfile::TempDir;
 
@@ -185,6 +187,65 @@ impl Service {
         let values: Vec<f64> = values.collect();
         assert!(!values.is_empty(), "{name}{{{labels}}} is not there:\n{metrics}");
         values.into_iter().sum()
+    }
+
+    /// pending at start + committed = delivered + parked + dropped + pending, in events. Gives back the sum.
+    #[track_caller]
+    pub fn assert_books_balance(&self) -> f64 {
+        let metric = |name: &str| self.metric(name, "");
+        let come = self.pending_at_start() + metric("ringtail_wal_committed_events_total");
+        let gone = metric("ringtail_forward_delivered_events_total")
+            + metric("ringtail_forward_parked_events_total")
+            + metric("ringtail_forward_dropped_events_total")
+            + metric("ringtail_wal_pending_events");
+        assert_eq!(come, gone, "the books balance:\n{}", self.metrics());
+        come
+    }
+
+    /// The backlog that this life has found, in the log and in the spill, by what it logged.
+    fn pending_at_start(&self) -> f64 {
+        let log = self.life_log();
+        let number = |line: &str, name: &str| -> f64 {
+            let line = log.lines().find(|found| found.contains(line)).unwrap_or_default();
+            let number = line.split(name).nth(1).and_then(|rest| rest.split(' ').next());
+            number.map_or(0.0, |number| number.parse().expect("a number"))
+        };
+        assert!(log.contains("log opened"), "the log tells");
+        number("log opened", " pending_events=") + number("topics go on from the spill", " events=")
+    }
+
+    /// The parked events: topic, key and payload.
+    pub fn parked(&self) -> Vec<(String, String, Vec<u8>)> {
+        let text = self.run(&["parked", "export"]);
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("lines of JSON"));
+        let events = lines.map(|event| {
+            let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+            (text("topic"), text("key"), STANDARD.decode(text("payload")).expect("base64"))
+        });
+        events.collect()
+    }
+
+    /// A percentile of a histogram, interpolated in its bucket, by how its buckets have grown since `before`.
+    pub fn percentile(&self, name: &str, fraction: f64, before: &[(f64, f64)]) -> f64 {
+        let buckets = self.buckets(name);
+        let grown = |at: usize| buckets[at].1 - before.get(at).map_or(0.0, |(_, count)| *count);
+        let all = grown(buckets.len() - 1);
+        let at = (0..buckets.len()).find(|at| grown(*at) >= all * fraction).expect("the last one has all");
+        let (low, below) = if at == 0 { (0.0, 0.0) } else { (buckets[at - 1].0, grown(at - 1)) };
+        let part = (all * fraction - below) / (grown(at) - below).max(1.0);
+        low + (buckets[at].0 - low) * part
+    }
+
+    /// Upper bounds of a histogram's buckets, and how much was up to each.
+    pub fn buckets(&self, name: &str) -> Vec<(f64, f64)> {
+        let metrics = self.metrics();
+        let lines = metrics.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix("_bucket{le=\""));
+        let bucket = |line: &str| {
+            let (bound, rest) = line.split_once('"')?;
+            let bound = if bound == "+Inf" { f64::INFINITY } else { bound.parse().ok()? };
+            Some((bound, rest.rsplit(' ').next()?.parse().ok()?))
+        };
+        lines.filter_map(bucket).collect()
     }
 
     /// Status code and body of an admin path.

@@ -22,7 +22,8 @@ use crate::kafka::Kafka;
 use crate::service::{Ports, Scheme};
 
 /// Event types, each its own topic.
-pub const TYPES: [&str; 4] = ["click", "page", "search", "error"];
+pub const TYPES: [&str; 10] =
+    ["click", "page", "search", "error", "login", "scroll", "share", "order", "crash", "sensor"];
 
 /// Client and number, at the start of every payload.
 const HEAD_BYTES: usize = 12;
@@ -43,8 +44,21 @@ pub fn topic(event_type: &str) -> String {
 pub struct Load {
     pub seed: u64,
     pub clients_per_protocol: u32,
+    /// The protocols.
+    pub schemes: &'static [Scheme],
+    /// How many of [`TYPES`].
+    pub types: usize,
+    /// Each client has one type of its own. Otherwise a batch has all of them.
+    pub apart: bool,
     /// Between one client's batches, of which each has 30 events on average.
     pub pause: Duration,
+}
+
+impl Default for Load {
+    fn default() -> Load {
+        let pause = Duration::from_millis(45);
+        Load { seed: rand::random(), clients_per_protocol: 4, schemes: &Scheme::ALL, types: 4, apart: false, pause }
+    }
 }
 
 /// Running clients.
@@ -83,7 +97,9 @@ pub struct Findings {
     pub delivered: u64,
     /// Further occurrences of delivered events.
     pub duplicates: u64,
-    /// Acked and not there.
+    /// Distinct events that were parked.
+    pub parked: u64,
+    /// Acked, and neither delivered nor parked.
     pub lost: u64,
     pub out_of_order: u64,
     /// Attempts that were not acked.
@@ -97,11 +113,11 @@ impl Traffic {
     pub fn start(ports: Ports, load: Load) -> Traffic {
         let runtime = Runtime::new().expect("make a runtime");
         let (stop, acked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let numbered = (0..load.clients_per_protocol).flat_map(|_| Scheme::ALL).zip(0..);
+        let numbered = (0..load.clients_per_protocol).flat_map(|_| load.schemes).zip(0..);
         let clients = numbered
             .map(|(scheme, number)| {
                 let (stop, acked) = (stop.clone(), acked.clone());
-                runtime.spawn(Sender { ports, scheme, load, number, acked, stop }.run())
+                runtime.spawn(Sender { ports, scheme: *scheme, load, number, acked, stop }.run())
             })
             .collect();
         Traffic { load, runtime, stop, acked, clients }
@@ -148,7 +164,7 @@ impl Sender {
             ticks.tick().await;
             let first = sent.acked.len() as u64;
             let numbers = first..first + random.random_range(1..=BATCH_EVENTS_MAX);
-            let events = numbers.clone().map(|number| event(self.load.seed, self.number, number)).collect();
+            let events = numbers.clone().map(|number| event(&self.load, self.number, number)).collect();
             let request = SendEventRequest { req_guid: new_req_guid(), sent_time: Some(sent_time_now()), events };
             let acked = self.send(&mut connection, &mut random, &mut sent, request).await;
             sent.acked.extend(numbers.clone().map(|_| acked));
@@ -208,9 +224,10 @@ async fn attempt(client: Client, request: SendEventRequest) -> Result<Client, Cl
     }
 }
 
-fn event(seed: u64, client: u32, number: u64) -> Event {
-    let mut random = SmallRng::seed_from_u64(seed ^ (u64::from(client) << 40) ^ number.wrapping_mul(0x9E37_79B9));
-    let event_type = TYPES[random.random_range(0..TYPES.len())].to_owned();
+fn event(load: &Load, client: u32, number: u64) -> Event {
+    let mut random = SmallRng::seed_from_u64(load.seed ^ (u64::from(client) << 40) ^ number.wrapping_mul(0x9E37_79B9));
+    let event_type = if load.apart { client as usize % load.types } else { random.random_range(0..load.types) };
+    let event_type = TYPES[event_type].to_owned();
     let mut event_bytes = [&client.to_be_bytes()[..], &number.to_be_bytes()].concat();
     event_bytes.resize(HEAD_BYTES + random.random_range(0..=RANDOM_BYTES_MAX), 0);
     random.fill_bytes(&mut event_bytes[HEAD_BYTES..]);
@@ -225,12 +242,22 @@ impl Ledger {
 
     /// Reads everything back. Panics at a record that no client sent as it stands there.
     pub fn check(&self, kafka: &Kafka) -> Findings {
+        self.check_with(kafka, false, &[])
+    }
+
+    /// The same for a reader that sees committed transactions only, and with events that were parked: topic, key, payload.
+    pub fn check_with(&self, kafka: &Kafka, committed: bool, parked: &[(String, String, Vec<u8>)]) -> Findings {
         let mut findings = Findings::default();
         let mut seen: Vec<Vec<bool>> = self.clients.iter().map(|client| vec![false; client.acked.len()]).collect();
-        for event_type in TYPES {
+        for (found, key, value) in parked {
+            let event_type = TYPES.into_iter().find(|event_type| topic(event_type) == *found).expect("a known topic");
+            let (client, number) = self.identify(event_type, Some(key.as_bytes()), value);
+            findings.parked += u64::from(!std::mem::replace(&mut seen[client as usize][number as usize], true));
+        }
+        for event_type in &TYPES[..self.load.types] {
             // By client: its partition, and the highest number that was seen.
             let mut newest: HashMap<u32, (i32, u64)> = HashMap::new();
-            kafka.read_each(&topic(event_type), false, READ_PATIENCE, |record| {
+            kafka.read_each(&topic(event_type), committed, READ_PATIENCE, |record| {
                 let (client, number) = self.identify(event_type, record.key.as_deref(), &record.value);
                 let known = newest.get(&client).copied();
                 assert!(known.is_none_or(|(partition, _)| partition == record.partition), "one client, one partition");
@@ -261,7 +288,7 @@ impl Ledger {
         let number = u64::from_be_bytes(value[4..HEAD_BYTES].try_into().expect("8 bytes"));
         let sent = &self.clients[client as usize];
         assert!(number < sent.acked.len() as u64, "{} never sent number {number}", sent.id);
-        let expected = event(self.load.seed, client, number);
+        let expected = event(&self.load, client, number);
         assert_eq!((&expected.r#type[..], &expected.event_bytes[..]), (event_type, value), "{} {number}", sent.id);
         assert_eq!(key, Some(sent.id.as_bytes()), "the key is the connection's id");
         (client, number)

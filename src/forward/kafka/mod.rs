@@ -21,7 +21,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header as KafkaHeader, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 use serde::Deserialize;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 pub(super) use transactions::{TransactionError, read_cursors};
 
@@ -62,6 +62,11 @@ impl Failure {
     /// The event could not even be read.
     pub(super) fn unreadable() -> Failure {
         Failure(RDKafkaErrorCode::Fail)
+    }
+
+    /// The client gave it back, or did not take it, because its transaction has failed for another reason.
+    pub(super) fn is_consequence(self) -> bool {
+        matches!(self.0, RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight | RDKafkaErrorCode::State)
     }
 
     /// It says nothing of the event or its topic.
@@ -121,6 +126,8 @@ pub(super) struct Inbox {
     pub(super) all_brokers_down: bool,
     /// The newest error that is not about one event.
     pub(super) error: Option<String>,
+    /// Topics that the broker did not let into the transaction.
+    pub(super) refused_topics: Vec<(String, Failure)>,
 }
 
 impl Inbox {
@@ -132,6 +139,7 @@ impl Inbox {
     pub(super) fn clear(&mut self) {
         self.delivered.clear();
         self.failed.clear();
+        self.refused_topics.clear();
         (self.brokers_up, self.all_brokers_down, self.error) = (None, false, None);
     }
 }
@@ -301,17 +309,36 @@ impl ClientContext for Context {
             debug!(facility, "kafka client: {message}");
             return;
         }
+        if facility == "REQTMOUT" {
+            // The client breaks the connection then, without an error of its own.
+            self.inbox().error = Some(message.to_owned());
+        }
+        if facility == "ADDPARTS" {
+            self.inbox().refused_topics.extend(refused_topic(message));
+        }
         let Some(suppressed) = self.admit(facility) else { return };
         match level {
-            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
-                error!(facility, suppressed, "kafka client: {message}");
+            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info | RDKafkaLogLevel::Debug => {
+                info!(facility, suppressed, "kafka client: {message}");
             }
-            RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning => {
-                warn!(facility, suppressed, "kafka client: {message}");
-            }
-            _ => info!(facility, suppressed, "kafka client: {message}"),
+            // Whatever it calls critical: the forwarder goes on, or says itself that it does not.
+            _ => warn!(facility, suppressed, "kafka client: {message}"),
         }
     }
+}
+
+/// The topic that was not let into a transaction. librdkafka tells of it in its log alone: the events of every topic in the
+/// transaction come back alike.
+fn refused_topic(message: &str) -> Option<(String, Failure)> {
+    let (topic, rest) = message.split_once("Failed to add partition \"")?.1.split_once('"')?;
+    let error = rest.split_once("to transaction: ")?.1;
+    let code = match error {
+        _ if error.contains("Topic authorization failed") => RDKafkaErrorCode::TopicAuthorizationFailed,
+        // Because of another partition; or of the producer.
+        _ if error.contains("attempted") => return None,
+        _ => RDKafkaErrorCode::Fail,
+    };
+    Some((topic.to_owned(), Failure(code)))
 }
 
 /// The little that is read of librdkafka's statistics.
@@ -343,6 +370,21 @@ mod tests {
             "b:1/2":{"state":"DOWN"},"c:1/3":{"state":"REAUTH"}},"topics":{"t":{"partitions":{}}}}"#;
         assert_eq!(serde_json::from_slice::<Statistics>(json).unwrap().brokers_up(), 2);
         assert_eq!(serde_json::from_slice::<Statistics>(b"{}").unwrap().brokers_up(), 0);
+    }
+
+    #[test]
+    fn a_topic_that_is_kept_out_of_a_transaction_is_read_from_the_log() {
+        let said = |error: &str| {
+            let line =
+                format!("[thrd:main]: TxnCoordinator/1: Failed to add partition \"a-b\" [0] to transaction: {error}");
+            refused_topic(&line).map(|(topic, failure)| (topic, failure.reason()))
+        };
+        let refused = ("a-b".to_owned(), FailureReason::NotAuthorised);
+        assert_eq!(said("Broker: Topic authorization failed"), Some(refused));
+        assert_eq!(said("Broker: The server disconnected"), Some(("a-b".into(), FailureReason::Other)));
+        assert_eq!(said("Broker: Operation not attempted"), None);
+        assert_eq!(said("Broker: Producer attempted an operation with an old epoch"), None);
+        assert_eq!(refused_topic("Disconnected"), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::{ClientContext, DefaultClientContext};
-use rdkafka::config::ClientConfig;
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::Producer as _;
@@ -29,6 +29,24 @@ const CONNECTION_PREFIXES: &[&str] = &[
     "reconnect.",
     "debug",
 ];
+
+/// Longest wait for the end of somebody's transaction, at one go.
+const OPEN_TRANSACTION_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A client whose errors are returned, and not logged as well.
+struct Quiet;
+
+impl ClientContext for Quiet {
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!(%error, "kafka client that reads cursors: {reason}");
+    }
+
+    fn log(&self, _: RDKafkaLogLevel, facility: &str, message: &str) {
+        debug!(facility, "kafka client that reads cursors: {message}");
+    }
+}
+
+impl ConsumerContext for Quiet {}
 
 /// Why a step of a transaction is not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -108,14 +126,13 @@ pub(in crate::forward) fn read_cursors(
         .filter(|(name, _)| CONNECTION_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
         .cloned()
         .collect();
-    let consumer: BaseConsumer<Quiet> = config
-        .clone()
-        .set("group.id", id)
-        .set("enable.auto.commit", "false")
-        .set("enable.partition.eof", "true")
-        .set("isolation.level", "read_committed")
-        .create_with_context(Quiet)
-        .map_err(|error| error.to_string())?;
+    let consumer = |isolation: &str| -> Result<BaseConsumer<Quiet>, String> {
+        let mut config = config.clone();
+        config.set("group.id", id).set("enable.auto.commit", "false").set("enable.partition.eof", "true");
+        config.set("isolation.level", isolation).create_with_context(Quiet).map_err(|error| error.to_string())
+    };
+    let everything = consumer("read_uncommitted")?;
+    let consumer = consumer("read_committed")?;
     let metadata = consumer.fetch_metadata(Some(topic), timeout).map_err(|error| error.to_string())?;
     let partitions: Vec<i32> = metadata
         .topics()
@@ -126,6 +143,22 @@ pub(in crate::forward) fn read_cursors(
     if partitions.is_empty() {
         make_compacted(&mut config, topic, timeout)?;
         return Err(format!("{topic} is being made"));
+    }
+    // A reader of what is committed stops before the oldest open transaction, whoever has it; what is committed behind that
+    // it does not see.
+    for partition in &partitions {
+        let end = |consumer: &BaseConsumer<Quiet>| {
+            let ends = consumer.fetch_watermarks(topic, *partition, timeout);
+            ends.map(|(_, end)| end).map_err(|error| error.to_string())
+        };
+        let needed = end(&everything)?;
+        let open_until = Instant::now() + OPEN_TRANSACTION_PATIENCE;
+        while end(&consumer)? < needed {
+            if Instant::now() >= open_until {
+                return Err(format!("a transaction in {topic} is not finished"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
     let mut assignment = TopicPartitionList::new();
     for partition in &partitions {
@@ -156,17 +189,6 @@ pub(in crate::forward) fn read_cursors(
     }
     Ok(values)
 }
-
-/// What goes wrong is returned, and the end of a partition is no error.
-struct Quiet;
-
-impl ClientContext for Quiet {
-    fn error(&self, error: KafkaError, reason: &str) {
-        debug!(%error, "reading the cursors: {reason}");
-    }
-}
-
-impl ConsumerContext for Quiet {}
 
 fn make_compacted(config: &mut ClientConfig, topic: &str, timeout: Duration) -> Result<(), String> {
     let admin: AdminClient<DefaultClientContext> = config.create().map_err(|error| error.to_string())?;

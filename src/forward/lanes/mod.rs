@@ -365,9 +365,17 @@ impl Lanes {
         failed.collect()
     }
 
+    /// The client gave an event back, and it will be read from the log again.
+    pub(super) fn taken_back(&mut self, id: LaneId, event: EventRef, bytes: u64, now: Instant) {
+        self.came_back(id, event, bytes, now);
+    }
+
     /// An event of `topic` failed, and will be read from the log again.
     pub(super) fn expect(&mut self, topic: &str, failure: Failure, now: Instant) {
         let id = self.lane_of(topic);
+        if let Some(suppressed) = self.log_limit.admit(now) {
+            warn!(topic, error = %failure, suppressed, "topic held: kafka refused an event");
+        }
         self.hold_lane(id, now).expect(failure);
     }
 

@@ -27,6 +27,7 @@ impl Replay {
 
     pub(super) fn may_send_rounds(&self) -> bool {
         self.exactly_once.is_none()
+            && !self.renewal.is_draining()
             && self.producer.is_some()
             && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
     }

@@ -5,6 +5,7 @@
 //! [`TURN_MAX`], so that a heartbeat that stands still means trouble.
 
 mod held;
+mod renewal;
 mod transaction;
 
 use std::sync::Arc;
@@ -26,12 +27,13 @@ use super::parking::{Origin, Parking};
 use super::requeue::Requested;
 use super::router::Router;
 use super::spilling::{STALL_PATIENCE, Spilling};
-use super::status::{Connection, Drain, Shared};
+use super::status::{Connection, Drain, NO_BROKER, Shared};
 use super::{FailureReason, ParkReason};
 use crate::batch::{Sequence, now_ms};
 use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::{Reader, Record, Wal};
+pub(super) use renewal::Renewal;
 use transaction::ExactlyOnce;
 pub(super) use transaction::transactional_id;
 
@@ -67,6 +69,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 pub(super) struct Parts {
     pub(super) config: ForwardConfig,
     pub(super) properties: Properties,
+    pub(super) renewal: Renewal,
     /// None: nothing is forwarded.
     pub(super) producer: Option<Producer>,
     pub(super) topic_propagation: Duration,
@@ -83,6 +86,7 @@ pub(super) struct Replay {
     router: Router,
     in_flight_bytes_max: u64,
     properties: Properties,
+    renewal: Renewal,
     wal: Wal,
     reader: Reader,
     /// Read, and to be worked on later: if nothing is forwarded it is not to be discarded, or no transaction could be begun.
@@ -134,8 +138,19 @@ struct Failures {
 impl Replay {
     /// Starts at the log's cursor.
     pub(super) fn new(parts: Parts, requeued: Receiver<Requested>) -> Replay {
-        let Parts { config, properties, producer, topic_propagation, wal, parked, spilling, metrics, shared, seed } =
-            parts;
+        let Parts {
+            config,
+            properties,
+            renewal,
+            producer,
+            topic_propagation,
+            wal,
+            parked,
+            spilling,
+            metrics,
+            shared,
+            seed,
+        } = parts;
         let limits = RetryLimits {
             delay_min: config.retry_delay_min,
             delay_max: config.retry_delay_max,
@@ -150,6 +165,7 @@ impl Replay {
             router: Router::new(&config.topic, config.record_key),
             in_flight_bytes_max: config.in_flight_bytes_max.as_u64(),
             properties,
+            renewal,
             reader: wal.reader(),
             held_back: None,
             metrics,
@@ -199,6 +215,7 @@ impl Replay {
             worked |= self.drive_transaction(now);
             self.settle_spill(now);
             self.let_go_of_discarded(now);
+            self.renew(now);
             worked |= self.mend_producer(now);
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
@@ -273,8 +290,19 @@ impl Replay {
             }
             let (lane, event) = self.reported_event(reported);
             let bytes = charge(reported.payload_bytes as usize);
+            if self.exactly_once.is_some() && failure.is_consequence() {
+                self.metrics.forward.delivery_failures(failure.reason()).increment(1);
+                self.lanes.taken_back(lane, event, bytes, now);
+                continue;
+            }
             self.lanes.failed(lane, event, bytes, failure, now, &mut self.to_park);
             self.failures.count(lane, failure, &self.metrics);
+        }
+        if let Some(once) = &mut self.exactly_once {
+            for (topic, failure) in inbox.refused_topics.drain(..) {
+                self.shared.set_last_error(failure.to_string(), Some(&topic));
+                once.refused(topic, failure);
+            }
         }
         if self.forwards {
             self.observe_connection(&inbox, now);
@@ -301,6 +329,9 @@ impl Replay {
         let brokers_up = inbox.brokers_up;
         if self.connection.observe(brokers_up, inbox.all_brokers_down, &self.client_error, now, backlog) {
             let up = self.connection.is_up();
+            if !up && self.client_error.is_empty() {
+                self.shared.set_last_error(NO_BROKER.into(), None);
+            }
             // The next outage has a cause of its own.
             self.client_error.clear();
             self.metrics.forward.connected.set(f64::from(u8::from(up)));
@@ -357,7 +388,7 @@ impl Replay {
         if let Some(once) = &mut self.exactly_once {
             once.start_again();
         }
-        self.rewind(now);
+        self.rewind_transaction(now);
     }
 
     /// Forgets everything behind the watermark: it is read again.
@@ -493,11 +524,16 @@ impl Replay {
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle || !self.may_read() || !self.spilling.is_settled() || self.reading.due(now).is_some() {
+        if idle
+            || self.renewal.is_draining()
+            || !self.may_read(now)
+            || !self.spilling.is_settled()
+            || self.reading.due(now).is_some()
+        {
             return false;
         }
         let (mut bytes, now_ms) = (0, now_ms());
-        while bytes < READ_BYTES && self.has_room() && self.pace.may_send() {
+        while bytes < READ_BYTES && self.has_room() && self.pace.may_send() && self.may_read(now) {
             let held_back = self.held_back.take().map(Some);
             let next = match held_back.map_or_else(|| self.reader.next_record(), Ok) {
                 Ok(next) => next,
@@ -613,6 +649,10 @@ impl Replay {
                         self.full_lane = Some(lane);
                     }
                 }
+                Err(failure) if self.exactly_once.is_some() && failure.is_consequence() => {
+                    // The transaction is aborted, and the record read again.
+                    self.exactly_once.iter_mut().for_each(ExactlyOnce::failed);
+                }
                 Err(failure) => {
                     self.lanes.refused(lane, event_ref, failure, now, &mut self.to_park);
                     self.lanes.settle(lane, now, &mut self.to_park);
@@ -665,7 +705,8 @@ impl Replay {
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
-        let can_read = can_read && self.may_read() && self.spilling.is_settled() && self.pace.may_send();
+        let can_read = can_read && !self.renewal.is_draining() && self.may_read(now);
+        let can_read = can_read && self.spilling.is_settled() && self.pace.may_send();
         if can_read && self.lanes.in_client() == 0 {
             self.reader.wait(wait);
             return;

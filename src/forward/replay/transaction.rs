@@ -6,15 +6,17 @@
 //! ```
 //!
 //! - **starting**: the id is taken over from whoever had it, then the cursor is read. The one in Kafka counts.
-//! - **open**: events are sent. When one fails, the transaction is aborted, and its topic is held.
+//! - **open**: events are sent. When one fails, the transaction is aborted, and its topic is held. The client gives back the
+//!   events of all topics then: that holds none of them.
 //! - **closing**: nothing more is read. Once everything is reported, events of held topics are in the spill and what is to be
 //!   parked is parked, nothing is open any more.
 //! - **sealed**: the cursor record is sent. **committing**: the log's own cursor moves when that is done.
 //!
 //! Held topics are worked off by a second producer, one round a transaction ([`Side`]), whose record says how far the topic's
-//! part of the spill is worked off. It only takes events that the log's cursor has passed, so that no event is in both.
+//! part of the spill is worked off. It only takes events that the log's cursor has passed, so that no event is in both. The first
+//! thing in such a transaction is a cursor as it was: one to which a topic is refused before anything else breaks the producer.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const CURSOR_TAG: usize = usize::MAX;
 /// A transaction is closed when so many records are in it.
 const TRANSACTION_RECORDS_MAX: usize = RECORDS_MAX / 2;
+/// After so many aborted transactions without a topic to blame, every topic that had a part in the last one is held.
+const BLAMELESS_MAX: u32 = 3;
 /// Ends the transactional id of the producer for held topics.
 const SIDE_SUFFIX: &str = "-held";
 
@@ -59,8 +63,15 @@ pub(super) struct ExactlyOnce {
     fenced: bool,
     /// No more transaction is begun.
     stopping: bool,
+    /// Topics that were not let into the transaction.
+    refused: Vec<(String, Failure)>,
+    /// Transactions aborted in a row without a topic to blame.
+    blameless: u32,
     steps: Retry,
+    /// When a transaction may be begun after aborted ones.
+    aborts: Retry,
     log_limit: LogLimit,
+    side_steps: Retry,
     pub(super) side: Side,
 }
 
@@ -98,14 +109,22 @@ struct Cursor {
 #[derive(Default)]
 pub(super) struct Side {
     producer: Option<Producer>,
+    /// No other producer with its id can do anything any more.
+    initialised: bool,
+    /// The cursors were read as well.
     started: bool,
     inbox: Inbox,
+    /// Topics that were not let into the transaction.
+    refused: Vec<(String, Failure)>,
     round: Option<SideRound>,
 }
 
 struct SideRound {
     lane: LaneId,
+    /// Sealed, while a cursor is on its way: the old one, as long as events are waiting, or the new one.
     state: State,
+    /// Not sent yet.
+    waiting: Vec<EventRef>,
     /// With what they are charged.
     sent: Vec<(EventRef, u64)>,
     outcomes: Vec<(EventRef, u64, Option<Failure>)>,
@@ -129,7 +148,11 @@ impl ExactlyOnce {
             parked_before: 0,
             fenced: false,
             stopping: false,
-            steps: Retry::new(backoff),
+            refused: Vec::new(),
+            blameless: 0,
+            steps: Retry::new(backoff.clone()),
+            aborts: Retry::new(backoff.clone()),
+            side_steps: Retry::new(backoff),
             log_limit: LogLimit::new(LOG_INTERVAL),
             side: Side::default(),
         }
@@ -169,6 +192,11 @@ impl ExactlyOnce {
         self.failed = true;
     }
 
+    /// `topic` was not let into the transaction.
+    pub(super) fn refused(&mut self, topic: String, failure: Failure) {
+        self.refused.push((topic, failure));
+    }
+
     /// Whether `reported` is the cursor record; takes it in if so.
     pub(super) fn is_cursor(&mut self, reported: Reported, delivered: bool) -> bool {
         let is_cursor = reported.tag == CURSOR_TAG;
@@ -181,7 +209,7 @@ impl ExactlyOnce {
     /// The producer is gone.
     pub(super) fn start_again(&mut self) {
         self.state = State::Starting;
-        self.failed = false;
+        (self.failed, self.stopping) = (false, false);
         self.side = Side::default();
     }
 }
@@ -246,8 +274,13 @@ impl Replay {
         }
         let result = match once.state {
             State::Idle | State::Committed => return false,
+            // What an earlier process has left open would hide cursors.
             State::Starting => producer
                 .init_transactions(STEP_TIMEOUT)
+                .and_then(|()| match self.spilling.count() {
+                    0 => Ok(()),
+                    _ => once.side.init(&once.names, &self.properties),
+                })
                 .and_then(|()| once.names.read(&self.properties))
                 .map(|cursors| {
                     once.delivered_before = Sequence(cursors.get("").copied().unwrap_or(Sequence::FIRST.0));
@@ -375,7 +408,9 @@ impl Replay {
         }
         let Some(once) = &mut self.exactly_once else { return false };
         let (Some(producer), Some(end)) = (&self.producer, self.in_flight.end()) else { return false };
-        let (key, value) = (once.names.key(None), once.names.value(end.sequence().0));
+        // Of what was delivered before not everything need have been read again.
+        let next = end.sequence().max(once.delivered_before);
+        let (key, value) = (once.names.key(None), once.names.value(next.0));
         once.cursor_reported = None;
         match producer.send(&once.names.cursor_topic, Some(&key), &value, CURSOR_TAG) {
             Ok(()) => once.state = State::Sealed,
@@ -392,18 +427,40 @@ impl Replay {
         self.lanes.commit_spilled(now);
         if let Some(once) = &mut self.exactly_once {
             (once.state, once.parked_before) = (State::Idle, self.parking.last_id());
+            once.blameless = 0;
+            once.refused.clear();
+            once.aborts.succeeded();
         }
     }
 
-    /// Everything is read again; the topics that failed are held from the start.
+    /// Everything is read again.
     fn aborted(&mut self, now: Instant) {
-        let was_connected = self.connection.up_since();
         let Some(once) = &mut self.exactly_once else { return };
         (once.failed, once.side) = (false, Side::default());
-        let was_connected = was_connected.is_some_and(|since| since <= once.begun);
-        let mut failures = self.lanes.failures();
+        once.aborts.failed(now, &mut self.rng);
+        self.rewind_transaction(now);
+    }
+
+    /// Everything is read again; the topics that failed are held from the start.
+    pub(super) fn rewind_transaction(&mut self, now: Instant) {
+        let Some(once) = &mut self.exactly_once else {
+            self.rewind(now);
+            return;
+        };
+        let mut failures: Vec<(Box<str>, Failure)> = std::mem::take(&mut once.refused)
+            .into_iter()
+            .map(|(topic, failure)| (topic.into_boxed_str(), failure))
+            .collect();
+        let was_connected = self.connection.up_since().is_some_and(|since| since <= once.begun);
         // An outage is no topic's fault.
-        failures.retain(|(_, failure)| was_connected || !failure.is_circumstantial());
+        let blamed = |(_, failure): &(Box<str>, Failure)| was_connected || !failure.is_circumstantial();
+        failures.extend(self.lanes.failures().into_iter().filter(blamed));
+        once.blameless = if failures.is_empty() { once.blameless + 1 } else { 0 };
+        if was_connected && once.blameless >= BLAMELESS_MAX {
+            once.blameless = 0;
+            let topics = self.in_flight.open_events(|_| true).map(|(lane, _)| lane).collect::<BTreeSet<_>>();
+            failures.extend(topics.into_iter().map(|lane| (self.lanes.topic(lane).into(), Failure::unreadable())));
+        }
         self.rewind(now);
         for (topic, failure) in failures {
             self.lanes.expect(&topic, failure, now);
@@ -415,6 +472,7 @@ impl Replay {
         let Some(once) = &mut self.exactly_once else { return true };
         match once.state {
             State::Open => true,
+            State::Idle if once.aborts.due(now).is_some() => false,
             State::Idle => {
                 let Some(producer) = &self.producer else { return false };
                 let result = producer.begin();
@@ -428,24 +486,27 @@ impl Replay {
     }
 
     /// Whether records may be read now.
-    pub(super) fn may_read(&self) -> bool {
+    pub(super) fn may_read(&self, now: Instant) -> bool {
         self.exactly_once.as_ref().is_none_or(|once| match once.state {
-            State::Idle | State::Open => !once.failed && !once.fenced,
+            State::Idle => !once.fenced && once.aborts.due(now).is_none(),
+            State::Open => !once.failed && !once.fenced,
             _ => false,
         })
     }
 
     /// The forwarder stops: the transaction does not wait for its time.
     pub(super) fn close_transaction(&mut self, now: Instant) {
-        if let Some(once) = &mut self.exactly_once
-            && once.state == State::Open
-        {
+        self.pause_transactions();
+        self.drive_transaction(now);
+    }
+
+    /// Nothing more goes into this transaction, and until [`ExactlyOnce::start_again`] no other is begun for held topics.
+    pub(super) fn pause_transactions(&mut self) {
+        let Some(once) = &mut self.exactly_once else { return };
+        once.stopping = true;
+        if once.state == State::Open {
             once.state = State::Closing;
         }
-        if let Some(once) = &mut self.exactly_once {
-            once.stopping = true;
-        }
-        self.drive_transaction(now);
     }
 
     /// When there is something to do for a transaction; none while that depends on others.
@@ -455,7 +516,8 @@ impl Replay {
             return None;
         }
         let main = match once.state {
-            State::Idle | State::Committed => None,
+            State::Idle => once.aborts.due(now),
+            State::Committed => None,
             State::Open => Some(once.begun + once.interval),
             _ => Some(now),
         };
@@ -464,8 +526,9 @@ impl Replay {
             None if once.side.started || self.spilling.count() == 0 => self.lanes.due(),
             None => Some(now),
         };
-        let at = main.into_iter().chain(side).min()?;
-        Some(once.steps.due(now).map_or(at, |due| due.max(at)))
+        let not_before = |at: Instant, steps: &Retry| steps.due(now).map_or(at, |due| due.max(at));
+        let main = main.map(|at| not_before(at, &once.steps));
+        main.into_iter().chain(side.map(|at| not_before(at, &once.side_steps))).min()
     }
 
     /// Whether no transaction is under way.
@@ -495,21 +558,12 @@ impl Replay {
 
     fn step_side(&mut self, now: Instant) -> Result<bool, TransactionError> {
         let Some(once) = &mut self.exactly_once else { return Ok(false) };
-        if once.steps.due(now).is_some() {
+        if once.side_steps.due(now).is_some() {
             return Ok(false);
         }
         let side = &mut once.side;
-        let producer = match &mut side.producer {
-            Some(producer) => &*producer,
-            None => {
-                let properties = once.names.properties(&self.properties, SIDE_SUFFIX);
-                let made = Producer::new(&properties)
-                    .map_err(|error: ProducerError| TransactionError::Retry(error.to_string()))?;
-                &*side.producer.insert(made)
-            }
-        };
         if !side.started {
-            producer.init_transactions(STEP_TIMEOUT)?;
+            side.init(&once.names, &self.properties)?;
             let cursors = once.names.read(&self.properties)?;
             side.started = true;
             for (topic, next) in cursors.iter().filter(|(topic, _)| !topic.is_empty()) {
@@ -518,54 +572,61 @@ impl Replay {
             }
             return Ok(true);
         }
+        let Some(producer) = &side.producer else { return Ok(false) };
         let Some(round) = &mut side.round else {
             let stays = once.stopping || once.state == State::Aborting || !self.pace.may_send();
             let next = if stays { None } else { self.lanes.next_round(now) };
             return next.map_or(Ok(false), |(lane, events)| self.begin_side(lane, events, now).map(|()| true));
         };
         match round.state {
-            State::Open if round.outcomes.len() < round.sent.len() => Ok(false),
-            State::Open if round.has_failed() => {
-                producer.abort(STEP_TIMEOUT)?;
-                self.finish_side(false, now);
-                Ok(true)
-            }
-            State::Open => {
-                let delivered: Vec<EventRef> = round.outcomes.iter().map(|(event, ..)| *event).collect();
-                let next = self.lanes.worked_off_with(round.lane, &delivered);
-                let key = once.names.key(Some(self.lanes.topic(round.lane)));
-                round.state = State::Sealed;
-                let sent = producer.send(&once.names.cursor_topic, Some(&key), &once.names.value(next), CURSOR_TAG);
-                if sent.is_err() {
-                    round.cursor_reported = Some(false);
-                }
-                Ok(true)
-            }
-            State::Sealed => match round.cursor_reported {
+            State::Sealed => match round.cursor_reported.take() {
                 None => Ok(false),
-                Some(true) => {
+                Some(true) if round.waiting.is_empty() => {
                     round.state = State::Committing;
                     Ok(true)
                 }
-                Some(false) => {
-                    producer.abort(STEP_TIMEOUT)?;
-                    self.finish_side(false, now);
+                Some(true) => {
+                    round.state = State::Open;
+                    let (lane, events) = (round.lane, std::mem::take(&mut round.waiting));
+                    let (sent, refused) = self.send_side_round(lane, events, now);
+                    if let Some(round) = self.exactly_once.as_mut().and_then(|once| once.side.round.as_mut()) {
+                        (round.sent, round.refused) = (sent, refused);
+                    }
                     Ok(true)
                 }
+                Some(false) => {
+                    once.side_steps.failed(now, &mut self.rng);
+                    self.abort_side(now)
+                }
             },
+            State::Open if round.outcomes.len() < round.sent.len() => Ok(false),
+            State::Open if round.has_failed() => self.abort_side(now),
+            State::Open => {
+                let delivered: Vec<EventRef> = round.outcomes.iter().map(|(event, ..)| *event).collect();
+                let next = self.lanes.worked_off_with(round.lane, &delivered);
+                round.seal(producer, &once.names, self.lanes.topic(round.lane), next);
+                Ok(true)
+            }
             _ => match producer.commit(STEP_TIMEOUT) {
                 Ok(()) => {
+                    once.side_steps.succeeded();
                     self.finish_side(true, now);
                     Ok(true)
                 }
-                Err(TransactionError::Abort(_)) => {
-                    producer.abort(STEP_TIMEOUT)?;
-                    self.finish_side(false, now);
-                    Ok(true)
-                }
+                Err(TransactionError::Abort(_)) => self.abort_side(now),
                 Err(error) => Err(error),
             },
         }
+    }
+
+    /// Aborts the round's transaction. What went wrong is remembered also if that breaks the producer.
+    fn abort_side(&mut self, now: Instant) -> Result<bool, TransactionError> {
+        let producer = self.exactly_once.as_ref().and_then(|once| once.side.producer.as_ref());
+        let result = producer.map_or(Ok(()), |producer| producer.abort(STEP_TIMEOUT));
+        if matches!(result, Ok(()) | Err(TransactionError::Fatal(_))) {
+            self.finish_side(false, now);
+        }
+        result.map(|()| true)
     }
 
     fn begin_side(&mut self, lane: LaneId, events: Vec<EventRef>, now: Instant) -> Result<(), TransactionError> {
@@ -576,12 +637,19 @@ impl Replay {
             self.lanes.settle(lane, now, &mut self.to_park);
             return Err(error);
         }
-        let (sent, refused) = self.send_side_round(lane, events, now);
-        if let Some(once) = &mut self.exactly_once {
-            let outcomes = Vec::with_capacity(sent.len());
-            once.side.round =
-                Some(SideRound { lane, state: State::Open, sent, outcomes, refused, cursor_reported: None });
-        }
+        let Some(once) = &mut self.exactly_once else { return Ok(()) };
+        let Some(producer) = &once.side.producer else { return Ok(()) };
+        let mut round = SideRound {
+            lane,
+            state: State::Open,
+            waiting: events,
+            sent: Vec::new(),
+            outcomes: Vec::new(),
+            refused: None,
+            cursor_reported: None,
+        };
+        round.seal(producer, &once.names, self.lanes.topic(lane), self.lanes.worked_off_with(lane, &[]));
+        once.side.round = Some(round);
         Ok(())
     }
 
@@ -589,7 +657,18 @@ impl Replay {
     fn finish_side(&mut self, committed: bool, now: Instant) {
         let Some(round) = self.exactly_once.as_mut().and_then(|once| once.side.round.take()) else { return };
         let lane = round.lane;
+        let topic = self.lanes.topic(lane);
+        let blamed = |(refused, failure): &(String, Failure)| (refused == topic).then_some(*failure);
+        let blamed = self.exactly_once.as_ref().and_then(|once| once.side.refused.iter().find_map(blamed));
+        if let Some(once) = &mut self.exactly_once {
+            once.side.refused.clear();
+        }
+        let cause = |failure: Failure| blamed.filter(|_| failure.is_consequence()).unwrap_or(failure);
+        for event in round.waiting {
+            self.lanes.hold(lane, event);
+        }
         for (event, bytes, failure) in round.outcomes {
+            let failure = failure.map(cause);
             match failure {
                 None if committed => {
                     self.metrics.forward.delivered_events.increment(1);
@@ -605,6 +684,7 @@ impl Replay {
             }
         }
         if let Some((event, failure)) = round.refused {
+            let failure = cause(failure);
             self.failures.count(lane, failure, &self.metrics);
             self.lanes.refused(lane, event, failure, now, &mut self.to_park);
         }
@@ -618,7 +698,7 @@ impl Replay {
         if let Some(suppressed) = once.log_limit.admit(now) {
             warn!(%error, suppressed, "the transactions of held topics wait for kafka");
         }
-        once.steps.failed(now, &mut self.rng);
+        once.side_steps.failed(now, &mut self.rng);
         if let TransactionError::Fenced(message) = error {
             let message = message.clone();
             self.stop_fenced(&message, now);
@@ -626,7 +706,8 @@ impl Replay {
             // What it had is unknown until the cursors are read again.
             let round = once.side.round.take();
             once.side = Side::default();
-            if let Some(SideRound { lane, sent, refused, .. }) = round {
+            if let Some(SideRound { lane, waiting, sent, refused, .. }) = round {
+                waiting.into_iter().for_each(|event| self.lanes.hold(lane, event));
                 sent.into_iter().for_each(|(event, bytes)| self.lanes.returned(lane, event, bytes, now));
                 refused.into_iter().for_each(|(event, _)| self.lanes.hold(lane, event));
                 self.lanes.settle(lane, now, &mut self.to_park);
@@ -640,7 +721,25 @@ impl Side {
         self.producer.as_ref()
     }
 
+    /// Makes every earlier producer for held topics powerless.
+    fn init(&mut self, names: &Names, properties: &Properties) -> Result<(), TransactionError> {
+        let producer = match &mut self.producer {
+            Some(producer) => &*producer,
+            None => {
+                let made = Producer::new(&names.properties(properties, SIDE_SUFFIX))
+                    .map_err(|error: ProducerError| TransactionError::Retry(error.to_string()))?;
+                &*self.producer.insert(made)
+            }
+        };
+        if !self.initialised {
+            producer.init_transactions(STEP_TIMEOUT)?;
+            self.initialised = true;
+        }
+        Ok(())
+    }
+
     fn take_reports(&mut self, lanes: &mut super::super::lanes::Lanes) {
+        self.refused.append(&mut self.inbox.refused_topics);
         let reports = self.inbox.delivered.drain(..).map(|reported| (reported, None));
         let failed = self.inbox.failed.drain(..).map(|(reported, failure)| (reported, Some(failure)));
         for (reported, failure) in reports.chain(failed) {
@@ -656,6 +755,13 @@ impl Side {
 }
 
 impl SideRound {
+    /// Sends a cursor of the topic.
+    fn seal(&mut self, producer: &Producer, names: &Names, topic: &str, next: u64) {
+        let (key, value) = (names.key(Some(topic)), names.value(next));
+        let sent = producer.send(&names.cursor_topic, Some(&key), &value, CURSOR_TAG);
+        (self.state, self.cursor_reported) = (State::Sealed, sent.is_err().then_some(false));
+    }
+
     fn has_failed(&self) -> bool {
         self.refused.is_some() || self.outcomes.iter().any(|(.., failure)| failure.is_some())
     }
