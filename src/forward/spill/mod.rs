@@ -81,6 +81,16 @@ impl SpillError {
     }
 }
 
+/// What a spill holds.
+#[doc(hidden)]
+#[derive(Debug, Default)]
+pub struct SpillContents {
+    /// Topic and payload of each event, each topic in order.
+    pub events: Vec<(String, bytes::Bytes)>,
+    /// Events that cannot be read.
+    pub lost: u64,
+}
+
 /// See the module.
 pub(super) struct Spill {
     directory: PathBuf,
@@ -569,8 +579,9 @@ impl Spill {
         kill_point::pass("spill.saved");
         // Not before: with the old state, numbers that start anew would look like missing ones.
         self.topics.retain(|_, topic| topic.end > topic.consumed);
-        let current = self.current.as_ref().map(|current| current.id);
-        let unneeded = |(id, file): (&u64, &FileUse)| (file.needed_bytes == 0 && Some(*id) != current).then_some(*id);
+        let is_needed = |current: &mut Current| self.files.get(&current.id).is_some_and(|file| file.needed_bytes > 0);
+        self.current.take_if(|current| !is_needed(current));
+        let unneeded = |(id, file): (&u64, &FileUse)| (file.needed_bytes == 0).then_some(*id);
         for id in self.files.iter().filter_map(unneeded).collect::<Vec<_>>() {
             match fs::remove_file(self.path(id)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -640,6 +651,25 @@ impl Spill {
     /// Events in it.
     pub(super) fn count(&self) -> u64 {
         self.events
+    }
+
+    /// Everything in it.
+    ///
+    /// # Errors
+    /// [`SpillError::Io`]
+    pub(super) fn into_contents(mut self, cursor: Sequence, tail: Sequence) -> Result<SpillContents, SpillError> {
+        self.settle(cursor, tail)?;
+        let mut contents = SpillContents::default();
+        for topic in self.topics().map(str::to_owned).collect::<Vec<_>>() {
+            for number in self.numbers(&topic) {
+                match self.event(&topic, number) {
+                    Ok(event) => contents.events.push((topic.clone(), event.payload)),
+                    Err(SpillError::Damaged { .. }) => contents.lost += 1,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(contents)
     }
 
     fn path(&self, id: u64) -> PathBuf {

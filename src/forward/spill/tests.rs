@@ -59,6 +59,10 @@ fn topics_are_worked_off_one_by_one_and_files_go() {
     }
     spill.save().unwrap();
     assert_eq!((spill.count(), spill.bytes(), spill.topics().count()), (0, 0, 0));
+    // Also the file that was written to last.
+    let first = put(&mut spill, "a", vec![event(200, &payload(200, 10))]);
+    spill.consume("a", first + 1);
+    spill.save().unwrap();
     let left: Vec<_> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["state"]);
 }
