@@ -59,9 +59,12 @@ pub use parked::{
 pub use properties::{ForwardConfigError, validate};
 pub use requeue::{OfflineSpill, Requeue, RequeueError};
 pub use router::Topics;
+#[doc(hidden)]
+pub use spill::SpillContents;
 pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
 
+use crate::batch::Sequence;
 use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::Wal;
@@ -239,6 +242,17 @@ impl Drop for Forwarder {
         self.shared.stop(Instant::now());
         self.wal.wake_reader();
     }
+}
+
+/// What the spill of this log holds, for tests. Settles it, as a start does.
+///
+/// # Errors
+/// [`SpillError::Io`]
+#[doc(hidden)]
+pub fn spill_contents(wal: &Wal) -> Result<SpillContents, SpillError> {
+    let status = wal.status();
+    let spill = spill::Spill::open(&wal.config().directory.join(SPILL))?;
+    spill.into_contents(Sequence(status.cursor_sequence), Sequence(status.next_sequence))
 }
 
 /// Why a delivery attempt failed. Also the `reason` label of `ringtail_forward_delivery_failures_total`.

@@ -2,6 +2,7 @@
 //! next start recovers all that was acked.
 
 use crate::disk::{Call, Rule};
+use crate::full::spilling_fails;
 use crate::http::wait_until;
 use crate::seed;
 use crate::service::Service;
@@ -35,6 +36,12 @@ async fn a_write_that_fails_ends_the_process() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sync_that_fails_ends_the_process() {
     assert_a_failed_commit_ends_the_process(Call::Sync, 20).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spill_that_fails_is_tried_again() {
+    spilling_fails(&[Rule::always(Call::Sync, libc::EIO, "spill/", "")]).await;
+    spilling_fails(&[Rule::always(Call::Write, libc::EIO, "spill/0", "")]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

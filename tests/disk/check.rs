@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::{Mutex, Once, PoisonError};
 
 use ringtail::batch::Batch;
-use ringtail::forward::ParkedStore;
+use ringtail::forward::{ParkedStore, spill_contents};
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
 
-use crate::load::{BAD_TYPE, Load, Name};
+use crate::load::{BAD_TYPE, HELD_TYPE, Load, Name};
 use crate::small_log::small_log;
 
 /// What a log must hold.
@@ -30,6 +30,7 @@ pub struct Found {
     /// Acked batches that the cursor had passed.
     pub passed: usize,
     pub parked: usize,
+    pub spilled: usize,
     pub segments: u64,
 }
 
@@ -39,6 +40,7 @@ impl std::ops::AddAssign for Found {
         self.unacked += other.unacked;
         self.passed += other.passed;
         self.parked += other.parked;
+        self.spilled += other.spilled;
         self.segments += other.segments;
     }
 }
@@ -93,13 +95,22 @@ fn read(wal: &Wal, promise: &Promise) -> Result<Found, String> {
     }
     let parked = read_parked(wal, promise.load)?;
     found.parked = parked.len();
+    let spilled = read_spilled(wal, promise.load)?;
+    found.spilled = spilled.len();
+    if let Some(event) = spilled.iter().find(|(name, _)| in_log.contains(name)) {
+        return Err(format!("{event:?} is in the spill and in the log"));
+    }
     found.acked = promise.acked.len();
     let mut lost = Vec::new();
     for name in promise.acked.difference(&in_log) {
         found.passed += 1;
         for (event, (kind, _)) in promise.load.events(*name).into_iter().enumerate() {
-            let there = if kind == BAD_TYPE { &parked } else { promise.delivered };
-            if !there.contains(&(*name, event)) {
+            let event_ref = (*name, event);
+            let there = match kind {
+                BAD_TYPE => parked.contains(&event_ref),
+                _ => promise.delivered.contains(&event_ref) || spilled.contains(&event_ref),
+            };
+            if !there {
                 lost.push((*name, event, kind));
             }
         }
@@ -141,6 +152,28 @@ fn read_parked(wal: &Wal, load: &Load) -> Result<HashSet<(Name, usize)>, String>
         parked.insert((name, number));
     }
     Ok(parked)
+}
+
+/// The events in the spill, each as it was sent. Each client's are in order; after a crash it may have some again that were
+/// delivered.
+fn read_spilled(wal: &Wal, load: &Load) -> Result<HashSet<(Name, usize)>, String> {
+    let contents = spill_contents(wal).map_err(|error| format!("the spill cannot be read: {error:?}"))?;
+    if contents.lost > 0 {
+        return Err(format!("{} acked batches are lost, or events of them: the spill misses them", contents.lost));
+    }
+    let mut last = HashMap::new();
+    let mut spilled = HashSet::new();
+    for (topic, payload) in contents.events {
+        let (name, number) = Load::parse_payload(&payload).ok_or("a spilled event was never sent")?;
+        if topic != HELD_TYPE || load.events(name).get(number) != Some(&(HELD_TYPE, payload)) {
+            return Err(format!("spilled event {number} of {name:?} is not what was sent"));
+        }
+        if let Some(before) = last.insert(name.0, (name.1, number)).filter(|before| *before >= (name.1, number)) {
+            return Err(format!("spilled event {number} of {name:?} comes after {before:?}"));
+        }
+        spilled.insert((name, number));
+    }
+    Ok(spilled)
 }
 
 static COMPLAINTS: Mutex<Vec<u8>> = Mutex::new(Vec::new());

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::check::{Found, Promise, check};
 use crate::image::{self, Fate};
 use crate::journal::{Change, records};
-use crate::load::Acks;
+use crate::load::{Acks, HELD_TYPE, Name};
 use crate::model::{Disbelief, Model};
 use crate::process::{Options, Process};
 use crate::runs::Run;
@@ -53,7 +53,10 @@ pub async fn cut(run: &Run, cuts: usize, services: usize, disbelief: Disbelief, 
         }
         // While Kafka is away, all that it was given had been seen. Else it may have been given more than was seen.
         let is_outage = run.outages.iter().any(|outage| outage.contains(&moment));
-        let deliveries = run.deliveries.iter().filter(|(_, seen)| !is_outage || **seen <= moment);
+        let is_closed = run.closed.iter().any(|closed| closed.contains(&moment));
+        let is_held = |(name, event): &(Name, usize)| run.load.events(*name)[*event].0 == HELD_TYPE;
+        let was_given = |event, seen: usize| seen <= moment || !(is_outage || is_closed && is_held(event));
+        let deliveries = run.deliveries.iter().filter(|(event, seen)| was_given(event, **seen));
         let delivered = deliveries.map(|(event, _)| *event).collect();
         match check(directory.path(), &Promise { load: &run.load, acked: &acked, delivered: &delivered }) {
             Ok(found) => outcome.found += found,

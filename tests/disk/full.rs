@@ -125,3 +125,44 @@ async fn a_segment_that_finds_no_space_is_prepared_later() {
     service.stop();
     service.check();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_cannot_be_spilled_waits() {
+    spilling_fails(&[Rule::always(Call::Write, libc::ENOSPC, "spill/", "")]).await;
+    spilling_fails(&[Rule::always(Call::Create, libc::ENOSPC, "spill", "")]).await;
+}
+
+/// The calls fail for a while: the cursor passes nothing, batches are still taken, and then it goes on by itself.
+pub async fn spilling_fails(rules: &[Rule]) {
+    let mut service = Service::start_closed(seed());
+    for (number, rule) in (0..).zip(rules) {
+        service.disk.set_rule(number, *rule);
+    }
+    service.send(4 * MIB).await;
+    wait_until("spilling to fail", || service.disk.hits(0) > 2).await;
+    assert_eq!(service.spilled(), 0);
+    let pending = service.wal("pending_batches");
+    assert!(pending > 0);
+    // Batches are taken all the same, and nothing of them is passed.
+    service.send(MIB).await;
+    assert!(service.wal("pending_batches") > pending);
+    for number in 0..rules.len() {
+        service.disk.clear_rule(number);
+    }
+    wait_until("events to be spilled", || service.spilled() > 0).await;
+    wait_until("the log to be empty", || service.wal("pending_batches") < pending).await;
+    // Again, in the middle: with a file that has a good beginning.
+    service.disk.set_rule(0, Rule { skip: 0, times: 3, ..rules[0] });
+    service.send(4 * MIB).await;
+    wait_until("spilling to go on", || service.disk.hits(0) == 3).await;
+    // What is on disk is whole in every moment: also after a start.
+    service.stop();
+    assert!(service.check().spilled > 0);
+    service.restart();
+    service.kafka.set_closed(false);
+    service.wait_until_delivered().await;
+    service.wait_until_accepting().await;
+    service.wait_until_delivered().await;
+    service.stop();
+    assert_eq!(service.check().spilled, 0);
+}

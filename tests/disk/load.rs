@@ -17,6 +17,8 @@ use crate::process::Addresses;
 pub const GOOD_TYPE: &str = "click";
 /// One whose topic it does not take: its events are parked.
 pub const BAD_TYPE: &str = "bad topic!";
+/// One whose topic it does not take at times, in some loads.
+pub const HELD_TYPE: &str = "held";
 /// Clients that send at the same time.
 pub const CLIENTS: u32 = 8;
 
@@ -34,14 +36,24 @@ pub struct Load {
     noise: Vec<u8>,
     /// Largest payload, bytes.
     payload_bytes_max: usize,
+    with_held: bool,
 }
 
 impl Load {
     /// A load with random contents. Of [`BAD_TYPE`] is one event in eight.
     pub fn new(seed: u64, payload_bytes_max: usize) -> Arc<Load> {
+        Load::make(seed, payload_bytes_max, false)
+    }
+
+    /// The same; half of the rest is of [`HELD_TYPE`].
+    pub fn with_held(seed: u64, payload_bytes_max: usize) -> Arc<Load> {
+        Load::make(seed, payload_bytes_max, true)
+    }
+
+    fn make(seed: u64, payload_bytes_max: usize, with_held: bool) -> Arc<Load> {
         let mut noise = vec![0; 2 * payload_bytes_max];
         StdRng::seed_from_u64(seed).fill_bytes(&mut noise);
-        Arc::new(Load { seed, noise, payload_bytes_max })
+        Arc::new(Load { seed, noise, payload_bytes_max, with_held })
     }
 
     /// Type and payload of each event: mostly small, a few as large as can be. A payload begins with `client-number-event `.
@@ -57,7 +69,12 @@ impl Load {
             let from = rng.random_range(0..=self.noise.len() - length);
             let mut payload = format!("{client}-{number}-{event} ").into_bytes();
             payload.extend_from_slice(&self.noise[from..from + length]);
-            (if rng.random_ratio(1, 8) { BAD_TYPE } else { GOOD_TYPE }, payload.into())
+            let kind = match rng.random_ratio(1, 8) {
+                true => BAD_TYPE,
+                false if self.with_held && rng.random() => HELD_TYPE,
+                false => GOOD_TYPE,
+            };
+            (kind, payload.into())
         };
         (0..events).map(event).collect()
     }

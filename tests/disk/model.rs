@@ -24,6 +24,8 @@ pub const ROOT: usize = 0;
 pub struct Disbelief {
     /// Syncs of files called `db` do nothing: as if sled's `flush()` were all.
     pub of_db_syncs: bool,
+    /// Syncs of files of the spill do nothing.
+    pub of_spill_syncs: bool,
     /// Syncs of directories do nothing.
     pub of_directory_syncs: bool,
 }
@@ -33,6 +35,7 @@ pub struct Disbelief {
 pub struct Node {
     pub is_directory: bool,
     is_db: bool,
+    is_spill: bool,
     /// A file's certain content.
     pub durable: Vec<u8>,
     /// What was done to it since, in order.
@@ -157,7 +160,9 @@ impl<'a> Model<'a> {
             if !self.disbelief.of_directory_syncs {
                 self.sync_names(node, began);
             }
-        } else if !(self.nodes[node].is_db && self.disbelief.of_db_syncs) {
+        } else if !(self.nodes[node].is_db && self.disbelief.of_db_syncs
+            || self.nodes[node].is_spill && self.disbelief.of_spill_syncs)
+        {
             let Node { durable, pending, .. } = &mut self.nodes[node];
             let covered = pending.partition_point(|change| change.at < began);
             for change in pending.drain(..covered) {
@@ -192,7 +197,8 @@ impl<'a> Model<'a> {
     fn make(&mut self, path: &str, is_directory: bool) -> Option<usize> {
         let name = self.name(path);
         let node = self.nodes.len();
-        self.nodes.push(Node { is_directory, is_db: name.1 == "db", ..Node::default() });
+        let is_spill = path.strip_prefix("spill/").is_some_and(|name| name.parse::<u64>().is_ok());
+        self.nodes.push(Node { is_directory, is_db: name.1 == "db", is_spill, ..Node::default() });
         self.change_names(vec![(name, Some(node))]);
         Some(node)
     }

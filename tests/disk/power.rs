@@ -15,7 +15,7 @@ use crate::cuts::{Outcome, cut};
 use crate::environment::number_from_environment;
 use crate::model::Disbelief;
 use crate::order::Order;
-use crate::runs::{Run, collect, forward};
+use crate::runs::{Run, collect, forward, spill};
 use crate::seed;
 
 /// Cuts of a plain run.
@@ -38,11 +38,12 @@ async fn assert_nothing_is_lost(run: &Run, began: Instant, rng: &mut StdRng) -> 
         failures.len()
     );
     println!(
-        "acked {}, unacked {}, passed {}, parked {}, in {:?}",
+        "acked {}, unacked {}, passed {}, parked {}, spilled {}, in {:?}",
         found.acked,
         found.unacked,
         found.passed,
         found.parked,
+        found.spilled,
         began.elapsed()
     );
     assert!(failures.is_empty(), "{failures:#?}");
@@ -68,6 +69,23 @@ async fn a_power_cut_loses_nothing_that_was_not_delivered_or_parked() {
     assert!(marked > 0 && written > 0 && removed > 0, "hardly anything was done to segments");
     let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
     assert!(outcome.found.passed > 0 && outcome.found.parked > 0, "nothing was delivered or parked");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_power_cut_loses_nothing_that_was_spilled() {
+    let mut rng = StdRng::seed_from_u64(seed());
+    let began = Instant::now();
+    let run = spill(&mut rng).await;
+    let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
+    assert!(outcome.found.passed > 0 && outcome.found.spilled > 0, "nothing was spilled");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_the_syncs_of_the_spill_acked_batches_are_lost() {
+    let mut rng = StdRng::seed_from_u64(seed());
+    let run = spill(&mut rng).await;
+    let disbelief = Disbelief { of_spill_syncs: true, ..Disbelief::default() };
+    assert_batches_are_lost(&cut(&run, CONTROL_CUTS, 0, disbelief, &mut rng).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -25,6 +25,8 @@ pub struct Run {
     pub deliveries: Deliveries,
     /// Parts of the journal during which Kafka was away, and had been read to its end.
     pub outages: Vec<Range<usize>>,
+    /// Parts during which it refused the held topic, which had been read to its end.
+    pub closed: Vec<Range<usize>>,
     /// What was done to segments, each step in its place.
     pub order: Order,
 }
@@ -42,7 +44,7 @@ pub async fn collect(rng: &mut StdRng) -> Run {
     let (mut process, addresses) = Process::start(&disk.options());
     clients.send(addresses, 12 << 20).await;
     assert!(process.stop().success());
-    finish(&disk, load, clients, Deliveries::new(), Vec::new())
+    finish(&disk, load, clients, Deliveries::new(), [Vec::new(), Vec::new()])
 }
 
 /// Clients send to a service that forwards to Kafka, which goes away and comes back, and parks what Kafka does not take.
@@ -80,11 +82,59 @@ pub async fn forward(rng: &mut StdRng) -> Run {
     // With Kafka away and a backlog.
     assert!(process.stop().success());
     let deliveries = kafka.deliveries();
-    finish(&disk, load, clients, deliveries, outages)
+    finish(&disk, load, clients, deliveries, [outages, Vec::new()])
+}
+
+/// Clients send to a service that forwards to a Kafka that refuses one topic for long, so that its events move to the
+/// spill, and come back from there later. One life ends with SIGKILL at a random sync while they move.
+pub async fn spill(rng: &mut StdRng) -> Run {
+    const ROUNDS: u32 = 4;
+    const BYTES: usize = 3 << 20;
+    let disk = Arc::new(Disk::new());
+    let load = Load::with_held(rng.random(), 100 << 10);
+    let mut clients = Clients::new(&load, &disk);
+    let mut kafka = Kafka::start_closed(&load, &disk);
+    let options = kafka.forward_spilling(disk.options());
+    let (mut process, mut addresses) = Process::start(&options);
+    let (mut closed, killed_in) = (Vec::new(), rng.random_range(0..ROUNDS - 1));
+    for round in 0..ROUNDS {
+        let began = disk.journal_bytes();
+        clients.send(addresses, BYTES).await;
+        kafka.wait_until_spilled(addresses).await;
+        if round == killed_in {
+            disk.kill_at_sync(disk.syncs() + rng.random_range(20..60));
+            clients.send(addresses, usize::MAX).await;
+            process.wait_for_kill();
+            disk.kill_at_sync(0);
+            (process, addresses) = Process::start(&options);
+            clients.send(addresses, BYTES / 2).await;
+            kafka.wait_until_spilled(addresses).await;
+        }
+        closed.push(began..disk.journal_bytes());
+        if round < ROUNDS - 1 {
+            kafka.set_closed(false);
+            clients.send(addresses, BYTES / 4).await;
+            kafka.wait_until_delivered(addresses, &clients).await;
+            // A new process notices at once that the topic is closed again.
+            assert!(process.stop().success());
+            kafka.set_closed(true);
+            (process, addresses) = Process::start(&options);
+        }
+    }
+    assert!(process.stop().success());
+    closed.last_mut().expect("there is one for each round").end = usize::MAX;
+    let deliveries = kafka.deliveries();
+    finish(&disk, load, clients, deliveries, [Vec::new(), closed])
 }
 
 /// Proves that the journal has every change, by making the directory from it; and looks at their order.
-fn finish(disk: &Disk, load: Arc<Load>, clients: Clients, deliveries: Deliveries, outages: Vec<Range<usize>>) -> Run {
+fn finish(
+    disk: &Disk,
+    load: Arc<Load>,
+    clients: Clients,
+    deliveries: Deliveries,
+    [outages, closed]: [Vec<Range<usize>>; 2],
+) -> Run {
     let journal = disk.journal();
     let mut model = Model::new(&journal, Disbelief::default());
     let mut order = Order::default();
@@ -95,7 +145,7 @@ fn finish(disk: &Disk, load: Arc<Load>, clients: Clients, deliveries: Deliveries
     let made = tempfile::tempdir().expect("make a directory");
     image::write_volatile(&model, made.path()).expect("write the image");
     assert_eq!(files(made.path()), files(&disk.root()), "the journal misses something");
-    Run { load, journal, clients, deliveries, outages, order }
+    Run { load, journal, clients, deliveries, outages, closed, order }
 }
 
 /// Every file below `directory`, with its length and a checksum of its content.

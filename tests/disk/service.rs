@@ -29,9 +29,22 @@ impl Service {
     pub fn start(seed: u64) -> Service {
         let disk = Arc::new(Disk::new());
         let load = Load::new(seed, 200 << 10);
-        let clients = Clients::new(&load, &disk);
         let kafka = Kafka::start(&load, &disk);
         let options = kafka.forward(disk.options(), "connection_id");
+        Service::start_with(disk, load, kafka, options)
+    }
+
+    /// Starts it on an empty disk, with a Kafka that is there and refuses one topic.
+    pub fn start_closed(seed: u64) -> Service {
+        let disk = Arc::new(Disk::new());
+        let load = Load::with_held(seed, 100 << 10);
+        let kafka = Kafka::start_closed(&load, &disk);
+        let options = kafka.forward_spilling(disk.options());
+        Service::start_with(disk, load, kafka, options)
+    }
+
+    fn start_with(disk: Arc<Disk>, load: Arc<Load>, kafka: Kafka, options: Options) -> Service {
+        let clients = Clients::new(&load, &disk);
         let (process, addresses) = Process::start(&options);
         Service { disk, load, clients, kafka, process, addresses, options }
     }
@@ -59,6 +72,11 @@ impl Service {
     /// A number of the log's status.
     pub fn wal(&self, name: &str) -> u64 {
         status(self.addresses.admin)["wal"][name].as_u64().expect("the status has numbers")
+    }
+
+    /// Events in the spill.
+    pub fn spilled(&self) -> u64 {
+        status(self.addresses.admin)["forward"]["spilled_events"].as_u64().expect("the status has numbers")
     }
 
     /// Fails unless a batch is refused over REST as it must be: 503, and an answer that says so.

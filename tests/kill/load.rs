@@ -28,22 +28,26 @@ pub const EVENT_TYPE: &str = "click";
 pub const PARKED_TYPE: &str = "not a topic";
 /// One event in so many has that type.
 const PARKED_ONE_IN: u32 = 16;
+/// The type of some, on request: their topic is closed at times, and they are held.
+pub const HELD_TYPE: &str = "held";
+/// One event in so many has that type.
+const HELD_ONE_IN: u32 = 3;
 
 /// What is sent: everything about a batch follows from its client and number.
 pub struct Load {
     seed: u64,
     noise: Vec<u8>,
     payload_bytes_max: usize,
-    with_parked: bool,
+    with_others: bool,
 }
 
 impl Load {
     /// A load with random contents. A slot of a segment of 8 MiB holds 64 KiB: a few payloads are larger, up to
-    /// `payload_bytes_max`. `with_parked`: with some events that Kafka cannot take.
-    pub fn new(rng: &mut StdRng, payload_bytes_max: usize, with_parked: bool) -> Arc<Load> {
+    /// `payload_bytes_max`. `with_others`: with some events that Kafka cannot take, and some that it does not always take.
+    pub fn new(rng: &mut StdRng, payload_bytes_max: usize, with_others: bool) -> Arc<Load> {
         let mut noise = vec![0; 2 * payload_bytes_max];
         rng.fill_bytes(&mut noise);
-        Arc::new(Load { seed: rng.random(), noise, payload_bytes_max, with_parked })
+        Arc::new(Load { seed: rng.random(), noise, payload_bytes_max, with_others })
     }
 
     /// Name of a batch; [`Load::parse_name`] is its inverse.
@@ -76,8 +80,12 @@ impl Load {
             let from = rng.random_range(0..=self.noise.len() - length);
             let mut payload = format!("{}-{place} ", Load::name(client, number)).into_bytes();
             payload.extend_from_slice(&self.noise[from..from + length]);
-            let parked = self.with_parked && rng.random_ratio(1, PARKED_ONE_IN);
-            (if parked { PARKED_TYPE } else { EVENT_TYPE }, payload.into())
+            let event_type = match self.with_others {
+                true if rng.random_ratio(1, PARKED_ONE_IN) => PARKED_TYPE,
+                true if rng.random_ratio(1, HELD_ONE_IN) => HELD_TYPE,
+                _ => EVENT_TYPE,
+            };
+            (event_type, payload.into())
         };
         (0..events).map(event).collect()
     }

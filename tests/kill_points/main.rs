@@ -3,15 +3,18 @@
 //! One log directory lives through many lives of the process. In each, clients of every protocol send, a forwarder
 //! delivers into a mock Kafka and parks what that cannot take, and the process kills itself at one of the points in
 //! `src/kill_point.rs`, the n-th time that it passes it. Every point has its turn: one that is not passed fails the test.
+//! In some lives Kafka refuses one of the topics, whose events then move to the spill, and in others come back from there.
 //! For the points around damage the test damages the log between two lives; then exactly what the ledger of losses names
 //! may be missing. After every [`LIVES_BETWEEN_CHECKS`] lives the log, the parked store and what arrived are compared with
-//! what was acked.
+//! what was acked; every fourth time after a life that is not killed and delivers everything.
 //!
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the machine), `RINGTAIL_KILLS` sets their number.
 
 mod destination;
 #[path = "../support/environment.rs"]
 mod environment;
+#[path = "../support/http.rs"]
+mod http;
 #[path = "../support/kept.rs"]
 mod kept;
 #[path = "../kill/load.rs"]
@@ -25,9 +28,10 @@ mod small_log;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -36,6 +40,7 @@ use ringtail::kill_point;
 
 use destination::Destination;
 use environment::number_from_environment;
+use http::{get, wait_until};
 use kept::KeptOnPanic;
 use load::{Clients, Load};
 use oracle::Oracle;
@@ -53,7 +58,7 @@ fn passages_max(point: &str) -> u64 {
     match point.split_once('.').expect("stage and step").0 {
         "commit" => 300,
         "park" => 20,
-        "prepare" | "cursor" => 3,
+        "prepare" | "cursor" | "spill" => 3,
         "rotate" | "seal" => 2,
         _ => 1,
     }
@@ -88,10 +93,15 @@ async fn every_acked_event_survives_a_kill_at_every_point() {
             // The keeper's first pass makes the spares before it saves the cursor.
             test.live("cursor.synced", 1).await;
         }
+        test.set_closed(point.starts_with("spill.") || rng.random());
         test.live(point, rng.random_range(1..=passages_max(point))).await;
         *hits.entry(point).or_default() += 1;
         if life % LIVES_BETWEEN_CHECKS == 0 || life == kills {
-            let summary = test.check(rng.random());
+            let drained = life == kills || (life / LIVES_BETWEEN_CHECKS) % 4 == 0;
+            if drained {
+                test.drain().await;
+            }
+            let summary = test.check(rng.random(), drained);
             println!("after {life} kills, {:?}: {summary}", began.elapsed());
         }
     }
@@ -101,7 +111,12 @@ async fn every_acked_event_survives_a_kill_at_every_point() {
     println!(
         "{acked} batches acked, {settled} settled, {lost} lost by the test's own damage, {parked} parked events found"
     );
+    println!("{} spilled events drained, {} of the drained lives without losses", test.spilled, test.balanced);
     println!("{}, in {:?}", test.arrived(life_count(kills)), began.elapsed());
+    assert!(
+        kills < kill_point::ALL.len() as u64 || (test.spilled > 0 && test.balanced > 0),
+        "hardly anything was spilled"
+    );
     assert!(
         kills < kill_point::ALL.len() as u64 || hits.len() == kill_point::ALL.len(),
         "not every point had its turn"
@@ -109,9 +124,9 @@ async fn every_acked_event_survives_a_kill_at_every_point() {
     assert!(acked > kills && settled > 0 && parked > 0, "there was hardly any load");
 }
 
-/// Lives of the process, those that only collect included.
+/// Lives of the process, those that only collect or only deliver included.
 fn life_count(kills: u64) -> u64 {
-    2 * kills
+    3 * kills
 }
 
 struct Test {
@@ -123,6 +138,10 @@ struct Test {
     destination: Destination,
     /// Segments that the test has damaged.
     damaged_segments: Vec<OsString>,
+    /// Events that were in the spill when a life began that delivered everything.
+    spilled: u64,
+    /// Such lives in which the books balanced, nothing being lost.
+    balanced: u64,
 }
 
 impl Test {
@@ -133,9 +152,24 @@ impl Test {
         let destination = Destination::start(&load);
         let mut options = Options::small(&directory.0.path().join("wal"));
         options.brokers = destination.brokers();
-        options.settings.extend(["forward.topic = \"%s\"", "forward.in_flight_bytes_max = \"2MiB\""].map(String::from));
+        options.settings.extend(
+            [
+                "forward.topic = \"%s\"",
+                "forward.in_flight_bytes_max = \"1MiB\"",
+                // Nothing is parked because its topic is closed.
+                "forward.topic_grace = \"1h\"",
+            ]
+            .map(String::from),
+        );
         let clients = Clients::new(&load, &oracle);
-        Test { _directory: directory, options, load, oracle, clients, destination, damaged_segments: Vec::new() }
+        let (damaged_segments, spilled, balanced) = Default::default();
+        let _directory = directory;
+        Test { _directory, options, load, oracle, clients, destination, damaged_segments, spilled, balanced }
+    }
+
+    /// Whether Kafka refuses the topic that can be closed, from now on.
+    fn set_closed(&mut self, closed: bool) {
+        tokio::task::block_in_place(|| if closed { self.destination.close() } else { self.destination.open() });
     }
 
     /// A damaged segment is still where it was: the process will complain of it, and set it aside.
@@ -179,10 +213,41 @@ impl Test {
         self.damaged_segments.extend(flip_bit_in(&directory.join("wal"), &payload[..payload.len().min(40)]));
     }
 
-    fn check(&mut self, sweep: bool) -> String {
+    /// Delivers everything, in a life that nobody kills. The books of that life balance, and the spill shrinks to its state.
+    async fn drain(&mut self) {
+        self.set_closed(false);
+        // What is pending, with what is in the spill and not in the log, is known once the spill was compared with the log.
+        let spill = self.options.directory.join("spill");
+        let (mut pending, state) = (0, spill_state(&spill));
+        for brokers in [Vec::new(), self.destination.brokers()] {
+            let delivers = !brokers.is_empty();
+            let (mut process, addresses) = Process::start(&Options { brokers, ..self.options.clone() });
+            if delivers {
+                wait_until("everything to be delivered", || metric(addresses.admin, "wal_pending_events") == 0).await;
+                wait_until("the spill to be empty", || metric(addresses.admin, "forward_spilled_events") == 0).await;
+                let done = ["delivered", "parked", "dropped"];
+                let [delivered, parked, dropped] =
+                    done.map(|what| metric(addresses.admin, &format!("forward_{what}_events_total")));
+                // What is missing in a segment that the test has damaged is not known before.
+                assert!(dropped > 0 || delivered + parked == pending, "{delivered} + {parked} of {pending}");
+                assert!(dropped == 0 || self.is_damaged() || !self.damaged_segments.is_empty(), "{dropped} are lost");
+                self.balanced += u64::from(dropped == 0);
+            } else {
+                // That comparison saves the state.
+                wait_until("the spill to be settled", || spill_state(&spill) != state || is_bare(&spill)).await;
+                pending = metric(addresses.admin, "wal_pending_events");
+                self.spilled += metric(addresses.admin, "forward_spilled_events");
+            }
+            assert!(process.stop().success());
+        }
+        assert!(is_bare(&spill), "files are left in the spill");
+    }
+
+    fn check(&mut self, sweep: bool, drained: bool) -> String {
         tokio::task::block_in_place(|| {
-            self.destination
-                .look(|seen| self.oracle.lock().unwrap().check(&self.options.directory, &self.load, seen, sweep))
+            self.destination.look(|seen| {
+                self.oracle.lock().unwrap().check(&self.options.directory, &self.load, seen, sweep, drained)
+            })
         })
     }
 
@@ -190,8 +255,8 @@ impl Test {
     fn arrived(&self, lives: u64) -> String {
         self.destination.look(|seen| {
             let (mut events, mut duplicates, mut rewinds) = (0, 0, 0);
-            for (client, arrived) in &seen.clients {
-                assert!(arrived.rewinds <= lives, "client {client} went back {} times", arrived.rewinds);
+            for ((client, topic), arrived) in &seen.clients {
+                assert!(arrived.rewinds <= lives, "client {client} went back in {topic} {} times", arrived.rewinds);
                 events += arrived.events.len();
                 duplicates += arrived.duplicates;
                 rewinds = rewinds.max(arrived.rewinds);
@@ -199,6 +264,32 @@ impl Test {
             format!("{events} events arrived, {duplicates} of them again, at most {rewinds} rewinds")
         })
     }
+}
+
+/// When the state of the spill was saved.
+fn spill_state(spill: &Path) -> Option<SystemTime> {
+    std::fs::metadata(spill.join("state")).and_then(|metadata| metadata.modified()).ok()
+}
+
+/// Nothing is in the spill but its state.
+fn is_bare(spill: &Path) -> bool {
+    let Ok(files) = std::fs::read_dir(spill) else { return true };
+    files.map(|file| file.unwrap().file_name()).all(|name| name == "state")
+}
+
+/// The sum over all labels of a metric.
+fn metric(admin: SocketAddr, name: &str) -> u64 {
+    let (code, metrics) = get(admin, "/metrics");
+    assert_eq!(code, 200);
+    let name = format!("ringtail_{name}");
+    let value = |line: &str| {
+        let rest = line.strip_prefix(&name)?;
+        if !rest.starts_with(['{', ' ']) {
+            return None;
+        }
+        rest.rsplit(' ').next()?.parse::<f64>().ok()
+    };
+    metrics.lines().filter_map(value).sum::<f64>() as u64
 }
 
 /// Flips a bit wherever a segment's file holds `needle`. Returns the segments that do.

@@ -1,12 +1,15 @@
 //! The spill's format on disk. A **block** holds consecutive events of one topic.
 //!
 //! ```text
-//! block   magic u32 │ version u8 │ topic bytes u8 │ 0 u16 │ body bytes u32 │ events u32 │ first number u64 │
+//! block   magic u32 │ version u8 │ topic bytes u8 │ 0 u16 │ body bytes u32 │ events u32 │ copied events u32 │
+//!         first number u64 │ first sequence u64 │ first new sequence u64 │
 //!         crc32c of the body u32 │ crc32c of the header and the topic u32 │ topic │ body
 //! body    protobuf: the events, in order
 //! ```
 //!
-//! Integers are little-endian. Header and body are checked apart, so that a start can read the headers alone.
+//! Integers are little-endian. Header and body are checked apart, so that a start can read the headers alone. Copied events,
+//! the first ones of the block, were durable in another block when this one was written. The sequences say of a block whose
+//! body cannot be read whether the log has its events still.
 
 use std::fs::File;
 use std::io;
@@ -17,9 +20,9 @@ use prost::Message;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"RTS1");
 const VERSION: u8 = 1;
-const HEADER_BYTES: usize = 32;
+const HEADER_BYTES: usize = 52;
 /// Where the checksum of the header stands.
-const HEADER_CHECKSUM_AT: usize = 28;
+const HEADER_CHECKSUM_AT: usize = 48;
 /// Largest body that is believed. One event is at most a request, of 16 MiB.
 const BODY_BYTES_MAX: u32 = 64 << 20;
 
@@ -58,6 +61,13 @@ pub(in crate::forward) struct SpilledEvent {
     pub(in crate::forward) requeued: bool,
 }
 
+impl SpilledEvent {
+    /// The sequence under which the log may show it again; 0 if under none.
+    pub(super) fn log_sequence(&self) -> u64 {
+        if self.requeued { 0 } else { self.sequence }
+    }
+}
+
 /// A header of a Kafka record.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub(in crate::forward) struct Header {
@@ -80,6 +90,12 @@ pub(super) struct BlockHeader {
     /// Number of the first event in its topic.
     pub(super) first: u64,
     pub(super) events: u32,
+    /// So many of them, the first ones, are copies.
+    pub(super) copied: u32,
+    /// Sequence of its first event.
+    pub(super) first_sequence: u64,
+    /// Sequence of its first event that is not a copy; 0 if all are.
+    pub(super) new_sequence: u64,
     body_bytes: u32,
     body_checksum: u32,
 }
@@ -95,8 +111,10 @@ impl BlockHeader {
     }
 }
 
-/// A block of `events`, which must not be empty.
-pub(super) fn encode(topic: &str, first: u64, events: Vec<SpilledEvent>) -> Vec<u8> {
+/// A block of `events`, which must not be empty. The first `copied` of them are durable elsewhere.
+pub(super) fn encode(topic: &str, first: u64, events: Vec<SpilledEvent>, copied: u32) -> Vec<u8> {
+    let first_sequence = events[0].log_sequence();
+    let new_sequence = events.get(copied as usize).map_or(0, SpilledEvent::log_sequence);
     let count = u32::try_from(events.len()).expect("a block is bounded in bytes");
     let body = Body { events };
     let body_bytes = body.encoded_len();
@@ -107,7 +125,10 @@ pub(super) fn encode(topic: &str, first: u64, events: Vec<SpilledEvent>) -> Vec<
     block.put_u16_le(0);
     block.put_u32_le(u32::try_from(body_bytes).expect("a block is bounded in bytes"));
     block.put_u32_le(count);
+    block.put_u32_le(copied);
     block.put_u64_le(first);
+    block.put_u64_le(first_sequence);
+    block.put_u64_le(new_sequence);
     let body = body.encode_to_vec();
     block.put_u32_le(crc32c(&[&body]));
     let checksum = crc32c(&[&block, topic.as_bytes()]);
@@ -126,7 +147,8 @@ pub(super) fn read_header(file: &File, offset: u64) -> io::Result<Option<BlockHe
     let mut rest = &fixed[..];
     let (magic, version, topic_bytes) = (rest.get_u32_le(), rest.get_u8(), rest.get_u8());
     rest.advance(2);
-    let (body_bytes, events, first) = (rest.get_u32_le(), rest.get_u32_le(), rest.get_u64_le());
+    let (body_bytes, events, copied) = (rest.get_u32_le(), rest.get_u32_le(), rest.get_u32_le());
+    let (first, first_sequence, new_sequence) = (rest.get_u64_le(), rest.get_u64_le(), rest.get_u64_le());
     let (body_checksum, checksum) = (rest.get_u32_le(), rest.get_u32_le());
     if (magic, version) != (MAGIC, VERSION) || body_bytes > BODY_BYTES_MAX {
         return Ok(None);
@@ -139,7 +161,7 @@ pub(super) fn read_header(file: &File, offset: u64) -> io::Result<Option<BlockHe
         return Ok(None);
     }
     let Ok(topic) = String::from_utf8(topic) else { return Ok(None) };
-    Ok(Some(BlockHeader { topic, first, events, body_bytes, body_checksum }))
+    Ok(Some(BlockHeader { topic, first, events, copied, first_sequence, new_sequence, body_bytes, body_checksum }))
 }
 
 /// The events of the block at `offset`; none if it is damaged.

@@ -11,14 +11,22 @@
 //! time that grow with what is spilled (see the design's figures); in slots, a segment would have to be opened for every look.
 //!
 //! # Invariants
-//! - The events of a topic have consecutive numbers, in order. Numbers are never used again.
-//! - Of two blocks with the same number, the one written later counts.
+//! - The events of a topic have consecutive numbers, in order. A number is used again only when its event was taken out, by
+//!   [`Spill::settle`] or because the call that wrote it failed.
+//! - Of two blocks with the same number, the one written later counts. One with new events ends its topic: what had numbers
+//!   from there on does not count any more.
 //! - The state is durable before a file that it makes superfluous goes.
+//! - What a block copies stays where it was until the copy is durable, and counts there if a power cut tore the copy.
 //!
 //! # Failure
-//! A failed write or sync: nothing of the call is in the spill, the file takes no more blocks, the caller tries again. A
-//! process that ends before the log's cursor passed spilled events reads them from the log again: [`Spill::settle`] takes
-//! them out. A damaged block costs its own events, and says how many.
+//! A failed write or sync: nothing of the call is in the spill, its files are cut back and take no more blocks, the caller
+//! tries again. A process that ends before the log's cursor passed spilled events reads them from the log again:
+//! [`Spill::settle`] takes them out, also those of blocks that a power cut tore.
+//!
+//! A damaged body costs the events of its block, a damaged header also those of the rest of its file, a lost file all of its
+//! own; the numbers that are missing say how many. They are counted too many if the log's cursor stood among them and the
+//! log shows some again. A lost state costs duplicates. What is not noticed: events that were spilled in the second before a
+//! crash and damaged after it in their header, and a spill that is gone as a whole, its state included.
 
 mod block;
 mod state;
@@ -73,6 +81,16 @@ impl SpillError {
     }
 }
 
+/// What a spill holds.
+#[doc(hidden)]
+#[derive(Debug, Default)]
+pub struct SpillContents {
+    /// Topic and payload of each event, each topic in order.
+    pub events: Vec<(String, bytes::Bytes)>,
+    /// Events that cannot be read.
+    pub lost: u64,
+}
+
 /// See the module.
 pub(super) struct Spill {
     directory: PathBuf,
@@ -84,6 +102,10 @@ pub(super) struct Spill {
     settled_file: u64,
     events: u64,
     changed: bool,
+    /// The directory's own name is durable.
+    directory_synced: bool,
+    /// Files that the process before may not have made durable.
+    unsynced: Vec<u64>,
     /// The block that was read last.
     cache: Option<(BlockPlace, Arc<[SpilledEvent]>)>,
 }
@@ -127,6 +149,12 @@ struct Current {
     bytes: u64,
 }
 
+/// Where a call begins to write: the file, with its length, and the next one.
+struct Begin {
+    current: Option<(u64, u64)>,
+    next_file: u64,
+}
+
 /// What is written, and not yet durable.
 struct Written {
     topic: Box<str>,
@@ -155,25 +183,34 @@ impl Spill {
             settled_file: 0,
             events: 0,
             changed: false,
+            directory_synced: false,
+            unsynced: Vec::new(),
             cache: None,
         };
         for id in file_ids(directory).map_err(SpillError::io("list the spill"))? {
             spill.scan(id, state.as_ref()).map_err(SpillError::io("read the spill"))?;
             spill.next_file = id + 1;
+            if state.as_ref().is_none_or(|state| id >= state.durable_file) {
+                spill.unsynced.push(id);
+            }
         }
         if let Some(state) = state {
             spill.next_number = spill.next_number.max(state.next_number);
             spill.settled_file = state.settled_file;
             spill.next_file = spill.next_file.max(state.settled_file);
             for known in state.topics {
-                let Some(topic) = spill.topics.get_mut(known.topic.as_str()) else { continue };
+                // All of it may be missing, or its begin, or its end.
+                let topic = spill.topics.entry(known.topic.as_str().into()).or_default();
                 topic.settled_end = known.settled_end;
-                // If the first block that is left begins later, what was before it is missing.
-                let missing = topic.consumed.saturating_sub(known.consumed);
-                topic.consumed -= missing;
-                spill.events += missing;
-                spill.consume(&known.topic, known.consumed);
+                topic.consumed = known.consumed;
+                topic.end = topic.end.max(known.end);
             }
+        }
+        spill.events = spill.topics.values().map(|topic| topic.end - topic.consumed).sum();
+        for (name, consumed) in
+            spill.topics.iter().map(|(name, topic)| (name.clone(), topic.consumed)).collect::<Vec<_>>()
+        {
+            spill.consume(&name, consumed);
         }
         Ok(spill)
     }
@@ -185,18 +222,23 @@ impl Spill {
         self.files.insert(id, FileUse { bytes, needed_bytes: 0 });
         let mut offset = 0;
         while let Some(header) = block::read_header(&file, offset)? {
-            let end = header.first + u64::from(header.events);
-            self.next_number = self.next_number.max(end);
-            let events = counting(state, id, &header);
-            if events > 0 {
-                let place = BlockPlace { file: id, offset };
-                self.index(&header.topic, header.first, Block { place, bytes: header.block_bytes(), events });
-                let topic = self.topics.get_mut(header.topic.as_str()).expect("it was just put there");
-                let missed = topic.consumed.saturating_sub(header.first);
-                topic.consumed -= missed;
-                self.events += missed;
+            let place = BlockPlace { file: id, offset };
+            let block_bytes = header.block_bytes();
+            self.next_number = self.next_number.max(header.first + u64::from(header.events));
+            let is_durable = state.is_some_and(|state| (id, offset) < (state.durable_file, state.durable_bytes));
+            let mut block = Block { place, bytes: block_bytes, events: counting(state, id, &header) };
+            let mut first = header.first;
+            if header.copied > 0 && !is_durable && block::read_events(&file, offset)?.is_none() {
+                // It was cut off, probably. Nothing was removed that it copies.
+                first += u64::from(header.copied);
+                block.events = block.events.saturating_sub(header.copied);
             }
-            offset += header.block_bytes();
+            if block.events > 0 {
+                self.index(&header.topic, first, block, header.copied == header.events);
+                let topic = self.topics.get_mut(header.topic.as_str()).expect("it was just put there");
+                topic.consumed = topic.consumed.min(first);
+            }
+            offset += block_bytes;
         }
         if offset < bytes {
             // The end of a write that was cut off, or damage: what is missing of a topic is found when its turn comes.
@@ -205,8 +247,8 @@ impl Spill {
         Ok(())
     }
 
-    /// Lets a block count, instead of what had its numbers before.
-    fn index(&mut self, topic: &str, first: u64, block: Block) {
+    /// Lets a block count, instead of what had its numbers before; `is_copy`: all of it is a copy.
+    fn index(&mut self, topic: &str, first: u64, block: Block, is_copy: bool) {
         let end = first + u64::from(block.events);
         let topic = match self.topics.get_mut(topic) {
             Some(topic) => topic,
@@ -221,14 +263,14 @@ impl Spill {
             let events = u64::from(before.events).min(first - before_first) as u32;
             topic.blocks.insert(before_first, Block { events, ..before });
         }
-        let replaced: Vec<u64> = topic.blocks.range(first..end).map(|(first, _)| *first).collect();
+        let replaced_end = if is_copy { end } else { u64::MAX };
+        let replaced: Vec<u64> = topic.blocks.range(first..replaced_end).map(|(first, _)| *first).collect();
         for replaced in replaced {
             if let Some(gone) = topic.blocks.remove(&replaced) {
                 self.files.entry(gone.place.file).or_default().needed_bytes -= gone.bytes;
             }
         }
-        self.events += end.saturating_sub(topic.end);
-        topic.end = topic.end.max(end);
+        topic.end = if is_copy { topic.end.max(end) } else { end };
         topic.blocks.insert(first, block);
         self.files.entry(block.place.file).or_default().needed_bytes += block.bytes;
     }
@@ -239,33 +281,24 @@ impl Spill {
     /// # Errors
     /// [`SpillError::Io`]
     pub(super) fn settle(&mut self, cursor: Sequence, tail: Sequence) -> Result<(), SpillError> {
-        if self.files.is_empty() {
+        if self.files.is_empty() && self.topics.is_empty() {
             return Ok(());
         }
         self.current = None;
-        let is_in_log = |event: &SpilledEvent| !event.requeued && (cursor.0..tail.0).contains(&event.sequence);
+        self.make_durable().map_err(SpillError::io("sync the spill"))?;
+        let log = cursor.0..tail.0;
         let names: Vec<Box<str>> = self.topics.keys().cloned().collect();
         for name in names {
-            loop {
-                let topic = &self.topics[&name];
-                let Some((first, block)) = topic.blocks.last_key_value().map(|(first, block)| (*first, *block)) else {
-                    break;
-                };
-                let events = match self.read(block.place) {
-                    Err(SpillError::Damaged { .. }) => break,
-                    events => events?,
-                };
-                let counting = &events[..block.events as usize];
-                let kept = counting.iter().rposition(|event| !is_in_log(event)).map_or(0, |at| at as u64 + 1);
+            while let Some(kept) = self.last_kept(&name, &log)? {
                 let topic = self.topics.get_mut(&name).expect("its name was just listed");
-                let end = (first + kept).max(topic.consumed);
+                let Some((first, block)) = topic.blocks.pop_last() else { break };
+                let end = (first + u64::from(kept)).max(topic.consumed);
                 self.events -= topic.end - end;
                 topic.end = end;
                 if kept > 0 {
-                    topic.blocks.insert(first, Block { events: kept as u32, ..block });
+                    topic.blocks.insert(first, Block { events: kept, ..block });
                     break;
                 }
-                topic.blocks.remove(&first);
                 self.files.entry(block.place.file).or_default().needed_bytes -= block.bytes;
             }
         }
@@ -276,24 +309,110 @@ impl Spill {
         self.save()
     }
 
+    /// How many events of a topic's last block stay when those go, from the end on, that are in `log`; none: all that count,
+    /// and what is missing after them.
+    fn last_kept(&mut self, topic: &str, log: &std::ops::Range<u64>) -> Result<Option<u32>, SpillError> {
+        let Some((first, block)) = self.topics[topic].blocks.last_key_value().map(|(first, block)| (*first, *block))
+        else {
+            return Ok(None);
+        };
+        let kept = match self.read(block.place) {
+            Ok(events) => {
+                let counting = &events[..block.events as usize];
+                counting.iter().rposition(|event| !log.contains(&event.log_sequence())).map_or(0, |at| at as u32 + 1)
+            }
+            Err(SpillError::Damaged { .. }) => match self.header(block.place)? {
+                Some(header) if log.contains(&header.first_sequence) => 0,
+                Some(header) if log.contains(&header.new_sequence) => {
+                    (header.first + u64::from(header.copied)).saturating_sub(first) as u32
+                }
+                _ => block.events,
+            },
+            Err(error) => return Err(error),
+        };
+        Ok((kept < block.events).then_some(kept))
+    }
+
+    /// The header at `place`; none if it cannot be made out.
+    fn header(&self, place: BlockPlace) -> Result<Option<block::BlockHeader>, SpillError> {
+        match File::open(self.path(place.file)).and_then(|file| block::read_header(&file, place.offset)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            header => header.map_err(SpillError::io("read the spill")),
+        }
+    }
+
+    /// Syncs what the process before may have left in the page cache: it counts now, and what it replaces may go.
+    fn make_durable(&mut self) -> io::Result<()> {
+        while let Some(id) = self.unsynced.last() {
+            match File::open(self.path(*id)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                file => file?.sync_data()?,
+            }
+            self.unsynced.pop();
+        }
+        if self.directory.exists() {
+            self.sync_directories()?;
+        }
+        Ok(())
+    }
+
+    fn sync_directories(&mut self) -> io::Result<()> {
+        sync_directory(&self.directory)?;
+        if !self.directory_synced {
+            sync_directory(self.directory.parent().unwrap_or(Path::new(".")))?;
+            self.directory_synced = true;
+        }
+        Ok(())
+    }
+
     /// Adds events to the end of their topics, in order. Durable when this returns. For each topic the number of its first event.
     ///
     /// # Errors
     /// [`SpillError::Io`]: nothing of them is in the spill.
     pub(super) fn put(&mut self, topics: Vec<(&str, Vec<SpilledEvent>)>) -> Result<Vec<u64>, SpillError> {
         let mut written = Vec::new();
+        let begin = self.begin();
         let result = self.write(topics, &mut written).and_then(|firsts| {
             kill_point::pass("spill.written");
             self.sync()?;
             Ok(firsts)
         });
-        let firsts = result.inspect_err(|_| self.current = None)?;
+        let firsts = result.inspect_err(|_| self.abandon(begin))?;
         kill_point::pass("spill.synced");
+        self.changed = true;
         for Written { topic, first, block } in written {
-            self.next_number = self.next_number.max(first + u64::from(block.events));
-            self.index(&topic, first, block);
+            let end = first + u64::from(block.events);
+            self.next_number = self.next_number.max(end);
+            let known = self.topics.get(&topic).map_or(first, |topic| topic.end);
+            self.index(&topic, first, block, false);
+            self.events += end - known;
         }
         Ok(firsts)
+    }
+
+    /// Where a call begins to write.
+    fn begin(&self) -> Begin {
+        let current = self.current.as_ref().map(|current| (current.id, current.bytes));
+        Begin { current, next_file: self.next_file }
+    }
+
+    /// What was written since then must not be found again, as far as the file system lets it.
+    fn abandon(&mut self, begin: Begin) {
+        self.current = None;
+        self.changed = true;
+        if let Some((id, bytes)) = begin.current {
+            let file = File::options().write(true).open(self.path(id));
+            if let Err(error) = file.and_then(|file| file.set_len(bytes).and_then(|()| file.sync_data())) {
+                tracing::warn!(%error, id, bytes, "a spill file cannot be cut back");
+            }
+            self.files.entry(id).or_default().bytes = bytes;
+        }
+        for id in begin.next_file..self.next_file {
+            // If that fails, it is tried again when the state is saved.
+            if fs::remove_file(self.path(id)).is_ok() {
+                self.files.remove(&id);
+            }
+        }
     }
 
     fn write(
@@ -307,12 +426,15 @@ impl Spill {
             let mut first = known.map_or(self.next_number, |topic| topic.end);
             firsts.push(first);
             let last = known.and_then(|topic| topic.blocks.last_key_value()).map(|(first, block)| (*first, *block));
-            let mut block = Vec::new();
-            if let Some((last_first, last)) = last.filter(|(_, last)| last.bytes < SMALL_BLOCK_BYTES)
+            let (mut block, mut copied) = (Vec::new(), 0);
+            let is_small = |(last_first, last): &(u64, Block)| {
+                last.bytes < SMALL_BLOCK_BYTES && last_first + u64::from(last.events) == first
+            };
+            if let Some((last_first, last)) = last.filter(is_small)
                 && let Ok(known) = self.read(last.place)
             {
                 block.extend_from_slice(&known[..last.events as usize]);
-                first = last_first;
+                (first, copied) = (last_first, last.events);
             }
             let mut bytes = 0;
             for event in events {
@@ -321,20 +443,26 @@ impl Spill {
                 if bytes >= BLOCK_BYTES {
                     let full = std::mem::take(&mut block);
                     let next = first + full.len() as u64;
-                    written.push(self.append(name, first, full)?);
-                    (first, bytes) = (next, 0);
+                    written.push(self.append(name, first, full, copied)?);
+                    (first, bytes, copied) = (next, 0, 0);
                 }
             }
             if !block.is_empty() {
-                written.push(self.append(name, first, block)?);
+                written.push(self.append(name, first, block, copied)?);
             }
         }
         Ok(firsts)
     }
 
-    fn append(&mut self, topic: &str, first: u64, events: Vec<SpilledEvent>) -> Result<Written, SpillError> {
+    fn append(
+        &mut self,
+        topic: &str,
+        first: u64,
+        events: Vec<SpilledEvent>,
+        copied: u32,
+    ) -> Result<Written, SpillError> {
         let count = events.len() as u32;
-        let bytes = block::encode(topic, first, events);
+        let bytes = block::encode(topic, first, events, copied);
         if self.current.as_ref().is_some_and(|current| current.bytes >= FILE_BYTES_MAX) {
             self.sync()?;
             self.current = None;
@@ -360,13 +488,12 @@ impl Spill {
     fn create(&mut self) -> io::Result<Current> {
         if !self.directory.exists() {
             fs::create_dir(&self.directory)?;
-            sync_directory(self.directory.parent().unwrap_or(Path::new(".")))?;
         }
         let id = self.next_file;
         self.next_file += 1;
         let file = File::options().create_new(true).append(true).open(self.path(id))?;
-        sync_directory(&self.directory)?;
         self.files.insert(id, FileUse::default());
+        self.sync_directories()?;
         Ok(Current { id, file, bytes: 0 })
     }
 
@@ -439,21 +566,30 @@ impl Spill {
         let topic_state = |(name, topic): (&Box<str>, &Topic)| TopicState {
             topic: name.to_string(),
             consumed: topic.consumed,
+            end: topic.end,
             settled_end: topic.settled_end,
         };
         let topics = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed).map(topic_state).collect();
-        let state = State { next_number: self.next_number, settled_file: self.settled_file, topics };
+        // Whatever counts is durable.
+        let durable = self.current.as_ref().map(|current| (current.id, current.bytes));
+        let (durable_file, durable_bytes) = durable.unwrap_or((self.next_file, 0));
+        let (next_number, settled_file) = (self.next_number, self.settled_file);
+        let state = State { next_number, settled_file, durable_file, durable_bytes, topics };
         state::save(&self.directory, &state).map_err(SpillError::io("save the spill's state"))?;
         kill_point::pass("spill.saved");
-        self.changed = false;
         // Not before: with the old state, numbers that start anew would look like missing ones.
         self.topics.retain(|_, topic| topic.end > topic.consumed);
-        let current = self.current.as_ref().map(|current| current.id);
-        let unneeded = |(id, file): (&u64, &FileUse)| (file.needed_bytes == 0 && Some(*id) != current).then_some(*id);
+        let is_needed = |current: &mut Current| self.files.get(&current.id).is_some_and(|file| file.needed_bytes > 0);
+        self.current.take_if(|current| !is_needed(current));
+        let unneeded = |(id, file): (&u64, &FileUse)| (file.needed_bytes == 0).then_some(*id);
         for id in self.files.iter().filter_map(unneeded).collect::<Vec<_>>() {
-            fs::remove_file(self.path(id)).map_err(SpillError::io("remove a spill file"))?;
+            match fs::remove_file(self.path(id)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.map_err(SpillError::io("remove a spill file"))?,
+            }
             self.files.remove(&id);
         }
+        self.changed = false;
         Ok(())
     }
 
@@ -470,20 +606,31 @@ impl Spill {
             let blocks = topic.blocks.iter().filter(|(_, block)| block.place.file == oldest);
             blocks.map(|(first, block)| (name.clone(), *first, *block)).collect::<Vec<_>>()
         };
+        let blocks = self.topics.iter().flat_map(in_oldest).collect();
+        let begin = self.begin();
+        let written = self.copy(blocks).inspect_err(|_| self.abandon(begin))?;
+        for Written { topic, first, block } in written {
+            self.index(&topic, first, block, true);
+        }
+        Ok(())
+    }
+
+    /// Writes blocks again. Durable when this returns.
+    fn copy(&mut self, blocks: Vec<(Box<str>, u64, Block)>) -> Result<Vec<Written>, SpillError> {
         let mut written = Vec::new();
-        for (name, first, block) in self.topics.iter().flat_map(in_oldest).collect::<Vec<_>>() {
+        for (name, first, block) in blocks {
             match self.read(block.place) {
-                Ok(events) => written.push(self.append(&name, first, events[..block.events as usize].to_vec())?),
+                Ok(events) => {
+                    let events = events[..block.events as usize].to_vec();
+                    written.push(self.append(&name, first, events, block.events)?);
+                }
                 // It stays where it is, and is reported when its turn comes.
                 Err(SpillError::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
         self.sync()?;
-        for Written { topic, first, block } in written {
-            self.index(&topic, first, block);
-        }
-        Ok(())
+        Ok(written)
     }
 
     /// The numbers of the events of `topic`; empty when there are none.
@@ -504,6 +651,25 @@ impl Spill {
     /// Events in it.
     pub(super) fn count(&self) -> u64 {
         self.events
+    }
+
+    /// Everything in it.
+    ///
+    /// # Errors
+    /// [`SpillError::Io`]
+    pub(super) fn into_contents(mut self, cursor: Sequence, tail: Sequence) -> Result<SpillContents, SpillError> {
+        self.settle(cursor, tail)?;
+        let mut contents = SpillContents::default();
+        for topic in self.topics().map(str::to_owned).collect::<Vec<_>>() {
+            for number in self.numbers(&topic) {
+                match self.event(&topic, number) {
+                    Ok(event) => contents.events.push((topic.clone(), event.payload)),
+                    Err(SpillError::Damaged { .. }) => contents.lost += 1,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(contents)
     }
 
     fn path(&self, id: u64) -> PathBuf {

@@ -23,6 +23,10 @@ pub(super) struct State {
     pub(super) next_number: u64,
     /// Files with smaller ids were written before the log was last read from its cursor on.
     pub(super) settled_file: u64,
+    /// Everything in files before this one was durable,
+    pub(super) durable_file: u64,
+    /// and so many bytes of it itself.
+    pub(super) durable_bytes: u64,
     /// The topics that had events.
     pub(super) topics: Vec<TopicState>,
 }
@@ -33,6 +37,8 @@ pub(super) struct TopicState {
     pub(super) topic: String,
     /// The first number that is not worked off.
     pub(super) consumed: u64,
+    /// The first number that no event had: if events before it are not found, they are missing.
+    pub(super) end: u64,
     /// The first number that counts for nothing in files before [`State::settled_file`].
     pub(super) settled_end: u64,
 }
