@@ -150,6 +150,11 @@ impl Kafka {
         self.reader = Some(Reader { stop, thread });
     }
 
+    /// Whether an event has arrived.
+    pub fn has(&self, event: &(Name, usize)) -> bool {
+        self.deliveries.lock().unwrap().contains_key(event)
+    }
+
     /// What has arrived.
     pub fn deliveries(&self) -> Deliveries {
         self.deliveries.lock().unwrap().clone()

@@ -22,6 +22,7 @@ mod runs;
 mod service;
 #[path = "../support/small_log.rs"]
 mod small_log;
+mod spill_damage;
 
 use environment::number_from_environment;
 use rand::Rng;
