@@ -436,12 +436,13 @@ impl Spill {
             return Ok(());
         }
         self.gather()?;
-        let topic_state = |(name, topic): (&Box<str>, &Topic)| TopicState {
+        let left = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed);
+        let topics = left.map(|(name, topic)| TopicState {
             topic: name.to_string(),
             consumed: topic.consumed,
             settled_end: topic.settled_end,
-        };
-        let topics = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed).map(topic_state).collect();
+        });
+        let topics = topics.collect();
         let state = State { next_number: self.next_number, settled_file: self.settled_file, topics };
         state::save(&self.directory, &state).map_err(SpillError::io("save the spill's state"))?;
         kill_point::pass("spill.saved");
@@ -466,12 +467,11 @@ impl Spill {
         if bytes <= 2 * needed + SLACK_BYTES || is_current || file.needed_bytes == 0 {
             return Ok(());
         }
-        let in_oldest = |(name, topic): (&Box<str>, &Topic)| {
-            let blocks = topic.blocks.iter().filter(|(_, block)| block.place.file == oldest);
-            blocks.map(|(first, block)| (name.clone(), *first, *block)).collect::<Vec<_>>()
-        };
+        let blocks = self.topics.iter().flat_map(|(name, topic)| topic.blocks.iter().map(move |block| (name, block)));
+        let in_oldest = blocks.filter(|(_, (_, block))| block.place.file == oldest);
+        let in_oldest: Vec<_> = in_oldest.map(|(name, (first, block))| (name.clone(), *first, *block)).collect();
         let mut written = Vec::new();
-        for (name, first, block) in self.topics.iter().flat_map(in_oldest).collect::<Vec<_>>() {
+        for (name, first, block) in in_oldest {
             match self.read(block.place) {
                 Ok(events) => written.push(self.append(&name, first, events[..block.events as usize].to_vec())?),
                 // It stays where it is, and is reported when its turn comes.
