@@ -175,7 +175,6 @@ impl Spilling {
                 requeued: false,
             });
         }
-        drop(walk);
         if events.is_empty() {
             return false;
         }
