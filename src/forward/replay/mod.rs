@@ -193,6 +193,7 @@ impl Replay {
             self.poll();
             let now = Instant::now();
             self.shared.beat(now);
+            self.reload(now);
             self.pace.tick(now);
             let mut worked = self.take_reports(now);
             worked |= self.take_requeued(now);
@@ -210,6 +211,14 @@ impl Replay {
             self.rest(worked, more_to_read, now);
         };
         self.finish(stop_by);
+    }
+
+    /// Takes over what the handle was given.
+    fn reload(&mut self, now: Instant) {
+        let Some(config) = self.shared.take_reload() else { return };
+        self.pace = Pace::new(&config.pace, now);
+        self.router = Router::new(&config.topic, config.record_key);
+        self.lanes.forget_names();
     }
 
     /// Waits for what the client holds and what is being parked, until `stop_by`. The rest stays in the log.
