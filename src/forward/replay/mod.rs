@@ -231,7 +231,9 @@ impl Replay {
             self.park(now);
             self.close_transaction(now);
             self.move_watermark(now);
-            if now >= stop_by || (self.lanes.in_client() == 0 && !self.is_parking(now) && self.is_committed()) {
+            // Without a broker nothing that the client holds gets anywhere.
+            let settled = self.lanes.in_client() == 0 || !self.connection.is_up();
+            if now >= stop_by || (settled && !self.is_parking(now) && self.is_committed()) {
                 break;
             }
             self.poll_wait = POLL_MAX.min(stop_by - now);
