@@ -4,18 +4,20 @@
 //! Stop: accept no more → finish what was admitted → flush the producer, up to a deadline → save the cursor, close the log.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpSocket};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::control::ControlSocket;
-use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Limits, ParkedReasons, Phase, StatusSource};
-use crate::config::Config;
+use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Limits, ParkedReasons, Phase, Reload, StatusSource};
+use crate::batch::now_ms;
+use crate::config::{Changes, Config};
 use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore, Requeue, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
+use crate::inherited::{self, Inherited, Listening};
 use crate::metrics::Metrics;
 use crate::shutdown;
 use crate::wal::{OpenError, Wal, WalStatus};
@@ -76,8 +78,8 @@ pub enum RunError {
 
 /// The service, started: its ports are bound and its log is open.
 pub struct App {
-    config: Config,
     addresses: Addresses,
+    endpoints: Admin,
     stages: Arc<Stages>,
     ingest: Arc<Ingest>,
     http: TcpListener,
@@ -94,9 +96,21 @@ struct Stages {
     forwarder: Forwarder,
     /// There are brokers.
     forwards: bool,
-    limits: Limits,
-    topics: Topics,
+    /// As it was at the start.
+    began: Config,
+    running: Mutex<Running>,
 }
+
+/// What a reload changes.
+struct Running {
+    config: Config,
+    topics: Topics,
+    reload: Option<Reload>,
+}
+
+/// Gives a running service another configuration.
+#[derive(Clone)]
+pub struct Reloader(Arc<Stages>);
 
 impl App {
     /// Binds the ports, opens the log, starts the forwarder. Clients that connect wait until [`App::run`].
@@ -104,9 +118,22 @@ impl App {
     /// # Errors
     /// [`StartError`]; nothing runs then.
     pub async fn start(config: Config) -> Result<App, StartError> {
-        let http = listen("ingest.http.listen", config.ingest.http.listen)?;
-        let grpc = listen("ingest.grpc.listen", config.ingest.grpc.listen)?;
-        let admin = listen("admin.listen", config.admin.listen)?;
+        App::start_on(config, Inherited::default()).await
+    }
+
+    /// The same, on sockets that systemd holds, as far as they are those of the configuration. The others are handed to it.
+    ///
+    /// # Errors
+    /// As [`App::start`].
+    pub async fn start_on(config: Config, mut inherited: Inherited) -> Result<App, StartError> {
+        let http = listen("ingest.http.listen", config.ingest.http.listen, &mut inherited)?;
+        let grpc = listen("ingest.grpc.listen", config.ingest.grpc.listen, &mut inherited)?;
+        let admin = listen("admin.listen", config.admin.listen, &mut inherited)?;
+        inherited.discard();
+        inherited::keep([&http, &grpc, &admin]);
+        let http = tokio_listener("ingest.http.listen", config.ingest.http.listen, http)?;
+        let grpc = tokio_listener("ingest.grpc.listen", config.ingest.grpc.listen, grpc)?;
+        let admin = tokio_listener("admin.listen", config.admin.listen, admin)?;
         let local = |listener: &TcpListener| listener.local_addr().expect("a bound socket has an address");
         let addresses = Addresses { http: local(&http), grpc: local(&grpc), admin: local(&admin) };
         tracing::info!(http = %addresses.http, grpc = %addresses.grpc, admin = %addresses.admin, "listening");
@@ -117,22 +144,20 @@ impl App {
         let phase = AtomicU8::new(Phase::Starting as u8);
         let forwards = !config.forward.brokers.is_empty();
         metrics.forward.enabled.set(f64::from(u8::from(forwards)));
-        let limits = Limits {
-            connections_max: config.ingest.connections_max as u64,
-            free_bytes_min: config.wal.free_bytes_min.as_u64(),
-        };
+        let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
         let topics = Topics::new(&config.forward.topic);
-        let stages = Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, limits, topics });
+        let running = Mutex::new(Running { config: config.clone(), topics, reload: None });
+        let stages =
+            Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, began: config, running });
 
         let stopped = CancellationToken::new();
-        let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
         let endpoints = Admin::new(stages.clone(), metrics);
         tokio::spawn(admin::run_upkeep(endpoints.clone(), stopped.clone()));
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
         tokio::spawn(async move { shutdown::feed_watchdog(|| watched.is_live()).await });
-        tokio::spawn(report("admin endpoints", admin::serve(admin, admin::router(endpoints), stopped.clone())));
-        Ok(App { config, addresses, stages, ingest, http, grpc, stopped })
+        tokio::spawn(report("admin endpoints", admin::serve(admin, admin::router(endpoints.clone()), stopped.clone())));
+        Ok(App { addresses, endpoints, stages, ingest, http, grpc, stopped })
     }
 
     /// Where it listens: tells the ports when the configuration says 0.
@@ -145,23 +170,28 @@ impl App {
         self.stages.wal.clone()
     }
 
+    /// Gives it another configuration while it runs.
+    pub fn reloader(&self) -> Reloader {
+        Reloader(self.stages.clone())
+    }
+
     /// Serves until `stop` fires, then drains.
     ///
     /// # Errors
     /// [`RunError`] when the log fails. Then nothing is drained: what was acked is durable, and nothing else can be kept.
     pub async fn run(self, stop: CancellationToken) -> Result<(), RunError> {
-        let App { config, addresses, stages, ingest, http, grpc, stopped } = self;
+        let App { addresses, endpoints, stages, ingest, http, grpc, stopped } = self;
         let stop_ingest = CancellationToken::new();
         let http = tokio::spawn(serve_http(ingest.clone(), http, stop_ingest.clone()));
         let grpc = tokio::spawn(serve_grpc(ingest, grpc, stop_ingest.clone()));
         stages.set_phase(Phase::Serving);
         let Addresses { http: http_address, grpc: grpc_address, admin } = addresses;
         tracing::info!(http = %http_address, grpc = %grpc_address, %admin, "ready");
-        shutdown::notify_ready(&stages.summary());
+        shutdown::notify_ready(&endpoints.summary());
 
         tokio::select! {
             () = stop.cancelled() => {}
-            error = stages.watch() => return Err(error),
+            error = stages.watch(&endpoints) => return Err(error),
         }
         stages.set_phase(Phase::Stopping);
         shutdown::notify_stopping("finishing what was admitted");
@@ -172,16 +202,17 @@ impl App {
         };
         tokio::select! {
             () = drained => {}
-            error = stages.watch() => return Err(error),
+            error = stages.watch(&endpoints) => return Err(error),
         }
         let closing = stages.clone();
         let close = tokio::task::spawn_blocking(move || {
-            closing.forwarder.stop(config.forward.stop_timeout);
+            let timeout = closing.running().config.forward.stop_timeout;
+            closing.forwarder.stop(timeout);
             closing.wal.close();
         });
         tokio::select! {
             _ = close => {}
-            error = stages.watch() => return Err(error),
+            error = stages.watch(&endpoints) => return Err(error),
         }
         let status = stages.wal.status();
         tracing::info!(pending_events = status.pending_events, "stopped");
@@ -221,7 +252,7 @@ impl Stages {
     }
 
     /// Returns when the process must end.
-    async fn watch(&self) -> RunError {
+    async fn watch(&self, endpoints: &Admin) -> RunError {
         let mut ticks = tokio::time::interval(WATCH_INTERVAL);
         loop {
             tokio::select! {
@@ -232,21 +263,37 @@ impl Stages {
                 return RunError::CommitHangs;
             }
             if self.phase() == Phase::Serving {
-                shutdown::notify_status(&self.summary());
+                shutdown::notify_status(&endpoints.summary());
             }
         }
     }
 
-    /// One line for `systemctl status`.
-    fn summary(&self) -> String {
-        let wal = self.wal.status();
-        let kafka = match self.forwarder.status().connected {
-            _ if !self.forwards => "not forwarding",
-            true => "Kafka up",
-            false => "Kafka down",
-        };
-        let state = if wal.full { "log full, refusing batches" } else { "accepting batches" };
-        format!("{state}; {kafka}; backlog {} events, {} bytes", wal.pending_events, wal.pending_bytes)
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reloader {
+    /// Takes over what can change while the service runs, and says what that was and what takes a restart.
+    pub fn apply(&self, new: &Config) -> Changes {
+        let Reloader(stages) = self;
+        let mut running = stages.running();
+        let changes = running.config.changes(new, &stages.began);
+        let config = running.config.reloaded(new, &stages.began);
+        stages.ingest.reload(&config.ingest);
+        stages.forwarder.reload(&config.forward);
+        running.topics = Topics::new(&config.forward.topic);
+        running.config = config;
+        let Changes { live, restart } = changes.clone();
+        running.reload = Some(Reload { at_ms: now_ms(), error: None, changed: live, restart });
+        changes
+    }
+
+    /// Notes that a configuration was refused, for those who look at the status.
+    pub fn refuse(&self, error: String) {
+        let mut running = self.0.running();
+        let restart = running.reload.take().map_or(Vec::new(), |reload| reload.restart);
+        running.reload = Some(Reload { at_ms: now_ms(), error: Some(error), changed: Vec::new(), restart });
     }
 }
 
@@ -261,7 +308,14 @@ impl StatusSource for Stages {
     }
 
     fn limits(&self) -> Limits {
-        self.limits
+        Limits {
+            connections_max: self.ingest.connections_max() as u64,
+            free_bytes_min: self.began.wal.free_bytes_min.as_u64(),
+        }
+    }
+
+    fn reload(&self) -> Option<Reload> {
+        self.running().reload.clone()
     }
 
     fn wal(&self) -> Option<WalStatus> {
@@ -299,7 +353,7 @@ impl StatusSource for Stages {
     }
 
     fn backlog(&self, payloads: bool) -> Backlog {
-        let (reader, topics) = (self.wal.peek(), self.topics.clone());
+        let (reader, topics) = (self.wal.peek(), self.running().topics.clone());
         let mut reader = Some(reader);
         Box::new(std::iter::from_fn(move || match reader.as_mut()?.next_record() {
             Ok(record) => record.map(|record| Ok(BatchLine::new(record.sequence, &record.batch, &topics, payloads))),
@@ -311,14 +365,22 @@ impl StatusSource for Stages {
     }
 }
 
-fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+/// The socket for `address`: one that systemd holds, or a new one.
+fn listen(key: &'static str, address: SocketAddr, inherited: &mut Inherited) -> Result<Listening, StartError> {
+    if let Some(listening) = inherited.claim(address) {
+        return Ok(listening);
+    }
     let bind = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
-        socket.listen(BACKLOG)
+        socket.listen(BACKLOG)?.into_std()
     };
-    bind().map_err(|source| StartError::Listen { key, address, source })
+    bind().map(Listening::bound).map_err(|source| StartError::Listen { key, address, source })
+}
+
+fn tokio_listener(key: &'static str, address: SocketAddr, listening: Listening) -> Result<TcpListener, StartError> {
+    TcpListener::from_std(listening.listener).map_err(|source| StartError::Listen { key, address, source })
 }
 
 async fn report(what: &'static str, serve: impl Future<Output = std::io::Result<()>>) {

@@ -23,6 +23,7 @@ pub mod client;
 pub mod config;
 pub mod forward;
 pub mod ingest;
+pub mod inherited;
 #[doc(hidden)]
 pub mod kill_point;
 pub mod metrics;

@@ -47,6 +47,14 @@ pub fn notify_ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
+/// Tells systemd that the service reads its configuration again; to be followed by [`notify_ready`].
+pub fn notify_reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(error) => debug!(%error, "systemd was not notified"),
+    }
+}
+
 /// Tells systemd that the service is stopping, with a line for `systemctl status`.
 pub fn notify_stopping(status: &str) {
     notify(&[NotifyState::Stopping, NotifyState::Status(status)]);

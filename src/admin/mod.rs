@@ -33,7 +33,7 @@ pub use backlog::{Backlog, BatchLine, EventLine, PeekFilter};
 pub use parked::{
     ParkedCommand, ParkedDrop, ParkedLine, ParkedList, ParkedProgress, ParkedReasons, ParkedRequeue, ParkedSummary,
 };
-pub use status::{Connections, Forecast, Limits, NotReady, ParkedCount, Phase, Status};
+pub use status::{Connections, Forecast, Limits, NotReady, ParkedCount, Phase, Reload, Status};
 use watch::Watch;
 
 /// How often the stages are looked at, and histograms are folded into their buckets, so that samples do not pile up between
@@ -50,6 +50,11 @@ pub trait StatusSource: Send + Sync + 'static {
 
     /// What the configuration allows.
     fn limits(&self) -> Limits;
+
+    /// What became of the last reload; none if there was none.
+    fn reload(&self) -> Option<Reload> {
+        None
+    }
 
     /// The log; none while it is being opened.
     fn wal(&self) -> Option<WalStatus>;

@@ -109,6 +109,8 @@ pub struct Status {
     pub connections: Connections,
     /// What the configuration allows.
     pub limits: Limits,
+    /// What became of the last reload; none if there was none.
+    pub reload: Option<Reload>,
     /// The log; none while it is being opened.
     pub wal: Option<WalStatus>,
     /// The forwarder, last error included; `null` when it does not run.
@@ -125,6 +127,19 @@ pub struct Status {
     pub(super) errors: Vec<SeenError>,
     /// The last seconds, oldest first; more in `/history`.
     pub(super) recent: Vec<Sample>,
+}
+
+/// What became of a reload.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reload {
+    /// When, milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// Why the configuration was refused; nothing changed then.
+    pub error: Option<String>,
+    /// Keys that changed.
+    pub changed: Vec<String>,
+    /// Keys whose new values take effect at the next start.
+    pub restart: Vec<String>,
 }
 
 /// The dead letters in `/status`.
@@ -171,6 +186,7 @@ impl Admin {
             live: not_live(source).is_none(),
             connections: source.connections(),
             limits: source.limits(),
+            reload: source.reload(),
             wal,
             forward,
             parked: ParkedCount { events: source.parked_count(), by_reason: self.watch.parked_by_reason() },
@@ -180,6 +196,28 @@ impl Admin {
             errors: self.watch.errors(),
             recent: self.watch.recent(),
         }
+    }
+
+    /// One line for `systemctl status`.
+    pub fn summary(&self) -> String {
+        let (source, rates) = (&*self.source, self.watch.rates());
+        let (wal, forward) = (source.wal().unwrap_or_default(), source.forward());
+        let state = if wal.full { "log full, refusing batches" } else { "accepting batches" };
+        let kafka = match (forward["connected"].as_bool(), forward["disconnected_since_ms"].as_u64()) {
+            (None, _) => "not forwarding".into(),
+            (Some(true), _) => format!("Kafka up, {:.0} events/s", rates.delivered_events),
+            (Some(false), since) => format!("Kafka down for {}", age(since)),
+        };
+        let backlog = match wal.pending_events {
+            0 => "nothing waits".into(),
+            events => {
+                let bytes = bytesize::ByteSize::b(wal.pending_bytes);
+                format!("backlog {events} events, {bytes}, the oldest {}", age(wal.oldest_pending_received_at_ms))
+            }
+        };
+        let restart = source.reload().filter(|reload| !reload.restart.is_empty());
+        let restart = restart.map_or(String::new(), |reload| format!("; restart for {}", reload.restart.join(", ")));
+        format!("{state}, {:.0} events/s; {kafka}; {backlog}{restart}", rates.committed_events)
     }
 
     /// Takes note of how things are now.
@@ -194,6 +232,12 @@ impl Admin {
         };
         self.watch.observe(Instant::now(), observation);
     }
+}
+
+/// How long ago something was, in seconds and larger.
+fn age(since_ms: Option<u64>) -> humantime::FormattedDuration {
+    let seconds = since_ms.map_or(0, |since| now_ms().saturating_sub(since) / 1000);
+    humantime::format_duration(std::time::Duration::from_secs(seconds))
 }
 
 fn host_name() -> String {

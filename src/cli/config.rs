@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use ringtail::config::{Config, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
+use ringtail::config::{Config, ConfigError, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
 
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
@@ -61,10 +61,15 @@ struct InitArgs {
 }
 
 impl ConfigFile {
+    /// Loads and validates the configuration.
+    pub fn read(&self, overrides: &[Override]) -> Result<Loaded, ConfigError> {
+        let files = Files { config: self.config.as_deref(), raccoon_env: self.raccoon_env.as_deref() };
+        Config::load_files(files, overrides)
+    }
+
     /// Loads and validates the configuration. Problems are printed, and the exit code is returned.
     pub fn load(&self, overrides: &[Override]) -> Result<Loaded, ExitCode> {
-        let files = Files { config: self.config.as_deref(), raccoon_env: self.raccoon_env.as_deref() };
-        Config::load_files(files, overrides).map_err(|error| {
+        self.read(overrides).map_err(|error| {
             eprintln!("ringtail: {:#}", anyhow::Error::from(error));
             ExitCode::from(super::EXIT_USAGE)
         })

@@ -8,6 +8,8 @@ mod logging;
 mod parked;
 mod send;
 mod serve;
+mod shell;
+mod top;
 
 use std::process::ExitCode;
 
@@ -33,6 +35,9 @@ enum Command {
     Backlog(backlog::BacklogArgs),
     Parked(parked::ParkedArgs),
     Config(config::ConfigArgs),
+    Top(top::TopArgs),
+    Completions(shell::CompletionsArgs),
+    Man(shell::ManArgs),
 }
 
 impl Cli {
@@ -55,6 +60,9 @@ impl Cli {
             Command::Backlog(args) => backlog::run(args).await,
             Command::Parked(args) => parked::run(args).await,
             Command::Config(args) => config::run(args).await,
+            Command::Top(args) => top::run(args).await,
+            Command::Completions(args) => shell::completions(&args),
+            Command::Man(args) => shell::man(&args),
         }
     }
 }

@@ -2,12 +2,16 @@
 
 use std::process::ExitCode;
 
-use ringtail::app::App;
-use ringtail::config::Loaded;
+use ringtail::app::{App, Reloader};
+use ringtail::config::{Changes, Loaded};
+use ringtail::inherited::Inherited;
 use ringtail::{shutdown, wal};
 
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
 use super::config::ConfigFile;
-use super::logging;
+use super::logging::{self, LogLevel};
 
 /// Run the service: take batches from clients, keep them on disk, forward them to Kafka
 #[derive(Debug, clap::Args)]
@@ -26,14 +30,19 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         Ok(loaded) => loaded,
         Err(exit_code) => return Ok(exit_code),
     };
-    logging::init(&loaded.config.log)?;
+    let log_level = logging::init(&loaded.config.log)?;
+    // SAFETY: nothing else in this process takes them.
+    let inherited = unsafe { Inherited::take() };
+    // From here on a SIGHUP waits, and does not end the process.
+    let hangup = signal(SignalKind::hangup())?;
     wal::exit_on_store_panic();
     let stop = shutdown::on_signals()?;
     let file = loaded.file.as_ref().map_or("none".into(), |file| file.display().to_string());
     let directory = loaded.config.wal.directory.display();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = file, %directory, "starting");
     report_raccoon(&loaded);
-    let app = App::start(loaded.config).await?;
+    let app = App::start_on(loaded.config, inherited).await?;
+    tokio::spawn(reload_on(hangup, Reload { file: args.file, log_level, reloader: app.reloader() }, stop.clone()));
     if let Err(error) = app.run(stop).await {
         tracing::error!("{error}");
         shutdown::notify_status(&error.to_string());
@@ -41,6 +50,49 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
         std::process::exit(1);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a reload needs.
+struct Reload {
+    file: ConfigFile,
+    log_level: LogLevel,
+    reloader: Reloader,
+}
+
+/// Reads the configuration again at each SIGHUP, until the service stops.
+async fn reload_on(mut hangup: Signal, reload: Reload, stop: CancellationToken) {
+    while let Some(Some(())) = stop.run_until_cancelled(hangup.recv()).await {
+        shutdown::notify_reloading();
+        let status = reload.run();
+        // "Ready" takes back a "stopping".
+        if !stop.is_cancelled() {
+            shutdown::notify_ready(&status);
+        }
+    }
+}
+
+impl Reload {
+    /// Takes over what can change while the service runs. Says in a line what came of it.
+    fn run(&self) -> String {
+        let loaded = match self.file.read(&[]) {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                tracing::error!(error, "reload refused, nothing has changed");
+                self.reloader.refuse(error);
+                return "reload refused, nothing has changed: see the log".into();
+            }
+        };
+        let Changes { live, restart } = self.reloader.apply(&loaded.config);
+        if let Err(error) = self.log_level.set(&loaded.config.log.level) {
+            tracing::error!(error = format!("{error:#}"), "log.level has not changed");
+        }
+        tracing::info!(changed = live.join(", "), "configuration read again");
+        if !restart.is_empty() {
+            tracing::warn!(keys = restart.join(", "), "changed in the configuration, takes effect at the next start");
+        }
+        "configuration read again".into()
+    }
 }
 
 /// Says once what was taken over and what has no effect.

@@ -1,4 +1,5 @@
-//! Composes the configuration: defaults, then the TOML file, then a Raccoon env file, then the environment, then flags.
+//! Composes the configuration: defaults, then the TOML file, then a Raccoon env file, then credentials, then the
+//! environment, then flags.
 //!
 //! Every layer is a flat map from key to value and source, so that an error, and `ringtail config show`, can name the line
 //! or the variable that a value came from. Problems are collected, never reported one by one.
@@ -22,6 +23,12 @@ use super::raccoon::{self, RaccoonEnv};
 /// The file that is read when none is named, if it exists.
 pub const DEFAULT_FILE: &str = "/etc/ringtail/ringtail.toml";
 
+/// Names the directory of what `LoadCredential=` of a unit passes.
+const CREDENTIALS_DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
+
+/// First part of the names of credentials that are values of keys: `ringtail_forward.kafka.sasl.password`.
+const CREDENTIAL_PREFIX: &str = "ringtail_";
+
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "from", rename_all = "snake_case")]
@@ -43,6 +50,11 @@ pub enum Source {
         line: Option<usize>,
         /// Raccoon's name of it.
         variable: String,
+    },
+    /// A credential that systemd passed.
+    Credential {
+        /// Its file, in `$CREDENTIALS_DIRECTORY`.
+        path: PathBuf,
     },
     /// An environment variable.
     Environment {
@@ -67,6 +79,7 @@ impl fmt::Display for Source {
             Source::Raccoon { path, line: Some(line), variable } => write!(f, "{variable}, {}:{line}", path.display()),
             Source::Raccoon { path, line: None, variable } if variable.is_empty() => path.display().fmt(f),
             Source::Raccoon { line: None, variable, .. } => write!(f, "Raccoon's default of {variable}"),
+            Source::Credential { path } => write!(f, "credential {}", path.display()),
             Source::Environment { variable } => write!(f, "environment variable {variable}"),
             Source::Flag { flag } => write!(f, "flag {flag}"),
         }
@@ -227,6 +240,10 @@ impl Config {
             layers.push(read_file(path, &keys, &mut problems)?);
         }
         layers.extend(raccoon_values);
+        let environment: Vec<_> = environment.into_iter().collect();
+        if let Some((_, directory)) = environment.iter().find(|(name, _)| name == CREDENTIALS_DIRECTORY) {
+            layers.push(read_credentials(Path::new(directory), &keys, &mut problems)?);
+        }
         layers.push(read_environment(environment, &keys, &mut problems));
         layers.push(read_overrides(overrides, &keys, &mut problems));
         if let Some(env) = &raccoon {
@@ -369,6 +386,25 @@ fn unknown(keys: &Keys, key: String, source: Source) -> Problem {
         format!("unknown key, the nearest known key is {}", keys.nearest(&key).join(" or "))
     };
     Problem { key, value: None, message, source }
+}
+
+fn read_credentials(directory: &Path, keys: &Keys, problems: &mut Vec<Problem>) -> Result<Layer, ConfigError> {
+    let failed = |path: &Path, source| ConfigError::Read { path: path.to_owned(), source };
+    let mut layer = Layer::default();
+    for file in std::fs::read_dir(directory).map_err(|error| failed(directory, error))? {
+        let path = file.map_err(|error| failed(directory, error))?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        // systemd passes others too.
+        let Some(key) = name.and_then(|name| name.strip_prefix(CREDENTIAL_PREFIX)) else { continue };
+        let source = Source::Credential { path: path.clone() };
+        let Some(kind) = keys.kind(key) else {
+            problems.push(unknown(keys, key.to_owned(), source));
+            continue;
+        };
+        let text = std::fs::read_to_string(&path).map_err(|error| failed(&path, error))?;
+        layer.insert(key, Entry { value: parse(kind, &text), source });
+    }
+    Ok(layer)
 }
 
 fn read_environment(

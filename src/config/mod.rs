@@ -4,6 +4,7 @@
 //! [`Config::load`] composes defaults, file, environment and flags, remembers where each value came from, and reports
 //! every problem at once; [`Config::validate`] checks what a type cannot say. Both run before any port is bound.
 
+mod change;
 mod keys;
 mod load;
 mod property;
@@ -15,6 +16,7 @@ mod tests;
 mod validate;
 mod window;
 
+pub use change::Changes;
 pub use load::{ConfigError, DEFAULT_FILE, Files, Loaded, Override, Problem, Source};
 pub use property::KafkaProperty;
 pub use raccoon::{RaccoonEnv, RaccoonSetting, Taken};

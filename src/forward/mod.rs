@@ -191,6 +191,12 @@ impl Forwarder {
         Ok(Forwarder { shared, wal, parked, requeuer, thread: Mutex::new(Some(ForwardThread { handle, done })) })
     }
 
+    /// Takes over `forward.pace` and `forward.topic`, within a second. What is in flight, held or spilled keeps its topic.
+    pub fn reload(&self, config: &ForwardConfig) {
+        self.shared.reload(config.clone());
+        self.wal.wake_reader();
+    }
+
     /// The forwarder as it is now.
     pub fn status(&self) -> ForwardStatus {
         self.shared.status().clone()

@@ -9,6 +9,7 @@ use tracing::{info, warn};
 
 use super::lanes::HeldTopic;
 use crate::batch::now_ms;
+use crate::config::ForwardConfig;
 use crate::wal::WalStatus;
 
 /// A first connection that takes longer is reported as lost.
@@ -71,6 +72,7 @@ pub(super) struct Shared {
     beat_ms: AtomicU64,
     stopping: AtomicBool,
     stop_by: Mutex<Option<Instant>>,
+    reload: Mutex<Option<ForwardConfig>>,
 }
 
 impl Shared {
@@ -82,6 +84,7 @@ impl Shared {
             beat_ms: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             stop_by: Mutex::new(None),
+            reload: Mutex::new(None),
         }
     }
 
@@ -113,6 +116,16 @@ impl Shared {
             return None;
         }
         *self.stop_by.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the loop to take over what it can of a configuration.
+    pub(super) fn reload(&self, config: ForwardConfig) {
+        *self.reload.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+    }
+
+    /// What it is asked to take over.
+    pub(super) fn take_reload(&self) -> Option<ForwardConfig> {
+        self.reload.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Remembers a failure.

@@ -12,6 +12,7 @@ use metrics::Counter;
 use tokio_util::sync::CancellationToken;
 
 use super::Protocol;
+use super::limits::Limits;
 use super::rejection::{RejectReason, Rejection};
 use crate::batch::{Batch, Client, Request, now_ms};
 use crate::config::IngestConfig;
@@ -22,9 +23,7 @@ use crate::wal::{Commit, Stored, Wal};
 pub(super) struct Admission {
     wal: Wal,
     metrics: Arc<Metrics>,
-    /// Largest batch, in bytes of protobuf.
-    pub batch_bytes_max: usize,
-    batch_events_max: u32,
+    pub limits: Limits,
     /// Fires when no new batch may come in.
     stopping: CancellationToken,
 }
@@ -60,8 +59,7 @@ impl Future for Ticket {
 
 impl Admission {
     pub fn new(config: &IngestConfig, wal: Wal, metrics: Arc<Metrics>, stopping: CancellationToken) -> Admission {
-        let batch_bytes_max = usize::try_from(config.batch_bytes_max.as_u64()).unwrap_or(usize::MAX);
-        Admission { wal, metrics, batch_bytes_max, batch_events_max: config.batch_events_max, stopping }
+        Admission { wal, metrics, limits: Limits::new(config), stopping }
     }
 
     /// Checks a decoded request and queues it for the log's next commit.
@@ -73,11 +71,12 @@ impl Admission {
         if self.stopping.is_cancelled() {
             return Err(Rejection::stopping());
         }
-        if request.as_bytes().len() > self.batch_bytes_max {
-            return Err(Rejection::too_large(self.batch_bytes_max));
+        let bytes_max = self.limits.batch_bytes_max();
+        if request.as_bytes().len() > bytes_max {
+            return Err(Rejection::too_large(bytes_max));
         }
-        if request.event_count() > self.batch_events_max {
-            let (events, limit) = (request.event_count(), self.batch_events_max);
+        let (events, limit) = (request.event_count(), self.limits.batch_events_max());
+        if events > limit {
             let message = format!("the request has {events} events, the limit is {limit}");
             return Err(Rejection::new(RejectReason::TooManyEvents, message));
         }

@@ -1,6 +1,7 @@
 //! Who is connected: one live WebSocket a client id, and no more than `connections_max`.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::HeaderMap;
@@ -13,7 +14,7 @@ use crate::config::IngestConfig;
 pub(super) struct Connections(Arc<Inner>);
 
 struct Inner {
-    limit: usize,
+    limit: AtomicUsize,
     live: Mutex<Live>,
 }
 
@@ -40,13 +41,23 @@ pub(super) struct LiveConnection {
 
 impl Connections {
     pub fn new(limit: usize) -> Connections {
-        Connections(Arc::new(Inner { limit, live: Mutex::default() }))
+        Connections(Arc::new(Inner { limit: AtomicUsize::new(limit), live: Mutex::default() }))
+    }
+
+    /// Most connections that may be open.
+    pub fn limit(&self) -> usize {
+        self.0.limit.load(Ordering::Relaxed)
+    }
+
+    /// Changes that. Connections that are open stay so.
+    pub fn set_limit(&self, limit: usize) {
+        self.0.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Registers a connection. Clients without an id do not collide with each other.
     pub fn open(&self, client: &Client) -> Result<LiveConnection, ConnectionRefusal> {
         let mut live = self.live();
-        if live.count >= self.0.limit {
+        if live.count >= self.limit() {
             return Err(ConnectionRefusal::Limit);
         }
         if !client.id.is_empty() && !live.clients.insert(client.clone()) {

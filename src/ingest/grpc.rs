@@ -84,7 +84,7 @@ async fn call(ingest: &Arc<Ingest>, request: http::Request<Incoming>) -> http::R
         return Status::unimplemented("the only method is EventService/SendEvent").into_http();
     }
     // A batch that is somewhat too large still gets a readable answer.
-    let message_bytes_max = ingest.admission.batch_bytes_max.saturating_mul(2);
+    let message_bytes_max = ingest.admission.limits.batch_bytes_max().saturating_mul(2);
     let mut grpc = Grpc::new(EventCodec).apply_max_message_size_config(Some(message_bytes_max), None);
     let reservation = ingest.read_budget.reservation();
     let request = request.map(|body| BudgetedBody { body, reservation });

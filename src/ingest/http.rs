@@ -183,7 +183,7 @@ async fn receive(ingest: &Ingest, request: HttpRequest, form: Form) -> Result<St
     let client = connections::client(&ingest.config, request.headers());
     let client = client.map_err(|error| (Rejection::new(RejectReason::BadRequest, error.to_string()), None))?;
     // Base64 takes a third more than the bytes that it stands for.
-    let bytes_max = ingest.admission.batch_bytes_max;
+    let bytes_max = ingest.admission.limits.batch_bytes_max();
     let body_bytes_max = if form == Form::Json { bytes_max.saturating_mul(2) } else { bytes_max };
     let asks_first = request.headers().contains_key(header::EXPECT);
     let mut body = request.into_body();
@@ -222,7 +222,7 @@ async fn read_body(
     let mut reservation = ingest.read_budget.reservation();
     let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
     if announced > bytes_max {
-        return Err(Rejection::too_large(ingest.admission.batch_bytes_max));
+        return Err(Rejection::too_large(ingest.admission.limits.batch_bytes_max()));
     }
     if !ingest.read_budget.has(announced as u64) {
         return Err(Rejection::overloaded());
@@ -233,7 +233,7 @@ async fn read_body(
             frame.map_err(|error| Rejection::new(RejectReason::BadRequest, format!("the body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
         if read.len() + data.len() > bytes_max {
-            return Err(Rejection::too_large(ingest.admission.batch_bytes_max));
+            return Err(Rejection::too_large(ingest.admission.limits.batch_bytes_max()));
         }
         let needed = ((read.len() + data.len()) as u64).saturating_sub(reservation.bytes());
         if !reservation.grow(needed) {

@@ -1,6 +1,6 @@
 //! Accepts connections until told to stop, then waits for them to drain.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Ingest;
+use crate::config::IngestConfig;
 
 /// Connections of a port on top of `connections_max`: REST, and WebSockets that are about to be refused.
 const CONNECTIONS_HEADROOM: usize = 1024;
@@ -20,6 +21,35 @@ const DRAIN_MIN: Duration = Duration::from_secs(5);
 
 /// A connection's place among those that may be open; whoever holds its socket holds this.
 pub(super) type Slot = Arc<OwnedSemaphorePermit>;
+
+/// The places of connections, for each port as many.
+pub(super) struct Slots {
+    each: usize,
+    ports: Vec<Arc<Semaphore>>,
+}
+
+impl Slots {
+    pub fn new(config: &IngestConfig) -> Slots {
+        Slots { each: slots(config), ports: Vec::new() }
+    }
+
+    fn of_a_port(&mut self) -> Arc<Semaphore> {
+        let port = Arc::new(Semaphore::new(self.each));
+        self.ports.push(port.clone());
+        port
+    }
+
+    /// More places, if the limit grew. If it shrank they stay: other limits refuse then.
+    pub fn grow(&mut self, config: &IngestConfig) {
+        let more = slots(config).saturating_sub(self.each);
+        self.ports.iter().for_each(|port| port.add_permits(more));
+        self.each += more;
+    }
+}
+
+fn slots(config: &IngestConfig) -> usize {
+    config.connections_max.saturating_add(CONNECTIONS_HEADROOM).min(Semaphore::MAX_PERMITS)
+}
 
 /// Accepts until `stop` fires. `connect` makes the task of one connection, which must end soon after
 /// [`Ingest::stopping`] has fired.
@@ -32,7 +62,7 @@ pub(super) async fn serve<F>(
     F: Future<Output = ()> + Send + 'static,
 {
     let tasks = TaskTracker::new();
-    let slots = Arc::new(Semaphore::new(ingest.config.connections_max.saturating_add(CONNECTIONS_HEADROOM)));
+    let slots = ingest.slots.lock().unwrap_or_else(PoisonError::into_inner).of_a_port();
     let accept = async {
         let mut failing = false;
         loop {

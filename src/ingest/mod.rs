@@ -16,14 +16,15 @@ mod frames;
 mod grpc;
 mod http;
 mod json;
+mod limits;
 mod listener;
 mod rejection;
 mod session;
 mod stream;
 mod websocket;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -36,6 +37,7 @@ use crate::wal::Wal;
 use admission::Admission;
 use budget::ReadBudget;
 use connections::Connections;
+use listener::Slots;
 
 /// What every connection shares.
 pub struct Ingest {
@@ -45,6 +47,7 @@ pub struct Ingest {
     read_budget: ReadBudget,
     metrics: Arc<Metrics>,
     open: [AtomicU64; 3],
+    slots: Mutex<Slots>,
     /// Fires when connections must drain.
     stopping: CancellationToken,
 }
@@ -61,8 +64,23 @@ impl Ingest {
             read_budget: ReadBudget::new(config.in_flight_bytes_max.as_u64().max(longest_message(config))),
             metrics,
             open: Default::default(),
+            slots: Mutex::new(Slots::new(config)),
             stopping,
         })
+    }
+
+    /// Takes over the limits of `config` that can change while batches come in: `ingest.connections_max`, `batch_…_max`,
+    /// `connection_in_flight_…_max`. What is open stays open.
+    pub fn reload(&self, config: &IngestConfig) {
+        self.admission.limits.set(config);
+        self.connections.set_limit(config.connections_max);
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).grow(config);
+        self.metrics.connections_limit.set(config.connections_max as f64);
+    }
+
+    /// `ingest.connections_max`
+    pub fn connections_max(&self) -> usize {
+        self.connections.limit()
     }
 
     /// Open connections of one protocol.

@@ -203,10 +203,10 @@ impl<'a, 'b> Session<'a, 'b> {
     }
 
     fn may_read(&self) -> bool {
-        let config = &self.socket.ingest.config;
-        let bytes_max = config.connection_in_flight_bytes_max.as_u64();
+        let limits = &self.socket.ingest.admission.limits;
         self.waiting.is_empty()
-            || (self.waiting.len() < config.connection_in_flight_batches_max && self.waiting_bytes < bytes_max)
+            || (self.waiting.len() < limits.connection_batches_max()
+                && self.waiting_bytes < limits.connection_bytes_max())
     }
 
     fn handle(&mut self, message: Option<Result<Message, Error>>) {
@@ -219,7 +219,7 @@ impl<'a, 'b> Session<'a, 'b> {
             Some(Ok(_)) => {}
             None | Some(Err(Error::ConnectionClosed)) => self.ending = Some(SessionEnd::Closed(CloseReason::Client)),
             Some(Err(Error::Capacity(_))) => {
-                let rejection = Rejection::too_large(self.socket.ingest.admission.batch_bytes_max);
+                let rejection = Rejection::too_large(self.socket.ingest.admission.limits.batch_bytes_max());
                 let text = self.websocket.get_ref().is_text();
                 self.reject_and_close(&rejection, "", text, CloseCode::Size, CloseReason::Protocol);
             }

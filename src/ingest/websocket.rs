@@ -137,7 +137,7 @@ impl WebSocket<'_> {
 
     fn config(&self) -> WebSocketConfig {
         // A text frame holds JSON, where base64 takes a third more.
-        let message_bytes_max = self.ingest.admission.batch_bytes_max.saturating_mul(2);
+        let message_bytes_max = self.ingest.admission.limits.batch_bytes_max().saturating_mul(2);
         WebSocketConfig::default()
             .read_buffer_size(16 * 1024)
             .write_buffer_size(16 * 1024)

@@ -119,6 +119,18 @@ impl Process {
         true
     }
 
+    /// Its configuration file, which a reload reads again.
+    pub fn configuration(&self) -> PathBuf {
+        self._directory.path().join("ringtail.toml")
+    }
+
+    /// Tells it to read its configuration again.
+    pub fn hang_up(&self) {
+        // SAFETY: kill has no preconditions; the child has not been waited for, so the id is still its own.
+        let result = unsafe { libc::kill(self.pid(), libc::SIGHUP) };
+        assert_eq!(result, 0, "signal the process: {}", std::io::Error::last_os_error());
+    }
+
     /// Process id; the process must be running.
     pub fn pid(&self) -> i32 {
         let child = self.child.as_ref().expect("the process was ended");

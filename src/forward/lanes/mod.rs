@@ -168,6 +168,11 @@ impl Lanes {
         Some(id)
     }
 
+    /// Types of events have other topics from now on. Lanes keep theirs, with what is in them.
+    pub(super) fn forget_names(&mut self) {
+        self.by_name.clear();
+    }
+
     /// The lane of `topic`.
     fn lane_of(&mut self, topic: &str) -> LaneId {
         if let Some(id) = self.by_topic.get(topic) {

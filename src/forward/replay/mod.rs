@@ -209,6 +209,7 @@ impl Replay {
             self.poll();
             let now = Instant::now();
             self.shared.beat(now);
+            self.reload(now);
             self.pace.tick(now);
             let mut worked = self.take_reports(now);
             worked |= self.take_requeued(now);
@@ -229,6 +230,14 @@ impl Replay {
         self.finish(stop_by);
     }
 
+    /// Takes over what the handle was given.
+    fn reload(&mut self, now: Instant) {
+        let Some(config) = self.shared.take_reload() else { return };
+        self.pace = Pace::new(&config.pace, now);
+        self.router = Router::new(&config.topic, config.record_key);
+        self.lanes.forget_names();
+    }
+
     /// Waits for what the client holds and what is being parked, until `stop_by`. The rest stays in the log.
     fn finish(&mut self, stop_by: Instant) {
         loop {
@@ -239,7 +248,9 @@ impl Replay {
             self.park(now);
             self.close_transaction(now);
             self.move_watermark(now);
-            if now >= stop_by || (self.lanes.in_client() == 0 && !self.is_parking(now) && self.is_committed()) {
+            // Without a broker nothing that the client holds gets anywhere.
+            let settled = self.lanes.in_client() == 0 || !self.connection.is_up();
+            if now >= stop_by || (settled && !self.is_parking(now) && self.is_committed()) {
                 break;
             }
             self.poll_wait = POLL_MAX.min(stop_by - now);

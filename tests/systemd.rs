@@ -1,0 +1,294 @@
+//! The Debian package on a real systemd, in a container made of this machine's own files: installed, restarted under load,
+//! killed, frozen, reloaded, upgraded with a backlog, removed, purged.
+//!
+//! Needs root, systemd-nspawn, nsenter and dpkg-deb. The package is made from the metadata that `cargo deb` reads, around the
+//! binary of the tests. Only processes that the test started are signalled.
+
+#[path = "support/container.rs"]
+mod container;
+#[path = "support/deb.rs"]
+mod deb;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use container::Container;
+use serde_json::Value;
+
+const RESTARTS: usize = 10;
+const LINES: usize = 2000;
+
+/// Clients inside the container, until told to stop.
+struct Load {
+    stop: Arc<AtomicBool>,
+    acked: Arc<AtomicU64>,
+    refused: Arc<AtomicU64>,
+    connected: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    /// A client of each protocol that sends, by the binary itself; one that connects to every port all the time, and counts
+    /// refusals.
+    fn start(container: &Arc<Container>) -> Load {
+        let (stop, acked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (refused, connected) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let senders = ["ws://127.0.0.1:8080", "http://127.0.0.1:8080", "grpc://127.0.0.1:8081"].map(|url| {
+            let (container, stop, acked) = (container.clone(), stop.clone(), acked.clone());
+            let send = format!("ringtail send --url {url} --id load-{} --type load /root/lines", &url[..2]);
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    // Gone with the container, if the test failed meanwhile.
+                    let (succeeded, output) = container.try_run(&send);
+                    assert!(succeeded || stop.load(Ordering::Relaxed), "{output}");
+                    acked.fetch_add(if succeeded { LINES as u64 } else { 0 }, Ordering::Relaxed);
+                }
+            })
+        });
+        let prober = {
+            let (container, stop) = (container.clone(), stop.clone());
+            let (refused, connected) = (refused.clone(), connected.clone());
+            std::thread::spawn(move || {
+                container.enter_network();
+                while !stop.load(Ordering::Relaxed) {
+                    for port in [8080, 8081, 9464] {
+                        match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+                            Ok(_) => connected.fetch_add(1, Ordering::Relaxed),
+                            Err(_) => refused.fetch_add(1, Ordering::Relaxed),
+                        };
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            })
+        };
+        Load { stop, acked, refused, connected, threads: senders.into_iter().chain([prober]).collect() }
+    }
+
+    /// Ends it. Events acked, connections made, connections refused.
+    fn stop(self) -> (u64, u64, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.into_iter().for_each(|thread| thread.join().expect("a client does not panic"));
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (count(&self.acked), count(&self.connected), count(&self.refused))
+    }
+}
+
+/// The package, installed in a container.
+struct Host {
+    container: Arc<Container>,
+    began: Instant,
+}
+
+impl Host {
+    fn say(&self, what: impl std::fmt::Display) {
+        eprintln!("{:5.1} s  {what}", self.began.elapsed().as_secs_f64());
+    }
+
+    fn run(&self, command: &str) -> String {
+        self.container.run(command)
+    }
+
+    fn property(&self, name: &str) -> String {
+        self.run(&format!("systemctl show --value -p {name} ringtail.service")).trim().to_owned()
+    }
+
+    fn status(&self) -> Value {
+        let answer = self.container.get(SocketAddr::from((Ipv4Addr::LOCALHOST, 9464)), "/status");
+        serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error}: {answer}"))
+    }
+
+    fn wait_for(&self, what: &str, holds: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !holds() {
+            if Instant::now() > deadline {
+                eprintln!("{}", self.container.try_run("journalctl -u ringtail --no-pager -n 60").1);
+                panic!("waited a minute for {what}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn wait_until_active(&self) {
+        self.wait_for("the service is active", || self.property("ActiveState") == "active");
+    }
+
+    fn pending(&self) -> u64 {
+        self.status()["wal"]["pending_events"].as_u64().unwrap()
+    }
+}
+
+#[test]
+fn the_package_lives_on_a_real_systemd() {
+    let work = tempfile::Builder::new().prefix("ringtail-systemd-").tempdir_in("/tmp").unwrap();
+    let began = Instant::now();
+    let first = deb::build(work.path(), "0.1.0");
+    let second = deb::build(work.path(), "0.1.1");
+    let container = Arc::new(Container::boot(work.path(), |root| {
+        for (from, to) in [(&first, "first.deb"), (&second, "second.deb")] {
+            std::fs::copy(from, root.join("root").join(to)).unwrap();
+        }
+        let lines: String = (0..LINES).map(|number| format!("event {number}\n")).collect();
+        std::fs::write(root.join("root/lines"), lines).unwrap();
+        // Images for containers forbid packages to start services.
+        let _ = std::fs::remove_file(root.join("usr/sbin/policy-rc.d"));
+    }));
+    let host = Host { container, began };
+    host.say("systemd is up");
+
+    install(&host);
+    let load = Load::start(&host.container);
+    restart_under_load(&host, &load);
+    kill(&host);
+    reload(&host);
+    freeze(&host);
+    upgrade(&host);
+    let (acked, connected, refused) = load.stop();
+    host.say(format!("{acked} events acked, {connected} connections made, {refused} refused"));
+    assert_eq!(refused, 0, "of {connected} connections");
+    // A frozen process is killed, and a batch that is sent again is known again: the books are exact.
+    assert_eq!(host.pending(), acked, "events in the log");
+
+    stop(&host);
+    remove_and_purge(&host);
+}
+
+fn install(host: &Host) {
+    host.run("dpkg --no-triggers -i /root/first.deb");
+    host.wait_until_active();
+    host.say(format!("installed, started: {}", host.property("StatusText")));
+    assert_eq!(host.property("UnitFileState"), "enabled");
+    assert!(host.property("StatusText").starts_with("accepting batches"), "{}", host.property("StatusText"));
+    assert_eq!(host.run("stat -c '%U %a' /var/lib/ringtail").trim(), "ringtail 700");
+    assert_eq!(host.run("stat -c '%U %a' /etc/ringtail/credentials").trim(), "root 700");
+    let score = host.run("systemd-analyze security --no-pager ringtail.service");
+    let score = score.lines().last().unwrap_or_default();
+    host.say(score);
+    host.run("systemd-analyze security --no-pager --threshold=15 ringtail.service");
+    for file in ["man/man1/ringtail-serve.1", "bash-completion/completions/ringtail", "doc/ringtail/copyright"] {
+        host.run(&format!("ls /usr/share/{file}*"));
+    }
+    let top = host.run("ringtail top --once");
+    assert!(top.contains("Kafka") && top.contains("q ends"), "{top}");
+}
+
+fn restart_under_load(host: &Host, load: &Load) {
+    let mut ready = Vec::new();
+    for _ in 0..RESTARTS {
+        let before = Instant::now();
+        host.run("systemctl restart ringtail.service");
+        ready.push(before.elapsed());
+        let pending = host.pending();
+        host.wait_for("more events", || host.pending() > pending);
+        host.say(format!("restarted in {:?}, took batches after {:?}", ready.last().unwrap(), before.elapsed()));
+    }
+    let longest = ready.iter().max().unwrap();
+    let refused = load.refused.load(Ordering::Relaxed);
+    host.say(format!("{RESTARTS} restarts, the longest {longest:?}, {refused} connections refused"));
+    assert_eq!(refused, 0);
+    // Lines have their priority: Kafka is not there, which is a warning.
+    host.wait_for("a warning in the journal", || {
+        host.run("journalctl -u ringtail -p warning --no-pager").contains("kafka lost")
+    });
+    assert!(!host.run("journalctl -u ringtail -p warning --no-pager").contains("INFO"));
+}
+
+fn kill(host: &Host) {
+    let pid = host.property("MainPID");
+    host.run(&format!("kill -9 {pid}"));
+    host.wait_for("another process", || ![pid.as_str(), "0"].contains(&host.property("MainPID").as_str()));
+    host.wait_until_active();
+    assert_eq!(host.property("NRestarts"), "1");
+    host.say("kill -9: restarted");
+}
+
+fn reload(host: &Host) {
+    host.run("sed -i 's/^connections_max = .*/connections_max = 123/; s/^bytes_max = .8GiB./bytes_max = \"7GiB\"/' /etc/ringtail/ringtail.toml");
+    host.run("sh -c 'printf wrong > /etc/ringtail/credentials/forward.kafka.client.id'");
+    let pid = host.property("MainPID");
+    let (succeeded, output) = host.container.try_run("systemctl reload ringtail.service");
+    assert!(succeeded, "{output}{}", host.run("journalctl -u ringtail --no-pager -n 20"));
+    host.wait_for("the reload", || !host.status()["reload"].is_null());
+    let status = host.status();
+    assert_eq!(status["reload"]["changed"][0], "ingest.connections_max", "{}", status["reload"]);
+    assert_eq!(status["reload"]["restart"][0], "wal.bytes_max", "{}", status["reload"]);
+    assert_eq!(status["limits"]["connections_max"], 123);
+    host.say(format!("reloaded: {}", status["reload"]));
+
+    host.run("cp /etc/ringtail/ringtail.toml /root/good.toml");
+    host.run("sh -c 'echo nonsense = 1 >> /etc/ringtail/ringtail.toml'");
+    let (succeeded, _) = host.container.try_run("systemctl reload ringtail.service");
+    assert!(!succeeded, "an invalid file is refused");
+    host.run("cp /root/good.toml /etc/ringtail/ringtail.toml");
+    assert_eq!(host.property("ActiveState"), "active");
+    assert_eq!(host.property("MainPID"), pid, "it is the same process all the time");
+    // The credential counts from the next start on.
+    host.run("systemctl restart ringtail.service");
+    let environment = host.run(&format!("cat /proc/{}/environ", host.property("MainPID")));
+    assert!(environment.contains("CREDENTIALS_DIRECTORY="), "{environment}");
+}
+
+fn freeze(host: &Host) {
+    host.run("mkdir -p /run/systemd/system/ringtail.service.d");
+    host.run("sh -c 'printf \"[Service]\\nWatchdogSec=3\\n\" > /run/systemd/system/ringtail.service.d/watchdog.conf'");
+    host.run("systemctl daemon-reload");
+    host.run("systemctl restart ringtail.service");
+    let pid = host.property("MainPID");
+    host.run(&format!("kill -STOP {pid}"));
+    host.wait_for("the watchdog", || ![pid.as_str(), "0"].contains(&host.property("MainPID").as_str()));
+    host.wait_until_active();
+    assert!(host.run("journalctl -u ringtail --no-pager").contains("Watchdog timeout"));
+    host.say("frozen: restarted by the watchdog");
+    host.run("rm -r /run/systemd/system/ringtail.service.d");
+    host.run("systemctl daemon-reload");
+}
+
+fn upgrade(host: &Host) {
+    let before = host.pending();
+    assert!(before > 0);
+    let pid = host.property("MainPID");
+    host.run("dpkg --no-triggers -i /root/second.deb");
+    host.wait_until_active();
+    assert_ne!(host.property("MainPID"), pid, "it was restarted");
+    assert!(host.run("dpkg -s ringtail").contains("Version: 0.1.1"));
+    assert!(host.run("cat /etc/ringtail/ringtail.toml").contains("connections_max = 123"), "an edited file is kept");
+    assert!(host.pending() >= before);
+    host.say(format!("upgraded with a backlog of {before} events"));
+}
+
+fn stop(host: &Host) {
+    host.run("systemctl stop ringtail.service");
+    let refused = host.container.try_run("ringtail top --once");
+    assert!(!refused.0, "a stop is a stop: {}", refused.1);
+    host.run("systemctl start ringtail.service");
+    host.say(format!("stopped and started: {}", host.property("StatusText")));
+}
+
+fn remove_and_purge(host: &Host) {
+    let pending = host.pending();
+    host.run("systemctl stop ringtail.service");
+    host.run("dpkg --no-triggers -i /root/second.deb");
+    assert_eq!(host.property("ActiveState"), "inactive", "one that was stopped stays stopped");
+    host.run("dpkg --no-triggers -r ringtail");
+    assert_eq!(host.container.try_run("systemctl is-active ringtail.service").1.trim(), "inactive");
+    assert!(!host.container.root().join("usr/bin/ringtail").exists());
+    host.run("ls /etc/ringtail/ringtail.toml /var/lib/ringtail/wal");
+    host.run("dpkg --no-triggers -i /root/second.deb");
+    host.wait_until_active();
+    assert_eq!(host.pending(), pending, "what was not delivered survives a removal");
+    host.run("dpkg --no-triggers --purge ringtail");
+    for path in ["etc/ringtail", "var/lib/ringtail", "usr/lib/systemd/system/ringtail.service", "usr/bin/ringtail"] {
+        assert!(!exists(&host.container, path), "/{path} is left");
+    }
+    let links = host.run("find /etc/systemd/system /var/lib/systemd/deb-systemd-helper-enabled -name 'ringtail*'");
+    assert_eq!(links.trim(), "");
+    assert_eq!(host.property("LoadState"), "not-found");
+    host.say("removed, installed again, purged");
+}
+
+fn exists(container: &Container, path: &str) -> bool {
+    Path::new(&container.root()).join(path).symlink_metadata().is_ok()
+}
