@@ -579,7 +579,7 @@ fn a_full_log_drops_the_oldest_if_told_to_and_counts_every_event() {
         let left = std::iter::from_fn(|| reader.next_record().unwrap());
         let left: Vec<u32> =
             left.map(|record| number_of(record.batch.request.events().next().unwrap().payload)).collect();
-        before > 300 && left == (before..800).collect::<Vec<_>>() && before == dropped()
+        before > 200 && left == (before..800).collect::<Vec<_>>() && before == dropped()
     });
     setup.cluster.broker_up(-1).unwrap();
     setup.wait_for_empty_log(&forwarder);
