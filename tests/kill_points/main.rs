@@ -97,7 +97,7 @@ async fn every_acked_event_survives_a_kill_at_every_point() {
         test.live(point, rng.random_range(1..=passages_max(point))).await;
         *hits.entry(point).or_default() += 1;
         if life % LIVES_BETWEEN_CHECKS == 0 || life == kills {
-            let drained = life == kills || (life / LIVES_BETWEEN_CHECKS) % 2 == 0;
+            let drained = life == kills || (life / LIVES_BETWEEN_CHECKS).is_multiple_of(2);
             if drained {
                 test.drain().await;
             }

@@ -563,13 +563,14 @@ impl Spill {
             return Ok(());
         }
         self.gather()?;
-        let topic_state = |(name, topic): (&Box<str>, &Topic)| TopicState {
+        let left = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed);
+        let topics = left.map(|(name, topic)| TopicState {
             topic: name.to_string(),
             consumed: topic.consumed,
             end: topic.end,
             settled_end: topic.settled_end,
-        };
-        let topics = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed).map(topic_state).collect();
+        });
+        let topics = topics.collect();
         // Whatever counts is durable.
         let durable = self.current.as_ref().map(|current| (current.id, current.bytes));
         let (durable_file, durable_bytes) = durable.unwrap_or((self.next_file, 0));
@@ -602,11 +603,9 @@ impl Spill {
         if bytes <= 2 * needed + SLACK_BYTES || is_current || file.needed_bytes == 0 {
             return Ok(());
         }
-        let in_oldest = |(name, topic): (&Box<str>, &Topic)| {
-            let blocks = topic.blocks.iter().filter(|(_, block)| block.place.file == oldest);
-            blocks.map(|(first, block)| (name.clone(), *first, *block)).collect::<Vec<_>>()
-        };
-        let blocks = self.topics.iter().flat_map(in_oldest).collect();
+        let blocks = self.topics.iter().flat_map(|(name, topic)| topic.blocks.iter().map(move |block| (name, block)));
+        let in_oldest = blocks.filter(|(_, (_, block))| block.place.file == oldest);
+        let blocks = in_oldest.map(|(name, (first, block))| (name.clone(), *first, *block)).collect();
         let begin = self.begin();
         let written = self.copy(blocks).inspect_err(|_| self.abandon(begin))?;
         for Written { topic, first, block } in written {

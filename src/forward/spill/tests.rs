@@ -325,7 +325,7 @@ impl Damage {
         }
         let file = &files[file % files.len()];
         let mut bytes = fs::read(file).unwrap();
-        let place = |at: u32| (bytes.len() as u64 * u64::from(at) >> 32) as usize;
+        let place = |at: u32| ((bytes.len() as u64 * u64::from(at)) >> 32) as usize;
         match *self {
             Damage::Flip { at, bit, .. } if !bytes.is_empty() => {
                 let place = place(at);
