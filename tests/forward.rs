@@ -880,3 +880,33 @@ fn outside_its_windows_nothing_is_forwarded() {
     assert_eq!(setup.consume("click", 1, 1)[0].1, number(0));
     setup.wait_for_empty_log(&forwarder);
 }
+
+#[test]
+fn a_reload_changes_the_topic_of_what_comes_and_the_pace() {
+    let mut setup = Setup::new();
+    ["click", "closed", "new-click", "new-closed"].iter().for_each(|topic| setup.topic(topic, 1));
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(0)), ("closed", number(0))]);
+    wait_until("the topic is held", || forwarder.status().held_topics == 1);
+
+    setup.config.topic = "new-%s".into();
+    let now = jiff::Zoned::now().time();
+    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
+    setup.config.pace.windows = vec![format!("{}-{}", hours(2), hours(3)).parse().unwrap()];
+    forwarder.reload(&setup.config);
+    // The loop turns at least every half second.
+    std::thread::sleep(Duration::from_secs(1));
+    setup.send("a", &[("click", number(1)), ("closed", number(1))]);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(forwarder.status().in_flight_events <= 2, "outside the window nothing is read");
+
+    setup.config.pace.windows.clear();
+    forwarder.reload(&setup.config);
+    assert_eq!(setup.consume("new-click", 1, 1)[0].1, number(1));
+    assert_eq!(setup.consume("new-closed", 1, 1)[0].1, number(1));
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    assert_eq!(setup.consume("closed", 1, 1)[0].1, number(0), "what was held keeps its topic");
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(4);
+}
