@@ -1,7 +1,7 @@
 //! Listening sockets that systemd holds, so that a restart refuses no connection: clients wait in the kernel's queue.
 //!
 //! They come from two places, and both hand them over in the same way (`LISTEN_FDS`): a socket unit, or the *file descriptor
-//! store*, into which the service itself put them when it bound them (`keep`). The configuration says where to listen: a
+//! store*, into which the service itself put them when it bound them. The configuration says where to listen: a
 //! socket is used if its address is a configured one, and another one is put away.
 //!
 //! Outside systemd there are none, and nothing is kept.

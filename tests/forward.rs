@@ -915,3 +915,37 @@ fn what_is_spilled_is_part_of_an_export() {
     let status: serde_json::Value = serde_json::from_str(&ringtail(&["backlog", "status", "--json"])).unwrap();
     assert!(status["pending_events"].as_u64().unwrap() >= 300, "{status}");
 }
+
+#[test]
+fn a_reload_changes_the_topic_of_what_comes_and_the_pace() {
+    let mut setup = Setup::new();
+    ["click", "closed", "new-click", "new-closed"].iter().for_each(|topic| setup.topic(topic, 1));
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    let forwarder = setup.start();
+    setup.send("a", &[("click", number(0)), ("closed", number(0))]);
+    wait_until("the topic is held", || forwarder.status().held_topics == 1);
+
+    setup.config.topic = "new-%s".into();
+    let now = jiff::Zoned::now().time();
+    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
+    setup.config.pace.windows = vec![format!("{}-{}", hours(2), hours(3)).parse().unwrap()];
+    let wait_for_a_turn = || {
+        let asked_at = Instant::now();
+        wait_until("the loop has turned", || forwarder.heartbeat_age() < asked_at.elapsed());
+    };
+    forwarder.reload(&setup.config);
+    wait_for_a_turn();
+    setup.send("a", &[("click", number(1)), ("closed", number(1))]);
+    wait_for_a_turn();
+    wait_for_a_turn();
+    assert!(forwarder.status().in_flight_events <= 2, "outside the window nothing is read");
+
+    setup.config.pace.windows.clear();
+    forwarder.reload(&setup.config);
+    assert_eq!(setup.consume("new-click", 1, 1)[0].1, number(1));
+    assert_eq!(setup.consume("new-closed", 1, 1)[0].1, number(1));
+    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    assert_eq!(setup.consume("closed", 1, 1)[0].1, number(0), "what was held keeps its topic");
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(4);
+}
