@@ -69,11 +69,19 @@ impl Load {
     }
 
     /// Ends it. Events acked, connections made, connections refused.
-    fn stop(self) -> (u64, u64, u64) {
+    fn stop(mut self) -> (u64, u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
-        self.threads.into_iter().for_each(|thread| thread.join().expect("a client does not panic"));
+        self.threads.drain(..).for_each(|thread| thread.join().expect("a client does not panic"));
         let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
         (count(&self.acked), count(&self.connected), count(&self.refused))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // They hold the container.
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
     }
 }
 

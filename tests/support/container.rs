@@ -149,6 +149,12 @@ impl Drop for Container {
             // SAFETY: the string ends with a zero.
             unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
         }
+        // nspawn leaves them behind. Those of another container are in use, and stay.
+        for hierarchy in ["systemd", "unified"] {
+            for group in ["payload", "supervisor"] {
+                let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(hierarchy).join(group));
+            }
+        }
     }
 }
 
