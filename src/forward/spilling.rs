@@ -169,7 +169,6 @@ impl Spilling {
                 payload: batch.request.as_bytes().slice_ref(found.payload),
             });
         }
-        drop(walk);
         if events.is_empty() {
             return false;
         }

@@ -8,6 +8,9 @@ use super::super::lanes::LaneId;
 use super::super::spill::SpillError;
 use super::{ROUND_BYTES_MAX, Replay, charge};
 
+/// What was sent, with what it is charged, and what was refused.
+pub(super) type Sent = (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>);
+
 impl Replay {
     /// Sends what held lanes want to try again now.
     pub(super) fn send_due_rounds(&mut self, now: Instant) -> bool {
@@ -40,22 +43,11 @@ impl Replay {
     }
 
     /// The same within a transaction: what was sent, with what it is charged, and what was refused.
-    pub(super) fn send_side_round(
-        &mut self,
-        lane: LaneId,
-        round: Vec<EventRef>,
-        now: Instant,
-    ) -> (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>) {
+    pub(super) fn send_side_round(&mut self, lane: LaneId, round: Vec<EventRef>, now: Instant) -> Sent {
         self.send(lane, round, true, now)
     }
 
-    fn send(
-        &mut self,
-        lane: LaneId,
-        round: Vec<EventRef>,
-        by_side: bool,
-        now: Instant,
-    ) -> (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>) {
+    fn send(&mut self, lane: LaneId, round: Vec<EventRef>, by_side: bool, now: Instant) -> Sent {
         let side = self.exactly_once.as_ref().and_then(|once| once.side.producer());
         let producer = if by_side { side } else { self.producer.as_ref() };
         let mut walk = Walk::new(&self.in_flight);

@@ -562,14 +562,16 @@ impl Spill {
         if !self.changed {
             return Ok(());
         }
-        self.gather()?;
-        let topic_state = |(name, topic): (&Box<str>, &Topic)| TopicState {
+        // On a full disk it fails, and what follows makes room.
+        let gathered = self.gather();
+        let topics = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed);
+        let topics = topics.map(|(name, topic)| TopicState {
             topic: name.to_string(),
             consumed: topic.consumed,
             end: topic.end,
             settled_end: topic.settled_end,
-        };
-        let topics = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed).map(topic_state).collect();
+        });
+        let topics = topics.collect();
         // Whatever counts is durable.
         let durable = self.current.as_ref().map(|current| (current.id, current.bytes));
         let (durable_file, durable_bytes) = durable.unwrap_or((self.next_file, 0));
@@ -589,8 +591,8 @@ impl Spill {
             }
             self.files.remove(&id);
         }
-        self.changed = false;
-        Ok(())
+        self.changed = gathered.is_err();
+        gathered
     }
 
     /// Writes again what little is needed of the oldest file, when the files take much more than is needed.
@@ -602,11 +604,11 @@ impl Spill {
         if bytes <= 2 * needed + SLACK_BYTES || is_current || file.needed_bytes == 0 {
             return Ok(());
         }
-        let in_oldest = |(name, topic): (&Box<str>, &Topic)| {
+        let blocks = self.topics.iter().flat_map(|(name, topic)| {
             let blocks = topic.blocks.iter().filter(|(_, block)| block.place.file == oldest);
-            blocks.map(|(first, block)| (name.clone(), *first, *block)).collect::<Vec<_>>()
-        };
-        let blocks = self.topics.iter().flat_map(in_oldest).collect();
+            blocks.map(|(first, block)| (name.clone(), *first, *block))
+        });
+        let blocks = blocks.collect();
         let begin = self.begin();
         let written = self.copy(blocks).inspect_err(|_| self.abandon(begin))?;
         for Written { topic, first, block } in written {
