@@ -562,9 +562,10 @@ impl Spill {
         if !self.changed {
             return Ok(());
         }
-        self.gather()?;
-        let left = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed);
-        let topics = left.map(|(name, topic)| TopicState {
+        // On a full disk it fails, and what follows makes room.
+        let gathered = self.gather();
+        let topics = self.topics.iter().filter(|(_, topic)| topic.end > topic.consumed);
+        let topics = topics.map(|(name, topic)| TopicState {
             topic: name.to_string(),
             consumed: topic.consumed,
             end: topic.end,
@@ -590,8 +591,8 @@ impl Spill {
             }
             self.files.remove(&id);
         }
-        self.changed = false;
-        Ok(())
+        self.changed = gathered.is_err();
+        gathered
     }
 
     /// Writes again what little is needed of the oldest file, when the files take much more than is needed.
@@ -603,9 +604,11 @@ impl Spill {
         if bytes <= 2 * needed + SLACK_BYTES || is_current || file.needed_bytes == 0 {
             return Ok(());
         }
-        let blocks = self.topics.iter().flat_map(|(name, topic)| topic.blocks.iter().map(move |block| (name, block)));
-        let in_oldest = blocks.filter(|(_, (_, block))| block.place.file == oldest);
-        let blocks = in_oldest.map(|(name, (first, block))| (name.clone(), *first, *block)).collect();
+        let blocks = self.topics.iter().flat_map(|(name, topic)| {
+            let blocks = topic.blocks.iter().filter(|(_, block)| block.place.file == oldest);
+            blocks.map(|(first, block)| (name.clone(), *first, *block))
+        });
+        let blocks = blocks.collect();
         let begin = self.begin();
         let written = self.copy(blocks).inspect_err(|_| self.abandon(begin))?;
         for Written { topic, first, block } in written {

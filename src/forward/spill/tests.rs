@@ -203,7 +203,28 @@ fn a_block_torn_by_a_power_cut_costs_nothing() {
     assert_eq!(contents(&mut spill, "a").len(), 20);
 }
 
-/// The file of a directory entry that is there, and takes nothing.
+#[test]
+fn no_file_goes_before_the_state_is_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("spill");
+    let mut spill = Spill::open(&path).unwrap();
+    put(&mut spill, "a", (0..10).map(|at| event(at, &payload(at, 100))).collect());
+    put(&mut spill, "b", vec![event(10, &payload(10, 100))]);
+    spill.save().unwrap();
+    // The state cannot be written.
+    fs::create_dir(path.join("state.new")).unwrap();
+    for topic in ["a", "b"] {
+        spill.consume(topic, u64::MAX);
+    }
+    spill.save().unwrap_err();
+    let mut then = Spill::open(&path).unwrap();
+    assert_eq!((contents(&mut then, "a").len(), contents(&mut then, "b").len()), (10, 1));
+    fs::remove_dir(path.join("state.new")).unwrap();
+    spill.save().unwrap();
+    assert_eq!((Spill::open(&path).unwrap().count(), copy_of(&path).len()), (0, 1));
+}
+
+/// Puts a file that takes nothing in the place of the current one.
 fn fill(spill: &mut Spill) {
     let full = File::options().write(true).open("/dev/full").unwrap();
     spill.current.as_mut().unwrap().file = full;
