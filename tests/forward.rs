@@ -392,6 +392,8 @@ fn a_forbidden_topic_moves_out_of_the_way_and_comes_back_in_order() {
     send_much_of(&setup, "closed", 0..400);
     assert_eq!(by_key(setup.consume("open", 1, 400))["a"], (0..400).collect::<Vec<_>>());
     without_failures(&setup, &forwarder, 400);
+    // Brought up to date every second.
+    wait_until("the status says so", || forwarder.status().held.first().is_some_and(|held| held.spilled_events > 0));
     let held = forwarder.status().held;
     assert_eq!((held.len(), held[0].topic.as_str()), (1, "closed"));
     assert!(held[0].spilled_events > 0 && held[0].error.as_deref().is_some_and(|error| error.contains("uthoriz")));
