@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 
@@ -58,6 +58,8 @@ pub(super) type ByTopic = Vec<(String, Vec<SpilledEvent>)>;
 /// A request to the forward thread.
 pub(super) struct Requested {
     pub(super) events: ByTopic,
+    /// Nobody waits for the answer any more then.
+    pub(super) until: Instant,
     pub(super) answer: SyncSender<Result<(), SpillError>>,
 }
 
@@ -77,7 +79,9 @@ pub(super) fn channel(wal: Wal) -> (Requeuer, Receiver<Requested>) {
 impl Requeue for Requeuer {
     fn requeue(&self, events: &[ParkedEvent], topic: Option<&str>) -> Result<(), RequeueError> {
         let (answer, answered) = mpsc::sync_channel(1);
-        let requested = Requested { events: by_topic(events, topic)?, answer };
+        // A little earlier than the answer is given up: it must not be done after that.
+        let until = Instant::now() + PATIENCE / 2;
+        let requested = Requested { events: by_topic(events, topic)?, until, answer };
         self.requests.try_send(requested).map_err(|_| RequeueError::Busy)?;
         self.wal.wake_reader();
         match answered.recv_timeout(PATIENCE) {

@@ -45,6 +45,7 @@ pub(super) struct Spilling {
     in_flight_bytes_max: u64,
     delivered_at: Option<Instant>,
     blind_at: Option<Instant>,
+    worked_off_at: Option<Instant>,
     saving: Every,
     lost: LogLimit,
 }
@@ -69,6 +70,7 @@ impl Spilling {
             in_flight_bytes_max,
             delivered_at: None,
             blind_at: None,
+            worked_off_at: None,
             saving: Every::new(SAVE_INTERVAL),
             lost: LogLimit::new(LOG_INTERVAL),
         })
@@ -87,6 +89,11 @@ impl Spilling {
     /// When something is tried again; none if nothing failed.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
         self.storing.due(now)
+    }
+
+    /// Whether an event of the spill was delivered a moment ago.
+    pub(super) fn has_delivered_since(&self, now: Instant) -> bool {
+        self.worked_off_at.is_some_and(|at| now.saturating_duration_since(at) < STALL_PATIENCE)
     }
 
     /// Something was delivered.
@@ -228,6 +235,7 @@ impl Spilling {
     /// Lets go of what the lanes have worked off, durably every so often.
     pub(super) fn work_off(&mut self, lanes: &mut Lanes, now: Instant) {
         for (lane, number) in lanes.take_worked_off() {
+            self.worked_off_at = Some(now);
             self.spill.consume(lanes.topic(lane), number);
         }
         if self.settled && self.storing.due(now).is_none() && self.saving.is_due(now) {

@@ -253,6 +253,22 @@ impl Hold {
         round
     }
 
+    /// Events in the spill before `number` were delivered earlier, and none of them is in the client. How many that are. A
+    /// number that was never given out is not believed.
+    pub(super) fn skip_to(&mut self, number: u64) -> u64 {
+        let spilled = &mut self.spilled;
+        if number <= spilled.consumed || number > spilled.end {
+            return 0;
+        }
+        let before = spilled.len();
+        spilled.consumed = number;
+        spilled.next = spilled.next.max(number);
+        spilled.done = spilled.done.split_off(&number);
+        spilled.parking = spilled.parking.split_off(&number);
+        self.events.retain(|event| !event.is_spilled() || event.number() >= number);
+        before - self.spilled.len()
+    }
+
     /// The first event that may go.
     fn first_event(&self) -> Option<EventRef> {
         let end = if self.exactly_once { self.spilled.committed } else { self.spilled.end };

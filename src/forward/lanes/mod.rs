@@ -337,6 +337,11 @@ impl Lanes {
         self.settle(id, now, to_park);
     }
 
+    /// Whether an event of the lane that fails so is parked at once.
+    pub(super) fn parks(&self, id: LaneId, failure: Failure) -> bool {
+        self.lane(id).refused && matches!(blame(failure), Blame::Topic(_))
+    }
+
     /// The client did not even take an event. [`Lanes::settle`] must follow once the round is sent.
     pub(super) fn refused(
         &mut self,
@@ -397,12 +402,12 @@ impl Lanes {
     /// Everything of `topic` in the spill before `number` was delivered earlier. How many events that are.
     pub(super) fn skip_to(&mut self, topic: &str, number: u64, now: Instant) -> u64 {
         let Some(id) = self.by_topic.get(topic).copied() else { return 0 };
-        let spilled = self.lane(id).hold.as_ref().map(|hold| &hold.spilled);
-        let numbers = spilled.map_or(0..0, |spilled| spilled.consumed..number.min(spilled.consumed + spilled.len()));
-        for number in numbers.clone() {
-            self.parked(id, EventRef::spilled(number), now);
+        let Some(skipped) = self.lane_mut(id).hold.as_mut().map(|hold| hold.skip_to(number)) else { return 0 };
+        if skipped > 0 {
+            self.worked_off.push(id);
+            self.settle(id, now, &mut Vec::new());
         }
-        numbers.end.saturating_sub(numbers.start)
+        skipped
     }
 
     /// An event of the spill came back and is to be sent again.

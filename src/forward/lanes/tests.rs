@@ -290,3 +290,24 @@ fn a_lane_that_moves_is_not_held() {
     driver.lanes.hold_stalled(driver.now + 10 * MS, 10 * MS, driver.now);
     assert!(driver.lanes.is_held(driver.lane));
 }
+
+#[test]
+fn what_was_delivered_earlier_is_skipped_and_not_sent_again() {
+    let mut driver = Driver::new();
+    driver.lanes.restore("t", 100..110, driver.now);
+    assert_eq!(spilled_round(&mut driver), [100, 101]);
+    for number in [100, 101] {
+        let event = EventRef::spilled(number);
+        driver.lanes.returned(driver.lane, event, BYTES, driver.now);
+    }
+    // A number that was never given out, as after the spill was removed, is not believed.
+    assert_eq!(driver.lanes.skip_to("t", 5000, driver.now), 0);
+    assert_eq!(driver.lanes.skip_to("t", 105, driver.now), 5);
+    assert_eq!(driver.worked_off(), Some(105));
+    driver.now = driver.lanes.due().unwrap_or(driver.now).max(driver.now);
+    let round = spilled_round(&mut driver);
+    assert_eq!(round[0], 105);
+    round.iter().for_each(|number| driver.delivered_spilled(driver.tag(*number)));
+    assert_eq!(driver.lanes.skip_to("t", 110, driver.now), 110 - 105 - round.len() as u64);
+    assert!(!driver.lanes.is_held(driver.lane));
+}

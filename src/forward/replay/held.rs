@@ -8,6 +8,9 @@ use super::super::lanes::LaneId;
 use super::super::spill::SpillError;
 use super::{ROUND_BYTES_MAX, Replay, charge};
 
+/// Most events that may wait to be parked before another round.
+const TO_PARK_MAX: usize = 1024;
+
 /// What of a round was sent, with what it is charged, and what was refused.
 pub(super) type Sent = (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>);
 
@@ -15,7 +18,9 @@ impl Replay {
     /// Sends what held lanes want to try again now.
     pub(super) fn send_due_rounds(&mut self, now: Instant) -> bool {
         let mut sent = false;
+        // What is refused on the spot must be parked before more of it is read.
         while self.may_send_rounds()
+            && self.to_park.len() < TO_PARK_MAX
             && let Some((lane, round)) = self.lanes.next_round(now)
         {
             sent = true;
@@ -29,10 +34,12 @@ impl Replay {
     }
 
     pub(super) fn may_send_rounds(&self) -> bool {
-        self.exactly_once.is_none()
-            && !self.renewal.is_draining()
-            && self.producer.is_some()
-            && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
+        self.exactly_once.is_none() && !self.renewal.is_draining() && self.producer.is_some() && self.may_send_spilled()
+    }
+
+    /// There is room, and it is time.
+    pub(super) fn may_send_spilled(&self) -> bool {
+        self.pace.may_send() && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
     }
 
     /// Sends events of a held lane up to the first that the client refuses, and keeps the rest.
@@ -88,6 +95,9 @@ impl Replay {
                     self.pace.spent(1, payload_bytes as u64);
                     bytes += charge(payload_bytes);
                     is_over = bytes >= ROUND_BYTES_MAX;
+                }
+                Err(failure) if !by_side && self.lanes.parks(lane, failure) => {
+                    self.lanes.refused(lane, event, failure, now, &mut self.to_park);
                 }
                 Err(failure) => (refusal, is_over) = (Some((event, failure)), true),
             }

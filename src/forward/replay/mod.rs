@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::backoff::{Backoff, Every, LogLimit, Retry};
 use super::discard::{Discard, Verdict};
@@ -55,6 +55,9 @@ const ROUND_BYTES_MAX: u64 = 1 << 20;
 
 /// How often lanes that stand still are looked for, while there is no room.
 const STALL_LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// How long events of the spill may stand still in the client while they take much of it.
+const CROWDED_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Held topics named in the status.
 const HELD_TOPICS_SHOWN_MAX: usize = 20;
@@ -112,6 +115,8 @@ pub(super) struct Replay {
     /// A lane that has as much in the client as one may.
     full_lane: Option<LaneId>,
     stalled: Every,
+    /// Since when events of the spill that do not move take much of the client.
+    crowded_since: Option<Instant>,
     /// With exactly-once delivery.
     exactly_once: Option<ExactlyOnce>,
     failures: Failures,
@@ -185,6 +190,7 @@ impl Replay {
             requeued,
             full_lane: None,
             stalled: Every::new(STALL_LOOK_INTERVAL),
+            crowded_since: None,
             exactly_once,
             failures: Failures::default(),
             reading: Retry::new(backoff.clone()),
@@ -212,9 +218,9 @@ impl Replay {
             self.reload(now);
             self.pace.tick(now);
             let mut worked = self.take_reports(now);
-            worked |= self.take_requeued(now);
             worked |= self.drive_transaction(now);
             self.settle_spill(now);
+            worked |= self.take_requeued(now);
             self.let_go_of_discarded(now);
             self.renew(now);
             worked |= self.mend_producer(now);
@@ -360,7 +366,8 @@ impl Replay {
     fn mend_producer(&mut self, now: Instant) -> bool {
         if let Some(producer) = &self.producer {
             let Some(error) = producer.fatal_error() else { return false };
-            if producer.is_fenced() {
+            let has_expired = self.exactly_once.as_ref().is_some_and(|once| once.may_have_expired(now));
+            if producer.is_fenced() && !has_expired {
                 self.stop_fenced(&error, now);
                 return true;
             }
@@ -435,9 +442,14 @@ impl Replay {
     fn take_requeued(&mut self, now: Instant) -> bool {
         // In a transaction, what is in the spill and what the log still shows must not be mixed up.
         let waits = self.exactly_once.as_ref().is_some_and(|once| !once.is_idle()) || !self.spilling.is_settled();
-        let Some(Requested { events, answer }) = (!waits).then(|| self.requeued.try_recv().ok()).flatten() else {
+        let Some(Requested { events, until, answer }) = (!waits).then(|| self.requeued.try_recv().ok()).flatten()
+        else {
             return false;
         };
+        if now >= until {
+            // Whoever asked has been told that it was not done.
+            return true;
+        }
         let count: usize = events.iter().map(|(_, events)| events.len()).sum();
         let topics: Vec<String> = events.iter().map(|(topic, _)| topic.clone()).collect();
         let contents = topics.iter().map(String::as_str).zip(events.into_iter().map(|(_, events)| events));
@@ -462,10 +474,26 @@ impl Replay {
         if !self.has_room() && self.stalled.is_due(now) {
             self.lanes.hold_stalled(now, STALL_PATIENCE, connected_since);
         }
+        self.make_room_in_client(now);
         if !self.forwards || self.is_parking(now) || !self.spilling.is_time(&self.in_flight, &self.lanes, now) {
             return false;
         }
         self.spilling.relieve(&mut self.in_flight, &mut self.lanes, &self.router, now)
+    }
+
+    /// Events of the spill that Kafka does not take must not keep others out of the client for long: they are safe, and go back.
+    fn make_room_in_client(&mut self, now: Instant) {
+        if self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 4 || self.spilling.has_delivered_since(now) {
+            self.crowded_since = None;
+            return;
+        }
+        if now < *self.crowded_since.get_or_insert(now) + CROWDED_PATIENCE {
+            return;
+        }
+        self.crowded_since = None;
+        let bytes = self.lanes.spilled_client_bytes();
+        warn!(bytes, "topics that stand still take much of the kafka client, replacing it");
+        self.drop_producer(now);
     }
 
     /// Events are on their way into the parked store.
@@ -529,7 +557,7 @@ impl Replay {
 
     /// What one lane may have in the client: never all that there may be.
     fn lane_bytes_max(&self) -> u64 {
-        self.in_flight_bytes_max.saturating_sub(self.lanes.spilled_client_bytes()) / 2
+        self.in_flight_bytes_max.saturating_sub(self.lanes.spilled_client_bytes()) / 4
     }
 
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.

@@ -37,6 +37,8 @@ use crate::wal::Wal;
 const STEP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The same for reading the cursors.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// A transaction that is younger was not given up by Kafka, which waits for a minute (`transaction.timeout.ms`).
+const EXPIRY_MIN: Duration = Duration::from_secs(40);
 /// Tag of a cursor record: one that no event has.
 const CURSOR_TAG: usize = usize::MAX;
 /// A transaction is closed when so many records are in it.
@@ -58,6 +60,8 @@ pub(super) struct ExactlyOnce {
     cursor_reported: Option<bool>,
     /// Records before were delivered, by the cursor in Kafka.
     delivered_before: Sequence,
+    /// The end of the log when the process began: no event after it can have been delivered before.
+    tail_at_start: Sequence,
     /// Parked events up to this id belong to committed transactions.
     parked_before: u64,
     fenced: bool,
@@ -121,6 +125,7 @@ pub(super) struct Side {
 
 struct SideRound {
     lane: LaneId,
+    begun: Instant,
     /// Sealed, while a cursor is on its way: the old one, as long as events are waiting, or the new one.
     state: State,
     /// Not sent yet.
@@ -145,6 +150,7 @@ impl ExactlyOnce {
             failed: false,
             cursor_reported: None,
             delivered_before: Sequence::FIRST,
+            tail_at_start: Sequence(wal.status().next_sequence),
             parked_before: 0,
             fenced: false,
             stopping: false,
@@ -165,6 +171,13 @@ impl ExactlyOnce {
 
     pub(super) fn is_fenced(&self) -> bool {
         self.fenced
+    }
+
+    /// Whether Kafka may have given up this transaction by itself: then it is no sign of another instance that this producer is
+    /// powerless.
+    pub(super) fn may_have_expired(&self, now: Instant) -> bool {
+        let since = self.side.round.as_ref().map_or(self.begun, |round| round.begun.min(self.begun));
+        now.saturating_duration_since(since) >= EXPIRY_MIN
     }
 
     /// Whether the cursor is known.
@@ -283,7 +296,14 @@ impl Replay {
                 })
                 .and_then(|()| once.names.read(&self.properties))
                 .map(|cursors| {
-                    once.delivered_before = Sequence(cursors.get("").copied().unwrap_or(Sequence::FIRST.0));
+                    let cursor = Sequence(cursors.get("").copied().unwrap_or(Sequence::FIRST.0));
+                    if cursor > once.tail_at_start {
+                        let (tail, cursor) = (once.tail_at_start.0, cursor.0);
+                        error!(tail, cursor, "the log is shorter than what kafka has of it: was it restored?");
+                    }
+                    once.delivered_before = cursor.min(once.tail_at_start).max(once.delivered_before);
+                    // Later it is this process that moves it.
+                    once.tail_at_start = Sequence(u64::MAX);
                     once.state = State::Idle;
                     info!(id = once.names.id, cursor = once.delivered_before.0, "exactly-once delivery goes on");
                 }),
@@ -353,8 +373,10 @@ impl Replay {
         };
         self.shared.set_last_error(error.to_string(), None);
         match error {
-            TransactionError::Fenced(message) => self.stop_fenced(&message, now),
-            TransactionError::Fatal(message) => {
+            TransactionError::Fenced(message) if once.state == State::Starting || !once.may_have_expired(now) => {
+                self.stop_fenced(&message, now);
+            }
+            TransactionError::Fenced(message) | TransactionError::Fatal(message) => {
                 if let Some(suppressed) = once.log_limit.admit(now) {
                     warn!(error = message, suppressed, "the transaction cannot go on, replacing the kafka producer");
                 }
@@ -641,6 +663,7 @@ impl Replay {
         let Some(producer) = &once.side.producer else { return Ok(()) };
         let mut round = SideRound {
             lane,
+            begun: now,
             state: State::Open,
             waiting: events,
             sent: Vec::new(),
@@ -699,7 +722,9 @@ impl Replay {
             warn!(%error, suppressed, "the transactions of held topics wait for kafka");
         }
         once.side_steps.failed(now, &mut self.rng);
-        if let TransactionError::Fenced(message) = error {
+        if let TransactionError::Fenced(message) = error
+            && !once.may_have_expired(now)
+        {
             let message = message.clone();
             self.stop_fenced(&message, now);
         } else if !matches!(error, TransactionError::Retry(_)) {

@@ -102,6 +102,8 @@ pub(super) struct Spill {
     settled_file: u64,
     events: u64,
     changed: bool,
+    /// The state could not be saved, or nobody knows whether it was.
+    doubtful: bool,
     /// The directory's own name is durable.
     directory_synced: bool,
     /// Files that the process before may not have made durable.
@@ -183,6 +185,7 @@ impl Spill {
             settled_file: 0,
             events: 0,
             changed: false,
+            doubtful: false,
             directory_synced: false,
             unsynced: Vec::new(),
             cache: None,
@@ -330,6 +333,9 @@ impl Spill {
             },
             Err(error) => return Err(error),
         };
+        // What an earlier look at the log has left is not in it, whatever its sequence says: it may come from another log.
+        let settled = self.topics[topic].settled_end.saturating_sub(first).min(u64::from(block.events)) as u32;
+        let kept = kept.max(settled);
         Ok((kept < block.events).then_some(kept))
     }
 
@@ -370,6 +376,9 @@ impl Spill {
     /// # Errors
     /// [`SpillError::Io`]: nothing of them is in the spill.
     pub(super) fn put(&mut self, topics: Vec<(&str, Vec<SpilledEvent>)>) -> Result<Vec<u64>, SpillError> {
+        if self.doubtful {
+            self.save()?;
+        }
         let mut written = Vec::new();
         let begin = self.begin();
         let result = self.write(topics, &mut written).and_then(|firsts| {
@@ -577,7 +586,10 @@ impl Spill {
         let (durable_file, durable_bytes) = durable.unwrap_or((self.next_file, 0));
         let (next_number, settled_file) = (self.next_number, self.settled_file);
         let state = State { next_number, settled_file, durable_file, durable_bytes, topics };
+        // If that fails, either state may be the one that counts: nothing new may rest on the old one.
+        self.doubtful = true;
         state::save(&self.directory, &state).map_err(SpillError::io("save the spill's state"))?;
+        self.doubtful = false;
         kill_point::pass("spill.saved");
         // Not before: with the old state, numbers that start anew would look like missing ones.
         self.topics.retain(|_, topic| topic.end > topic.consumed);

@@ -70,6 +70,21 @@ fn topics_are_worked_off_one_by_one_and_files_go() {
 }
 
 #[test]
+fn what_another_log_has_left_is_not_taken_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut spill = Spill::open(&directory.path().join("spill")).unwrap();
+    put(&mut spill, "a", (50..60).map(|at| event(at, &payload(at, 10))).collect());
+    drop(spill);
+    // The log was removed, and a new one begins at 1.
+    let mut spill = Spill::open(&directory.path().join("spill")).unwrap();
+    spill.settle(Sequence(1), Sequence(1)).unwrap();
+    put(&mut spill, "a", (1..3).map(|at| event(at, &payload(at, 10))).collect());
+    spill.settle(Sequence(1), Sequence(1000)).unwrap();
+    let left: Vec<u64> = contents(&mut spill, "a").iter().map(|event| event.sequence).collect();
+    assert_eq!(left, (50..60).collect::<Vec<_>>());
+}
+
+#[test]
 fn small_blocks_grow_together() {
     let directory = tempfile::tempdir().unwrap();
     let mut spill = Spill::open(&directory.path().join("spill")).unwrap();
