@@ -1,6 +1,6 @@
 //! Forward: replays the log into Kafka, in order, for ever.
 //!
-//! One thread, `forward`, does all of it (`replay.rs`): it reads a *record*, routes each of its events to the *lane* of
+//! One thread, `forward`, does all of it (`replay/mod.rs`): it reads a *record*, routes each of its events to the *lane* of
 //! its topic, and hands it to the *producer*; delivery *reports* close events; closed records move the *watermark*, which
 //! moves the log's cursor.
 //!
@@ -8,12 +8,14 @@
 //! - The cursor never passes an event that is neither acked by all in-sync replicas nor durably parked or spilled.
 //! - Nothing is dropped but by a policy that the operator chose (`discard.rs`). What may succeed is retried for ever, what
 //!   never can is parked.
-//! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes.rs` states.
+//! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes/mod.rs` states.
 //! - What is parked has been counted as that. If it is dropped later, that is counted apart (`parked/removal.rs`).
-//! - Every event is counted once, when the watermark passes it, however often it was sent.
+//! - Every event is counted once, when the watermark passes it, however often it was sent; one of the spill when it is
+//!   delivered from there, and once more if the producer breaks before the watermark has passed it.
 //!
 //! # Limits
-//! - Delivery is at least once: after a crash, or when a producer breaks, what was in flight is sent, or parked, again.
+//! - Delivery is at least once: after a crash, or when a producer breaks, what was in flight is sent, or parked, again. With
+//!   `forward.delivery = "exactly_once"` it is once, by transactions (`replay/transaction.rs`).
 //! - `forward.in_flight_bytes_max` bounds what is in flight over all topics, up to one record more. It counts the bytes
 //!   of requests and 256 bytes an event; with the Kafka client's own copy, memory is about twice that.
 //! - A topic that fails, or stands still, holds back the cursor and the others only until it takes much of that bound; then
