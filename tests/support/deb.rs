@@ -10,7 +10,7 @@ pub fn build(work: &Path, version: &str) -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let manifest: toml::Table = fs::read_to_string(here.join("Cargo.toml")).unwrap().parse().unwrap();
     let deb = &manifest["package"]["metadata"]["deb"];
-    run(Command::new(here.join("packaging/pages")).arg(env!("CARGO_BIN_EXE_ringtail")));
+    run(Command::new(here.join("systemd/package/pages")).arg(env!("CARGO_BIN_EXE_ringtail")));
     let binary = work.join("ringtail");
     if !binary.exists() {
         run(Command::new("strip").arg("-o").args([&binary, Path::new(env!("CARGO_BIN_EXE_ringtail"))]));
