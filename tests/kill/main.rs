@@ -44,7 +44,7 @@ const EARLY_KILL_ONE_IN: u32 = 4;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_acked_batch_survives_kill_9() {
     let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(|| rand::rng().random());
-    let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(100);
+    let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(120);
     // What the log says while the test itself opens it.
     tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_ansi(false).init();
     println!("RINGTAIL_SEED={seed} RINGTAIL_KILLS={kills}");
