@@ -12,7 +12,7 @@ use tracing::{error, info};
 use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
-use super::lanes::{Lanes, ToPark};
+use super::lanes::{LaneId, Lanes, ToPark};
 use super::parked::{Limits, ParkedAbout, ParkedError, ParkedEvent, ParkedStore};
 use super::router::Router;
 use super::spill::{Header, SpillError, SpilledEvent};
@@ -148,21 +148,36 @@ impl Parking {
     fn store(&mut self, of: &mut Origin<'_>, now: Instant) -> Result<(), ParkingError> {
         let are_letters = self.waiting.front().is_some_and(|to_park| of.dead_letter_topic_of(to_park).is_some());
         let mut letters = Vec::new();
+        let mut walk = Walk::new(of.in_flight);
         while self.written.len() < EVENTS_MAX {
             let Some(to_park) = self.waiting.front().copied() else { break };
             if of.dead_letter_topic_of(&to_park).is_some() != are_letters {
                 break;
             }
-            if let Some((about, payload)) = of.describe(&to_park, now)? {
-                let payload_bytes = payload.len() as u64;
-                if are_letters {
-                    letters.push(letter(about, payload));
-                } else {
-                    self.store.park(&about, &payload)?;
+            let (topic, found) = if let Some(lane) = to_park.spilled_of() {
+                let topic = of.lanes.topic(lane);
+                match of.spilling.event(topic, to_park.event.number()) {
+                    Err(SpillError::Damaged { .. }) => {
+                        of.spilling.report_lost(topic, 1, of.metrics, now);
+                        of.lanes.parked(lane, to_park.event, now);
+                        self.waiting.pop_front();
+                        continue;
+                    }
+                    found => (topic.to_owned(), found?),
                 }
-                self.written.push(Written { to_park, payload_bytes });
+            } else {
+                let (live, found) = walk.find(to_park.event);
+                (of.router.topic(found.event_type), SpilledEvent::of(live, found, of.router))
+            };
+            let payload_bytes = found.payload.len() as u64;
+            if are_letters {
+                letters.push(letter(&to_park, &topic, found));
+            } else {
+                let (about, payload) = about(&to_park, topic, found);
+                self.store.park(&about, &payload)?;
             }
             self.waiting.pop_front();
+            self.written.push(Written { to_park, payload_bytes });
         }
         kill_point::pass("park.written");
         match of.dead_letter_topic.filter(|_| !letters.is_empty()) {
@@ -173,8 +188,9 @@ impl Parking {
             None => self.store.sync()?,
         }
         kill_point::pass("park.synced");
-        for Written { to_park: ToPark { event, lane, reason, .. }, payload_bytes } in self.written.drain(..) {
-            let spilled_of = lane.filter(|_| event.is_spilled());
+        for Written { to_park, payload_bytes } in self.written.drain(..) {
+            let ToPark { event, reason, .. } = to_park;
+            let spilled_of = to_park.spilled_of();
             match spilled_of {
                 None if are_letters => of.in_flight.spilled(event, payload_bytes, now_ms()),
                 None => of.in_flight.parked(event, reason, payload_bytes, now_ms()),
@@ -196,85 +212,57 @@ impl Origin<'_> {
         let failed_in = to_park.lane.map(|lane| self.lanes.topic(lane));
         self.dead_letter_topic.filter(|topic| failed_in != Some(*topic))
     }
+}
 
-    /// All about an event, and its payload; none if it is lost in the spill, which is then reported.
-    fn describe(&mut self, to_park: &ToPark, now: Instant) -> Result<Option<(ParkedAbout, Bytes)>, SpillError> {
-        let ToPark { event, lane, reason, failure } = *to_park;
-        let error = match (failure, reason) {
+impl ToPark {
+    /// Its lane, if it is in the spill.
+    fn spilled_of(&self) -> Option<LaneId> {
+        self.lane.filter(|_| self.event.is_spilled())
+    }
+
+    /// Why, in words.
+    fn error(&self) -> String {
+        match (self.failure, self.reason) {
             (Some(failure), _) => failure.to_string(),
             (None, ParkReason::Expired) => "older than wal.age_max".to_owned(),
             (None, _) => "kafka takes no such topic name".to_owned(),
-        };
-        let Some(lane) = lane.filter(|_| event.is_spilled()) else {
-            let (live, found) = Walk::new(self.in_flight).find(event);
-            let batch = &live.batch;
-            let about = ParkedAbout {
-                topic: self.router.topic(found.event_type),
-                key: self.router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
-                event_type: found.event_type.to_owned(),
-                reason,
-                error,
-                group: batch.client.group.to_string(),
-                connection_id: batch.client.id.to_string(),
-                req_guid: batch.request.req_guid().to_owned(),
-                sequence: live.sequence,
-                received_at_ms: batch.received_at_ms,
-                parked_at_ms: now_ms(),
-            };
-            return Ok(Some((about, batch.request.as_bytes().slice_ref(found.payload))));
-        };
-        let topic = self.lanes.topic(lane);
-        let found = match self.spilling.event(topic, event.number()) {
-            Err(SpillError::Damaged { .. }) => {
-                self.spilling.report_lost(topic, 1, self.metrics, now);
-                self.lanes.parked(lane, event, now);
-                return Ok(None);
-            }
-            found => found?,
-        };
-        let about = ParkedAbout {
-            topic: topic.to_owned(),
-            key: found.key,
-            event_type: found.event_type,
-            reason,
-            error,
-            group: found.group,
-            connection_id: found.connection_id,
-            req_guid: found.req_guid,
-            sequence: Sequence(found.sequence),
-            received_at_ms: found.received_at_ms,
-            parked_at_ms: now_ms(),
-        };
-        Ok(Some((about, found.payload)))
+        }
     }
 }
 
+/// An event as it is parked.
+fn about(to_park: &ToPark, topic: String, found: SpilledEvent) -> (ParkedAbout, Bytes) {
+    let about = ParkedAbout {
+        topic,
+        key: found.key,
+        event_type: found.event_type,
+        reason: to_park.reason,
+        error: to_park.error(),
+        group: found.group,
+        connection_id: found.connection_id,
+        req_guid: found.req_guid,
+        sequence: Sequence(found.sequence),
+        received_at_ms: found.received_at_ms,
+        parked_at_ms: now_ms(),
+    };
+    (about, found.payload)
+}
+
 /// An event as it goes to the dead letter topic: what is known of it is in the headers.
-fn letter(about: ParkedAbout, payload: Bytes) -> SpilledEvent {
+fn letter(to_park: &ToPark, topic: &str, found: SpilledEvent) -> SpilledEvent {
     let headers = [
-        ("ringtail.reason", about.reason.as_str().to_owned()),
-        ("ringtail.error", about.error),
-        ("ringtail.topic", about.topic),
-        ("ringtail.event_type", about.event_type.clone()),
-        ("ringtail.group", about.group.clone()),
-        ("ringtail.connection_id", about.connection_id.clone()),
-        ("ringtail.req_guid", about.req_guid.clone()),
-        ("ringtail.sequence", about.sequence.to_string()),
-        ("ringtail.received_at_ms", about.received_at_ms.to_string()),
+        ("ringtail.reason", to_park.reason.as_str().to_owned()),
+        ("ringtail.error", to_park.error()),
+        ("ringtail.topic", topic.to_owned()),
+        ("ringtail.event_type", found.event_type.clone()),
+        ("ringtail.group", found.group.clone()),
+        ("ringtail.connection_id", found.connection_id.clone()),
+        ("ringtail.req_guid", found.req_guid.clone()),
+        ("ringtail.sequence", found.sequence.to_string()),
+        ("ringtail.received_at_ms", found.received_at_ms.to_string()),
     ];
-    let headers = headers.into_iter().map(|(name, value)| Header { name: name.to_owned(), value });
-    SpilledEvent {
-        sequence: about.sequence.0,
-        received_at_ms: about.received_at_ms,
-        group: about.group,
-        connection_id: about.connection_id,
-        req_guid: about.req_guid,
-        event_type: about.event_type,
-        key: about.key,
-        payload,
-        headers: headers.collect(),
-        requeued: false,
-    }
+    let headers = headers.into_iter().map(|(name, value)| Header { name: name.to_owned(), value }).collect();
+    SpilledEvent { headers, ..found }
 }
 
 #[cfg(test)]

@@ -13,11 +13,11 @@ use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
 use super::backoff::{Every, LogLimit, Retry};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, InFlight, RECORDS_MAX, Walk};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, InFlight, Live, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
 use super::router::Router;
 use super::spill::{Spill, SpillError, SpilledEvent};
-use crate::batch::{Sequence, now_ms};
+use crate::batch::{Event, Sequence, now_ms};
 use crate::metrics::Metrics;
 use crate::wal::Wal;
 
@@ -165,30 +165,17 @@ impl Spilling {
         let mut walk = Walk::new(in_flight);
         for (lane, event) in in_flight.open_events(|lane| lanes.is_held(lane)) {
             let (live, found) = walk.find(event);
-            let batch = &live.batch;
             let moving = events.entry(lane).or_default();
             moving.refs.push(event);
             moving.bytes.push(found.payload.len() as u64 + EVENT_OVERHEAD_BYTES);
-            moving.events.push(SpilledEvent {
-                sequence: live.sequence.0,
-                received_at_ms: batch.received_at_ms,
-                group: batch.client.group.to_string(),
-                connection_id: batch.client.id.to_string(),
-                req_guid: batch.request.req_guid().to_owned(),
-                event_type: found.event_type.to_owned(),
-                key: router.key(&batch.client, &batch.request, found.event_type).map(str::to_owned),
-                payload: batch.request.as_bytes().slice_ref(found.payload),
-                headers: Vec::new(),
-                requeued: false,
-            });
+            moving.events.push(SpilledEvent::of(live, found, router));
         }
         if events.is_empty() {
             return false;
         }
         let contents = events.iter_mut().map(|(lane, moving)| (lanes.topic(*lane), std::mem::take(&mut moving.events)));
-        let result = self.spill.put(contents.collect());
-        let firsts = match result {
-            Ok(firsts) => firsts,
+        let numbers = match self.put(contents.collect()) {
+            Ok(numbers) => numbers,
             Err(error) => {
                 self.succeeded(Err(error), now);
                 return true;
@@ -196,8 +183,7 @@ impl Spilling {
         };
         self.succeeded(Ok(()), now);
         self.blind_at = Some(now);
-        for ((lane, moving), first) in events.into_iter().zip(firsts) {
-            let numbers = first..first + moving.refs.len() as u64;
+        for ((lane, moving), numbers) in events.into_iter().zip(numbers) {
             lanes.moved(lane, &moving.refs, numbers, &moving.bytes, now);
             for (event, bytes) in moving.refs.iter().zip(&moving.bytes) {
                 in_flight.spilled(*event, bytes - EVENT_OVERHEAD_BYTES, now_ms());
@@ -267,6 +253,25 @@ impl Spilling {
                 self.storing.failed(now, &mut self.rng);
                 false
             }
+        }
+    }
+}
+
+impl SpilledEvent {
+    /// An event of the log.
+    pub(super) fn of(live: &Live, event: Event<'_>, router: &Router) -> SpilledEvent {
+        let batch = &live.batch;
+        SpilledEvent {
+            sequence: live.sequence.0,
+            received_at_ms: batch.received_at_ms,
+            group: batch.client.group.to_string(),
+            connection_id: batch.client.id.to_string(),
+            req_guid: batch.request.req_guid().to_owned(),
+            event_type: event.event_type.to_owned(),
+            key: router.key(&batch.client, &batch.request, event.event_type).map(str::to_owned),
+            payload: batch.request.as_bytes().slice_ref(event.payload),
+            headers: Vec::new(),
+            requeued: false,
         }
     }
 }
