@@ -259,8 +259,14 @@ impl Drop for Forwarder {
 #[doc(hidden)]
 pub fn spill_contents(wal: &Wal) -> Result<SpillContents, SpillError> {
     let status = wal.status();
-    let spill = spill::Spill::open(&wal.config().directory.join(SPILL))?;
-    spill.into_contents(Sequence(status.cursor_sequence), Sequence(status.next_sequence))
+    let mut spill = spill::Spill::open(&wal.config().directory.join(SPILL))?;
+    spill.settle(Sequence(status.cursor_sequence), Sequence(status.next_sequence))?;
+    let mut events = Vec::new();
+    let lost = spill.for_each(|topic, event| {
+        events.push((topic.to_owned(), event.payload.clone()));
+        Ok::<(), SpillError>(())
+    })?;
+    Ok(SpillContents { events, lost })
 }
 
 /// Why a delivery attempt failed. Also the `reason` label of `ringtail_forward_delivery_failures_total`.

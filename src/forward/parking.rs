@@ -163,7 +163,7 @@ impl Parking {
                         self.waiting.pop_front();
                         continue;
                     }
-                    found => (topic.to_owned(), found?),
+                    found => (topic.to_owned(), found?.clone()),
                 }
             } else {
                 let (live, found) = walk.find(to_park.event);

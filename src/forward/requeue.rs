@@ -115,24 +115,10 @@ impl OfflineSpill {
         mut take: impl FnMut(Sequence, Batch) -> Result<(), E>,
     ) -> Result<u64, E> {
         let mut spill = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut topics: Vec<String> = spill.topics().map(str::to_owned).collect();
-        topics.sort_unstable();
-        let mut damaged = 0;
-        for topic in topics {
-            for number in spill.numbers(&topic) {
-                let event = match spill.event(&topic, number) {
-                    Err(SpillError::Damaged { .. }) => {
-                        damaged += 1;
-                        continue;
-                    }
-                    event => event?,
-                };
-                if event.requeued || !(cursor.0..tail.0).contains(&event.sequence) {
-                    take(Sequence(event.sequence), batch(event))?;
-                }
-            }
-        }
-        Ok(damaged)
+        spill.for_each(|_, event| {
+            let is_in_log = (cursor.0..tail.0).contains(&event.log_sequence());
+            if is_in_log { Ok(()) } else { take(Sequence(event.sequence), batch(event.clone())) }
+        })
     }
 }
 

@@ -16,7 +16,7 @@ use super::backoff::{Every, LogLimit, Retry};
 use super::in_flight::{EVENT_OVERHEAD_BYTES, InFlight, Live, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
 use super::router::Router;
-use super::spill::{Spill, SpillError, SpilledEvent};
+use super::spill::{FoundEvent, Spill, SpillError, SpilledEvent};
 use crate::batch::{Event, Sequence, now_ms};
 use crate::metrics::Metrics;
 use crate::wal::Wal;
@@ -206,7 +206,7 @@ impl Spilling {
     ///
     /// # Errors
     /// [`SpillError`], as [`Spill::event`]
-    pub(super) fn event(&mut self, topic: &str, number: u64) -> Result<SpilledEvent, SpillError> {
+    pub(super) fn event(&mut self, topic: &str, number: u64) -> Result<FoundEvent, SpillError> {
         self.spill.event(topic, number)
     }
 

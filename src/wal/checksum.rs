@@ -3,7 +3,7 @@
 use bytes::BufMut;
 
 /// Of all `pieces`, one after the other.
-pub(super) fn crc32c(pieces: &[&[u8]]) -> u32 {
+pub(crate) fn crc32c(pieces: &[&[u8]]) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     pieces.iter().for_each(|piece| digest.update(piece));
     u32::try_from(digest.finalize()).expect("CRC-32C has 32 bits")

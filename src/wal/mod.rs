@@ -60,6 +60,7 @@ use tokio_util::sync::CancellationToken;
 pub use appender::{Commit, Stored};
 pub use carved::{CarvedRecord, CarvedRecords, Run};
 pub use check::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
+pub(crate) use checksum::crc32c;
 pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
 pub use log::Position;
 pub use losses::Loss;

@@ -18,6 +18,8 @@ use std::os::unix::fs::FileExt;
 use bytes::{Buf, BufMut, Bytes};
 use prost::Message;
 
+use crate::wal::crc32c;
+
 const MAGIC: u32 = u32::from_le_bytes(*b"RTS1");
 const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 52;
@@ -63,7 +65,7 @@ pub(in crate::forward) struct SpilledEvent {
 
 impl SpilledEvent {
     /// The sequence under which the log may show it again; 0 if under none.
-    pub(super) fn log_sequence(&self) -> u64 {
+    pub(in crate::forward) fn log_sequence(&self) -> u64 {
         if self.requeued { 0 } else { self.sequence }
     }
 }
@@ -174,13 +176,6 @@ pub(super) fn read_events(file: &File, offset: u64) -> io::Result<Option<Vec<Spi
     // The events share the body's memory.
     let events = Body::decode(Bytes::from(body)).ok().map(|body| body.events);
     Ok(events.filter(|events| events.len() == header.events as usize))
-}
-
-/// CRC-32C of `pieces`, one after the other.
-pub(super) fn crc32c(pieces: &[&[u8]]) -> u32 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-    pieces.iter().for_each(|piece| digest.update(piece));
-    digest.finalize() as u32
 }
 
 /// Whether the file has so many bytes at `offset`.

@@ -151,6 +151,20 @@ struct Current {
     bytes: u64,
 }
 
+/// An event in the block that was read for it.
+pub(super) struct FoundEvent {
+    events: Arc<[SpilledEvent]>,
+    at: usize,
+}
+
+impl std::ops::Deref for FoundEvent {
+    type Target = SpilledEvent;
+
+    fn deref(&self) -> &SpilledEvent {
+        &self.events[self.at]
+    }
+}
+
 /// Where a call begins to write: the file, with its length, and the next one.
 struct Begin {
     current: Option<(u64, u64)>,
@@ -190,8 +204,9 @@ impl Spill {
             unsynced: Vec::new(),
             cache: None,
         };
+        let known = state.as_ref().map(Known::new);
         for id in file_ids(directory).map_err(SpillError::io("list the spill"))? {
-            spill.scan(id, state.as_ref()).map_err(SpillError::io("read the spill"))?;
+            spill.scan(id, known.as_ref()).map_err(SpillError::io("read the spill"))?;
             spill.next_file = id + 1;
             if state.as_ref().is_none_or(|state| id >= state.durable_file) {
                 spill.unsynced.push(id);
@@ -210,16 +225,13 @@ impl Spill {
             }
         }
         spill.events = spill.topics.values().map(|topic| topic.end - topic.consumed).sum();
-        for (name, consumed) in
-            spill.topics.iter().map(|(name, topic)| (name.clone(), topic.consumed)).collect::<Vec<_>>()
-        {
-            spill.consume(&name, consumed);
-        }
+        let consumed: Vec<_> = spill.topics.iter().map(|(name, topic)| (name.clone(), topic.consumed)).collect();
+        consumed.into_iter().for_each(|(name, consumed)| spill.consume(&name, consumed));
         Ok(spill)
     }
 
     /// Takes in the headers of one file.
-    fn scan(&mut self, id: u64, state: Option<&State>) -> io::Result<()> {
+    fn scan(&mut self, id: u64, known: Option<&Known<'_>>) -> io::Result<()> {
         let file = File::open(self.path(id))?;
         let bytes = file.metadata()?.len();
         self.files.insert(id, FileUse { bytes, needed_bytes: 0 });
@@ -228,8 +240,9 @@ impl Spill {
             let place = BlockPlace { file: id, offset };
             let block_bytes = header.block_bytes();
             self.next_number = self.next_number.max(header.first + u64::from(header.events));
-            let is_durable = state.is_some_and(|state| (id, offset) < (state.durable_file, state.durable_bytes));
-            let mut block = Block { place, bytes: block_bytes, events: counting(state, id, &header) };
+            let is_durable = known.is_some_and(|known| known.is_durable(place));
+            let events = known.map_or(header.events, |known| known.counting(id, &header));
+            let mut block = Block { place, bytes: block_bytes, events };
             let mut first = header.first;
             if header.copied > 0 && !is_durable && block::read_events(&file, offset)?.is_none() {
                 // It was cut off, probably. Nothing was removed that it copies.
@@ -515,7 +528,7 @@ impl Spill {
     ///
     /// # Errors
     /// [`SpillError::Damaged`]: it is lost, and everything up to `end` with it. [`SpillError::Io`]: worth a retry.
-    pub(super) fn event(&mut self, topic: &str, number: u64) -> Result<SpilledEvent, SpillError> {
+    pub(super) fn event(&mut self, topic: &str, number: u64) -> Result<FoundEvent, SpillError> {
         let blocks = self.topics.get(topic).map(|topic| (&topic.blocks, topic.end));
         let (blocks, end) = blocks.ok_or(SpillError::Damaged { end: number + 1 })?;
         let found = blocks.range(..=number).next_back().map(|(first, block)| (*first, *block));
@@ -528,7 +541,7 @@ impl Spill {
             SpillError::Damaged { .. } => SpillError::Damaged { end: first + u64::from(block.events) },
             error => error,
         })?;
-        Ok(events[(number - first) as usize].clone())
+        Ok(FoundEvent { events, at: (number - first) as usize })
     }
 
     fn read(&mut self, place: BlockPlace) -> Result<Arc<[SpilledEvent]>, SpillError> {
@@ -667,23 +680,29 @@ impl Spill {
         self.events
     }
 
-    /// Everything in it.
+    /// Gives every event to `take`, with its topic: topic by topic, by name, each in order. How many cannot be read.
     ///
     /// # Errors
-    /// [`SpillError::Io`]
-    pub(super) fn into_contents(mut self, cursor: Sequence, tail: Sequence) -> Result<SpillContents, SpillError> {
-        self.settle(cursor, tail)?;
-        let mut contents = SpillContents::default();
-        for topic in self.topics().map(str::to_owned).collect::<Vec<_>>() {
+    /// Those of `take`, and [`SpillError::Io`].
+    pub(super) fn for_each<E: From<SpillError>>(
+        &mut self,
+        mut take: impl FnMut(&str, &SpilledEvent) -> Result<(), E>,
+    ) -> Result<u64, E> {
+        let mut topics: Vec<String> = self.topics().map(str::to_owned).collect();
+        topics.sort_unstable();
+        let mut damaged = 0;
+        for topic in topics {
             for number in self.numbers(&topic) {
                 match self.event(&topic, number) {
-                    Ok(event) => contents.events.push((topic.clone(), event.payload)),
-                    Err(SpillError::Damaged { .. }) => contents.lost += 1,
-                    Err(error) => return Err(error),
+                    Err(SpillError::Damaged { .. }) => damaged += 1,
+                    event => {
+                        let event = event?;
+                        take(&topic, &event)?;
+                    }
                 }
             }
         }
-        Ok(contents)
+        Ok(damaged)
     }
 
     fn path(&self, id: u64) -> PathBuf {
@@ -691,17 +710,34 @@ impl Spill {
     }
 }
 
-/// How many of the events of a block in file `id` count.
-fn counting(state: Option<&State>, id: u64, header: &block::BlockHeader) -> u32 {
-    let Some(state) = state else { return header.events };
-    match state.topics.iter().find(|topic| topic.topic == header.topic) {
-        Some(topic) if id < state.settled_file => {
-            topic.settled_end.saturating_sub(header.first).min(u64::from(header.events)) as u32
+/// The state, while the files are taken in.
+struct Known<'a> {
+    state: &'a State,
+    topics: HashMap<&'a str, &'a TopicState>,
+}
+
+impl<'a> Known<'a> {
+    fn new(state: &'a State) -> Known<'a> {
+        let topics = state.topics.iter().map(|topic| (topic.topic.as_str(), topic)).collect();
+        Known { state, topics }
+    }
+
+    /// Whether what is there was durable when the state was saved.
+    fn is_durable(&self, BlockPlace { file, offset }: BlockPlace) -> bool {
+        (file, offset) < (self.state.durable_file, self.state.durable_bytes)
+    }
+
+    /// How many of the events of a block in file `id` count.
+    fn counting(&self, id: u64, header: &block::BlockHeader) -> u32 {
+        match self.topics.get(header.topic.as_str()) {
+            Some(topic) if id < self.state.settled_file => {
+                topic.settled_end.saturating_sub(header.first).min(u64::from(header.events)) as u32
+            }
+            Some(_) => header.events,
+            // It had no events when the state was saved.
+            None if header.first < self.state.next_number => 0,
+            None => header.events,
         }
-        Some(_) => header.events,
-        // It had no events when the state was saved.
-        None if header.first < state.next_number => 0,
-        None => header.events,
     }
 }
 

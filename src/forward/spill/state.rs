@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::block::crc32c;
+use crate::wal::crc32c;
 
 const NAME: &str = "state";
 const NEW_NAME: &str = "state.new";

@@ -32,7 +32,7 @@ fn put(spill: &mut Spill, topic: &str, events: Vec<SpilledEvent>) -> u64 {
 
 /// Everything of `topic`, in order.
 fn contents(spill: &mut Spill, topic: &str) -> Vec<SpilledEvent> {
-    spill.numbers(topic).map(|number| spill.event(topic, number).unwrap()).collect()
+    spill.numbers(topic).map(|number| spill.event(topic, number).unwrap().clone()).collect()
 }
 
 #[test]
