@@ -176,8 +176,8 @@ impl ExactlyOnce {
     /// Whether Kafka may have given up this transaction by itself: then it is no sign of another instance that this producer is
     /// powerless.
     pub(super) fn may_have_expired(&self, now: Instant) -> bool {
-        let since = self.side.round.as_ref().map_or(self.begun, |round| round.begun.min(self.begun));
-        now.saturating_duration_since(since) >= EXPIRY_MIN
+        let is_under_way = !matches!(self.state, State::Starting | State::Idle | State::Committed);
+        is_under_way && may_have_expired(self.begun, now)
     }
 
     /// Whether the cursor is known.
@@ -231,6 +231,11 @@ impl ExactlyOnce {
 pub(in crate::forward) fn transactional_id(config: &ForwardConfig, wal: &Wal) -> String {
     let id = &config.transactional_id;
     if id.is_empty() { format!("ringtail-{}", wal.id()) } else { id.clone() }
+}
+
+/// Whether Kafka may have given up a transaction that was begun then.
+fn may_have_expired(begun: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(begun) >= EXPIRY_MIN
 }
 
 impl Names {
@@ -373,9 +378,7 @@ impl Replay {
         };
         self.shared.set_last_error(error.to_string(), None);
         match error {
-            TransactionError::Fenced(message) if once.state == State::Starting || !once.may_have_expired(now) => {
-                self.stop_fenced(&message, now);
-            }
+            TransactionError::Fenced(message) if !once.may_have_expired(now) => self.stop_fenced(&message, now),
             TransactionError::Fenced(message) | TransactionError::Fatal(message) => {
                 if let Some(suppressed) = once.log_limit.admit(now) {
                     warn!(error = message, suppressed, "the transaction cannot go on, replacing the kafka producer");
@@ -723,7 +726,7 @@ impl Replay {
         }
         once.side_steps.failed(now, &mut self.rng);
         if let TransactionError::Fenced(message) = error
-            && !once.may_have_expired(now)
+            && !once.side.round.as_ref().is_some_and(|round| may_have_expired(round.begun, now))
         {
             let message = message.clone();
             self.stop_fenced(&message, now);
