@@ -575,11 +575,12 @@ fn a_full_log_drops_the_oldest_if_told_to_and_counts_every_event() {
     // What is left is the end of the log, without a gap.
     let dropped = || setup.metric("ringtail_forward_dropped_events_total") as u32;
     wait_until("nothing more is dropped", || {
-        let (before, mut reader) = (dropped(), setup.wal.reader());
+        // Only looks: a segment may go while it is read, and that is no loss.
+        let (before, mut reader) = (dropped(), setup.wal.peek());
         let left = std::iter::from_fn(|| reader.next_record().unwrap());
         let left: Vec<u32> =
             left.map(|record| number_of(record.batch.request.events().next().unwrap().payload)).collect();
-        before > 200 && left == (before..800).collect::<Vec<_>>() && before == dropped()
+        before > 300 && left == (before..800).collect::<Vec<_>>() && before == dropped()
     });
     setup.cluster.broker_up(-1).unwrap();
     setup.wait_for_empty_log(&forwarder);
