@@ -20,11 +20,11 @@ pub type ParkedReasons = Box<dyn Iterator<Item = (u64, &'static str)> + Send>;
 /// Longest silence of a command that works, so that nobody takes it for dead.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Most events removed between two lines.
+/// Most events worked on between two lines.
 const BATCH_EVENTS_MAX: usize = 1024;
 
-/// Payload bytes after which a batch is requeued.
-const BATCH_BYTES_MAX: usize = 4 << 20;
+/// Payload bytes after which a batch is worked on.
+const BATCH_BYTES_MAX: u64 = 4 << 20;
 
 /// One line of an answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,43 +144,14 @@ impl ParkedCommand for ParkedDrop {
 
     fn run(&self, store: &ParkedStore, _: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
-        let (mut ids, mut payload_bytes) = (Vec::new(), 0);
-        loop {
-            let found = walk.next();
-            let is_end = found.is_none();
-            match found {
-                None => {}
-                Some(Ok(event)) if self.dry_run => {
-                    walk.progress.events += 1;
-                    walk.progress.bytes += event.payload.len() as u64;
-                }
-                Some(Ok(event)) => {
-                    ids.push(event.id);
-                    payload_bytes += event.payload.len() as u64;
-                }
-                Some(Err(_)) if self.filter.is_by_id() && self.dry_run => walk.progress.events += 1,
-                Some(Err((id, _))) if self.filter.is_by_id() => ids.push(id),
-                Some(Err((id, message))) => walk.say(ParkedLine::Damaged { id, message }),
-            }
-            if !ids.is_empty() && (is_end || ids.len() == BATCH_EVENTS_MAX) && walk.ended.is_none() {
-                match store.drop_events(&ids, ParkedDropReason::Operator) {
-                    Ok(removed) => {
-                        walk.progress.events += removed.events;
-                        walk.progress.bytes += std::mem::take(&mut payload_bytes);
-                        walk.say(ParkedLine::Progress(walk.progress));
-                    }
-                    Err(error) => walk.ended = Some(End::Failed(message(error))),
-                }
-                ids.clear();
-            }
-            if is_end {
-                if !self.dry_run && walk.progress.events > 0 {
-                    let (events, bytes) = (walk.progress.events, walk.progress.bytes);
-                    tracing::info!(events, bytes, "parked events dropped by the operator");
-                }
-                return walk.end();
-            }
+        walk.in_batches(self.dry_run, self.filter.is_by_id(), |batch| {
+            Ok::<u64, ParkedError>(store.drop_events(&batch.ids, ParkedDropReason::Operator)?.events)
+        });
+        if !self.dry_run && walk.progress.events > 0 {
+            let (events, bytes) = (walk.progress.events, walk.progress.bytes);
+            tracing::info!(events, bytes, "parked events dropped by the operator");
         }
+        walk.end();
     }
 }
 
@@ -201,52 +172,16 @@ impl ParkedCommand for ParkedRequeue {
 
     fn run(&self, store: &ParkedStore, requeue: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
-        let (mut events, mut bytes) = (Vec::new(), 0);
-        loop {
-            let found = walk.next();
-            let is_end = found.is_none();
-            match found {
-                None => {}
-                Some(Ok(event)) if self.dry_run => {
-                    walk.progress.events += 1;
-                    walk.progress.bytes += event.payload.len() as u64;
-                }
-                Some(Ok(event)) => {
-                    bytes += event.payload.len();
-                    events.push(event);
-                }
-                Some(Err((id, message))) => walk.say(ParkedLine::Damaged { id, message }),
-            }
-            let is_full = events.len() == BATCH_EVENTS_MAX || bytes >= BATCH_BYTES_MAX;
-            if !events.is_empty() && (is_end || is_full) && walk.ended.is_none() {
-                match self.requeue(store, requeue, &events) {
-                    Ok(()) => {
-                        walk.progress.events += events.len() as u64;
-                        walk.progress.bytes += bytes as u64;
-                        walk.say(ParkedLine::Progress(walk.progress));
-                    }
-                    Err(error) => walk.ended = Some(End::Failed(message(error))),
-                }
-                events.clear();
-                bytes = 0;
-            }
-            if is_end {
-                if !self.dry_run && walk.progress.events > 0 {
-                    tracing::info!(events = walk.progress.events, "parked events requeued by the operator");
-                }
-                return walk.end();
-            }
+        walk.in_batches(self.dry_run, false, |batch| {
+            // In this order: a crash in between leaves an event in both places rather than in none.
+            requeue.requeue(&batch.events, self.topic.as_deref())?;
+            store.remove(&batch.ids)?;
+            Ok::<u64, RequeueFailed>(batch.ids.len() as u64)
+        });
+        if !self.dry_run && walk.progress.events > 0 {
+            tracing::info!(events = walk.progress.events, "parked events requeued by the operator");
         }
-    }
-}
-
-impl ParkedRequeue {
-    /// In this order: a crash in between leaves an event in both places rather than in none.
-    fn requeue(&self, store: &ParkedStore, requeue: &dyn Requeue, events: &[ParkedEvent]) -> Result<(), RequeueFailed> {
-        requeue.requeue(events, self.topic.as_deref())?;
-        let ids: Vec<u64> = events.iter().map(|event| event.id).collect();
-        store.remove(&ids)?;
-        Ok(())
+        walk.end();
     }
 }
 
@@ -268,6 +203,16 @@ struct Walk<'a> {
     take: Take<'a>,
     shown_at: Instant,
     ended: Option<End>,
+}
+
+/// Events to do something with at once.
+#[derive(Default)]
+struct Batch {
+    /// Those that can be read.
+    events: Vec<ParkedEvent>,
+    /// All of them.
+    ids: Vec<u64>,
+    payload_bytes: u64,
 }
 
 enum End {
@@ -313,6 +258,45 @@ impl<'a> Walk<'a> {
             }
         }
         None
+    }
+
+    /// Gives the wanted events to `work`, which returns with how many it is done; with a dry run they are only counted.
+    /// Without `damaged_too`, those that cannot be read stay, and are told.
+    fn in_batches<E: std::error::Error>(
+        &mut self,
+        dry_run: bool,
+        damaged_too: bool,
+        mut work: impl FnMut(&Batch) -> Result<u64, E>,
+    ) {
+        loop {
+            let mut batch = Batch::default();
+            while batch.ids.len() < BATCH_EVENTS_MAX && batch.payload_bytes < BATCH_BYTES_MAX {
+                match self.next() {
+                    None => break,
+                    Some(Ok(event)) => {
+                        batch.ids.push(event.id);
+                        batch.payload_bytes += event.payload.len() as u64;
+                        batch.events.push(event);
+                    }
+                    Some(Err((id, _))) if damaged_too => batch.ids.push(id),
+                    Some(Err((id, message))) => self.say(ParkedLine::Damaged { id, message }),
+                }
+            }
+            if batch.ids.is_empty() || self.ended.is_some() {
+                return;
+            }
+            let result = if dry_run { Ok(batch.ids.len() as u64) } else { work(&batch) };
+            match result {
+                Ok(events) => {
+                    self.progress.events += events;
+                    self.progress.bytes += batch.payload_bytes;
+                }
+                Err(error) => self.ended = Some(End::Failed(message(error))),
+            }
+            if !dry_run && self.ended.is_none() {
+                self.say(ParkedLine::Progress(self.progress));
+            }
+        }
     }
 
     fn say(&mut self, line: ParkedLine) {

@@ -525,7 +525,6 @@ impl Replay {
         }
         metrics.in_flight_events.set(self.in_flight.events() as f64);
         metrics.in_flight_bytes.set(self.in_flight.bytes() as f64);
-        metrics.parked_events.set(self.parking.count() as f64);
         metrics.spilled_events.set(self.spilling.count() as f64);
         metrics.spilled_bytes.set(self.spilling.bytes() as f64);
         metrics.held_topics.set(self.lanes.held() as f64);
@@ -541,7 +540,6 @@ impl Replay {
         self.wal.note_spilled(self.spilling.count() as i64 - self.in_flight.spilled_events() as i64);
         // Last, so that whoever sees an empty backlog finds everything counted.
         if let Some(end) = passed.end {
-            self.wal.note_parked(self.parking.count());
             self.wal.deliver(end);
         }
     }
