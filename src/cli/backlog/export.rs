@@ -8,7 +8,6 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use ringtail::admin::BatchLine;
 use ringtail::batch::{Batch, Sequence};
-use ringtail::config::Config;
 use ringtail::forward::{OfflineSpill, Topics};
 use ringtail::wal::{CarvedRecord, OfflineLog, SegmentFiles};
 use tempfile::NamedTempFile;
@@ -67,14 +66,6 @@ pub struct ExportArgs {
     output: Option<PathBuf>,
 }
 
-impl Summary {
-    fn add(&mut self, batch: &Batch) {
-        self.batches += 1;
-        self.events += u64::from(batch.request.event_count());
-        self.bytes += batch.request.as_bytes().len() as u64;
-    }
-}
-
 #[derive(Default)]
 struct Summary {
     batches: u64,
@@ -93,14 +84,23 @@ pub fn run(args: ExportArgs) -> anyhow::Result<ExitCode> {
     require_log(&config.wal.directory)?;
     let log = alone(OfflineLog::open(&config.wal))?;
     let topics = Topics::new(&config.forward.topic);
+    let export = |output: &mut dyn Write| {
+        let mut export = Export { args: &args, log: &log, topics: &topics, output, summary: Summary::default() };
+        if !args.quarantined {
+            // They are older than what is in the log.
+            export.spilled(&config.wal.directory)?;
+        }
+        export.segments()?;
+        anyhow::Ok(export.summary)
+    };
     let summary = match &args.output {
         None => {
             let mut output = BufWriter::new(io::stdout().lock());
-            let summary = export(&args, &config, &log, &topics, &mut output)?;
+            let summary = export(&mut output)?;
             output.flush().context("write to standard output")?;
             summary
         }
-        Some(path) => write_file(path, |output| export(&args, &config, &log, &topics, output))?,
+        Some(path) => write_file(path, export)?,
     };
     let (batches, events) = (count(summary.batches, "batch"), count(summary.events, "event"));
     eprintln!("exported {batches} with {events}, {}", bytesize::ByteSize::b(summary.bytes));
@@ -130,81 +130,79 @@ pub(in crate::cli) fn write_file<T>(
     Ok(result)
 }
 
-fn export(
-    args: &ExportArgs,
-    config: &Config,
-    log: &OfflineLog,
-    topics: &Topics,
-    output: &mut dyn Write,
-) -> anyhow::Result<Summary> {
-    // They are older than what is in the log.
-    let mut summary =
-        if args.quarantined { Summary::default() } else { export_spilled(args, config, log, topics, output)? };
-    let from_sequence = args.filter.from_sequence.unwrap_or(log.cursor_sequence());
-    let segments = if args.quarantined { log.quarantined()? } else { log.segments()? };
-    let wanted = |segment: &&SegmentFiles| {
-        args.quarantined || args.filter.from_sequence.is_some() || segment.id >= log.cursor_segment()
-    };
-    let segments: Vec<&SegmentFiles> = segments.iter().filter(wanted).collect();
-    let bytes = segments.iter().map(|segment| segment.bytes()).sum();
-    let progress = progress_bar(bytes, "{wide_bar} {bytes}/{total_bytes} read, {eta} left");
-    let mut next = args.filter.from_sequence.is_none().then_some(from_sequence).filter(|from| *from > 0);
-    for segment in segments {
-        for record in segment.records()? {
-            let record = match record {
-                Ok(record) => record,
-                Err(error) => {
-                    eprintln!("segment {}: {:#}", segment.id, anyhow::Error::from(error));
-                    summary.unreadable = true;
-                    continue;
-                }
-            };
-            if args.quarantined {
-                if args.lost && !is_lost(log, &record) {
-                    continue;
-                }
-            } else if record.sequence.0 < from_sequence {
-                continue;
-            } else {
-                summary.missing += gap(&args.filter, &mut next, record.sequence.0);
-            }
-            if let Some(batch) = args.filter.apply(record.sequence.0, &record.batch, topics) {
-                write_batch(args, record.sequence, &batch, topics, output).context("write the export")?;
-                summary.add(&batch);
-            }
-        }
-        progress.inc(segment.bytes());
-    }
-    if !args.quarantined {
-        summary.missing += gap(&args.filter, &mut next, log.next_sequence());
-    }
-    progress.finish_and_clear();
-    Ok(summary)
+/// One export under way.
+struct Export<'a> {
+    args: &'a ExportArgs,
+    log: &'a OfflineLog,
+    topics: &'a Topics,
+    output: &'a mut dyn Write,
+    summary: Summary,
 }
 
-/// Exports the pending events that are not in the log any more, each as a batch of its own.
-fn export_spilled(
-    args: &ExportArgs,
-    config: &Config,
-    log: &OfflineLog,
-    topics: &Topics,
-    output: &mut dyn Write,
-) -> anyhow::Result<Summary> {
-    let mut summary = Summary::default();
-    let spill = OfflineSpill::open(&config.wal.directory).context("open the spill")?;
-    let (cursor, tail) = (Sequence(log.cursor_sequence()), Sequence(log.next_sequence()));
-    let damaged = spill.read(cursor, tail, |sequence, batch| {
-        if let Some(batch) = args.filter.apply(sequence.0, &batch, topics) {
-            write_batch(args, sequence, &batch, topics, output).context("write the export")?;
-            summary.add(&batch);
+impl Export<'_> {
+    /// What is in the log, or in the quarantined segments.
+    fn segments(&mut self) -> anyhow::Result<()> {
+        let Export { args, log, .. } = *self;
+        let from_sequence = args.filter.from_sequence.unwrap_or(log.cursor_sequence());
+        let segments = if args.quarantined { log.quarantined()? } else { log.segments()? };
+        let wanted = |segment: &&SegmentFiles| {
+            args.quarantined || args.filter.from_sequence.is_some() || segment.id >= log.cursor_segment()
+        };
+        let segments: Vec<&SegmentFiles> = segments.iter().filter(wanted).collect();
+        let bytes = segments.iter().map(|segment| segment.bytes()).sum();
+        let progress = progress_bar(bytes, "{wide_bar} {bytes}/{total_bytes} read, {eta} left");
+        let mut next = args.filter.from_sequence.is_none().then_some(from_sequence).filter(|from| *from > 0);
+        for segment in segments {
+            for record in segment.records()? {
+                let record = match record {
+                    Ok(record) => record,
+                    Err(error) => {
+                        eprintln!("segment {}: {:#}", segment.id, anyhow::Error::from(error));
+                        self.summary.unreadable = true;
+                        continue;
+                    }
+                };
+                if args.quarantined {
+                    if args.lost && !is_lost(log, &record) {
+                        continue;
+                    }
+                } else if record.sequence.0 < from_sequence {
+                    continue;
+                } else {
+                    self.summary.missing += gap(&args.filter, &mut next, record.sequence.0);
+                }
+                self.write(record.sequence, &record.batch)?;
+            }
+            progress.inc(segment.bytes());
         }
-        anyhow::Ok(())
-    })?;
-    if damaged > 0 {
-        eprintln!("{} of held topics cannot be read", count(damaged, "event"));
-        summary.unreadable = true;
+        if !args.quarantined {
+            self.summary.missing += gap(&args.filter, &mut next, log.next_sequence());
+        }
+        progress.finish_and_clear();
+        Ok(())
     }
-    Ok(summary)
+
+    /// The pending events that are not in the log any more, each as a batch of its own.
+    fn spilled(&mut self, directory: &Path) -> anyhow::Result<()> {
+        let spill = OfflineSpill::open(directory).context("open the spill")?;
+        let (cursor, tail) = (Sequence(self.log.cursor_sequence()), Sequence(self.log.next_sequence()));
+        let damaged = spill.read(cursor, tail, |sequence, batch| self.write(sequence, &batch))?;
+        if damaged > 0 {
+            eprintln!("{} of held topics cannot be read", count(damaged, "event"));
+            self.summary.unreadable = true;
+        }
+        Ok(())
+    }
+
+    /// Writes what is wanted of a batch, and counts it.
+    fn write(&mut self, sequence: Sequence, batch: &Batch) -> anyhow::Result<()> {
+        let Some(batch) = self.args.filter.apply(sequence.0, batch, self.topics) else { return Ok(()) };
+        write_batch(self.args, sequence, &batch, self.topics, self.output).context("write the export")?;
+        self.summary.batches += 1;
+        self.summary.events += u64::from(batch.request.event_count());
+        self.summary.bytes += batch.request.as_bytes().len() as u64;
+        Ok(())
+    }
 }
 
 fn is_lost(log: &OfflineLog, record: &CarvedRecord) -> bool {
