@@ -1,5 +1,7 @@
 //! `ringtail parked` on a log that no service has open, and on a running service.
 
+#[path = "support/http.rs"]
+mod http;
 #[path = "support/parked.rs"]
 mod parked;
 #[path = "support/process.rs"]
@@ -7,8 +9,8 @@ mod process;
 #[path = "support/small_log.rs"]
 mod small_log;
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::Write;
+use std::net::SocketAddr;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -202,10 +204,7 @@ fn drop_needs_to_be_told_what_and_is_durable() {
 }
 
 fn metric(admin: SocketAddr, name: &str) -> f64 {
-    let mut stream = TcpStream::connect(admin).unwrap();
-    write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
+    let (_, answer) = http::get(admin, "/metrics");
     let samples = answer.lines().filter_map(|line| line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{'])));
     samples.filter_map(|rest| rest.rsplit_once(' ')).map(|(_, value)| value.parse::<f64>().unwrap()).sum()
 }

@@ -88,6 +88,17 @@ impl Setup {
         self.cluster.create_topic(name, partitions, 1).unwrap();
     }
 
+    /// Makes a topic that may not be written.
+    fn closed_topic(&self, name: &str) {
+        self.topic(name, 1);
+        self.cluster.topic_error(name, Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    }
+
+    /// It may be written now.
+    fn open_topic(&self, name: &str) {
+        self.cluster.topic_error(name, Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    }
+
     fn start(&self) -> Forwarder {
         Forwarder::start(&self.config, BATCH_BYTES_MAX, self.wal.clone(), self.metrics.clone()).unwrap()
     }
@@ -143,23 +154,8 @@ impl Setup {
         ParkedStore::open(self.wal.parked()).unwrap().events(0).collect::<Result<_, _>>().unwrap()
     }
 
-    fn headers_of_first(&self, topic: &str) -> HashMap<String, String> {
-        let consumer: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", self.cluster.bootstrap_servers())
-            .set("group.id", "test")
-            .create()
-            .unwrap();
-        let mut assignment = TopicPartitionList::new();
-        assignment.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
-        consumer.assign(&assignment).unwrap();
-        let message = consumer.poll(DEADLINE).expect("a record").unwrap();
-        let headers = message.headers().expect("headers").iter();
-        let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
-        headers.map(|header| (header.key.to_owned(), text(header.value))).collect()
-    }
-
-    /// Reads `topic` until there were `count` records: (key, value), in order per partition.
-    fn consume(&self, topic: &str, partitions: i32, count: usize) -> Vec<(Option<String>, Vec<u8>)> {
+    /// Reads all of `topic` from its beginning.
+    fn consumer(&self, topic: &str, partitions: i32) -> BaseConsumer {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", self.cluster.bootstrap_servers())
             .set("group.id", "test")
@@ -171,6 +167,20 @@ impl Setup {
             assignment.add_partition_offset(topic, partition, Offset::Beginning).unwrap();
         }
         consumer.assign(&assignment).unwrap();
+        consumer
+    }
+
+    fn headers_of_first(&self, topic: &str) -> HashMap<String, String> {
+        let consumer = self.consumer(topic, 1);
+        let message = consumer.poll(DEADLINE).expect("a record").unwrap();
+        let headers = message.headers().expect("headers").iter();
+        let text = |value: Option<&[u8]>| String::from_utf8(value.unwrap().to_vec()).unwrap();
+        headers.map(|header| (header.key.to_owned(), text(header.value))).collect()
+    }
+
+    /// Reads `topic` until there were `count` records: (key, value), in order per partition.
+    fn consume(&self, topic: &str, partitions: i32, count: usize) -> Vec<(Option<String>, Vec<u8>)> {
+        let consumer = self.consumer(topic, partitions);
         let mut records = Vec::new();
         let deadline = Instant::now() + DEADLINE;
         while records.len() < count {
@@ -358,9 +368,7 @@ fn an_invalid_topic_is_parked_and_the_others_flow() {
 fn a_forbidden_topic_is_held_in_order_while_the_others_flow() {
     let setup = Setup::new();
     setup.topic("open", 1);
-    setup.topic("closed", 1);
-    let code = Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
-    setup.cluster.topic_error("closed", code).unwrap();
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     for at in 0..50 {
         setup.send("a", &[("closed", number(at)), ("open", number(at))]);
@@ -368,7 +376,7 @@ fn a_forbidden_topic_is_held_in_order_while_the_others_flow() {
     assert_eq!(by_key(setup.consume("open", 1, 50))["a"], (0..50).collect::<Vec<_>>());
     wait_until("the topic is held", || forwarder.status().held_topics == 1);
     assert!(setup.wal.status().pending_batches > 0);
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    setup.open_topic("closed");
     assert_eq!(by_key(setup.consume("closed", 1, 50))["a"], (0..50).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(100);
@@ -402,8 +410,7 @@ fn a_forbidden_topic_moves_out_of_the_way_and_comes_back_in_order() {
     let mut setup = Setup::new();
     setup.config.in_flight_bytes_max = ByteSize::mib(1);
     setup.topic("open", 1);
-    setup.topic("closed", 1);
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     send_much_of(&setup, "closed", 0..400);
     assert_eq!(by_key(setup.consume("open", 1, 400))["a"], (0..400).collect::<Vec<_>>());
@@ -423,7 +430,7 @@ fn a_forbidden_topic_moves_out_of_the_way_and_comes_back_in_order() {
         let status = forwarder.status();
         status.held_topics == 1 && status.spilled_events + status.in_flight_events == 420
     });
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    setup.open_topic("closed");
     assert_eq!(by_key(setup.consume("closed", 1, 420))["a"], (0..420).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(840);
@@ -459,8 +466,7 @@ fn a_spilled_topic_is_parked_after_its_grace() {
     setup.config.in_flight_bytes_max = ByteSize::mib(1);
     setup.config.topic_grace = Duration::from_secs(2);
     setup.topic("open", 1);
-    setup.topic("closed", 1);
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     send_much_of(&setup, "closed", 0..300);
     setup.wait_for_empty_log(&forwarder);
@@ -724,8 +730,7 @@ fn transactions_carry_the_cursor() {
 fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
     let setup = exactly_once();
     setup.topic("open", 1);
-    setup.topic("closed", 1);
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     for at in 0..50 {
         setup.send("a", &[("closed", number(at)), ("open", number(at)), ("not a topic", number(at))]);
@@ -735,7 +740,7 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
         setup.metric("ringtail_forward_delivered_events_total") == 50 && setup.wal.status().pending_events == 50
     });
     assert_eq!((forwarder.status().held_topics, forwarder.status().spilled_events), (1, 50));
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    setup.open_topic("closed");
     assert_eq!(by_key(setup.consume("closed", 1, 50))["a"], (0..50).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(150);
@@ -791,10 +796,8 @@ fn parked_events_over_the_limits_go_and_are_counted_apart() {
 fn requeued_events_are_delivered_in_order_also_to_another_topic() {
     let mut setup = Setup::new();
     setup.config.topic_grace = Duration::from_millis(300);
-    for topic in ["closed", "other"] {
-        setup.topic(topic, 1);
-    }
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    setup.topic("other", 1);
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     for at in 0..20 {
         setup.send("a", &[("closed", number(at)), ("not a topic", number(at))]);
@@ -815,7 +818,7 @@ fn requeued_events_are_delivered_in_order_also_to_another_topic() {
     remove(&nameless);
     assert_eq!(by_key(setup.consume("other", 1, 20))["a"], (0..20).collect::<Vec<_>>());
 
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    setup.open_topic("closed");
     let refused = parked("closed");
     requeuer.requeue(&refused, None).unwrap();
     remove(&refused);
@@ -854,8 +857,7 @@ fn a_dead_letter_topic_that_is_refused_parks_what_it_was_sent() {
     let mut setup = Setup::new();
     setup.config.dead_letter_topic = "dead".into();
     setup.config.topic_grace = Duration::from_millis(300);
-    setup.topic("dead", 1);
-    setup.cluster.topic_error("dead", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    setup.closed_topic("dead");
     let forwarder = setup.start();
     for at in 0..10 {
         setup.send("a", &[("not a topic", number(at))]);
@@ -892,8 +894,7 @@ fn what_is_spilled_is_part_of_an_export() {
     let mut setup = Setup::new();
     setup.config.in_flight_bytes_max = ByteSize::mib(1);
     setup.topic("open", 1);
-    setup.topic("closed", 1);
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     send_much_of(&setup, "closed", 0..300);
     without_failures(&setup, &forwarder, 300);
@@ -920,8 +921,8 @@ fn what_is_spilled_is_part_of_an_export() {
 #[test]
 fn a_reload_changes_the_topic_of_what_comes_and_the_pace() {
     let mut setup = Setup::new();
-    ["click", "closed", "new-click", "new-closed"].iter().for_each(|topic| setup.topic(topic, 1));
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
+    ["click", "new-click", "new-closed"].iter().for_each(|topic| setup.topic(topic, 1));
+    setup.closed_topic("closed");
     let forwarder = setup.start();
     setup.send("a", &[("click", number(0)), ("closed", number(0))]);
     wait_until("the topic is held", || forwarder.status().held_topics == 1);
@@ -945,7 +946,7 @@ fn a_reload_changes_the_topic_of_what_comes_and_the_pace() {
     forwarder.reload(&setup.config);
     assert_eq!(setup.consume("new-click", 1, 1)[0].1, number(1));
     assert_eq!(setup.consume("new-closed", 1, 1)[0].1, number(1));
-    setup.cluster.topic_error("closed", Code::RD_KAFKA_RESP_ERR_NO_ERROR).unwrap();
+    setup.open_topic("closed");
     assert_eq!(setup.consume("closed", 1, 1)[0].1, number(0), "what was held keeps its topic");
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(4);

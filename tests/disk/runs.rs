@@ -14,7 +14,7 @@ use crate::kafka::{Deliveries, Kafka};
 use crate::load::{Clients, Load};
 use crate::model::{Disbelief, Model};
 use crate::order::Order;
-use crate::process::Process;
+use crate::process::{Addresses, Process};
 
 /// A run of the service, in several lives, and what others saw of it.
 pub struct Run {
@@ -37,10 +37,7 @@ pub async fn collect(rng: &mut StdRng) -> Run {
     let load = Load::new(rng.random(), 700 << 10);
     let mut clients = Clients::new(&load, &disk);
     let (mut process, addresses) = Process::start(&disk.options());
-    disk.kill_at_sync(disk.syncs() + rng.random_range(100..200));
-    clients.send(addresses, usize::MAX).await;
-    process.wait_for_kill();
-    disk.kill_at_sync(0);
+    kill_at_sync(&disk, rng.random_range(100..200), &mut clients, &mut process, addresses).await;
     let (mut process, addresses) = Process::start(&disk.options());
     clients.send(addresses, 12 << 20).await;
     assert!(process.stop().success());
@@ -69,10 +66,7 @@ pub async fn forward(rng: &mut StdRng) -> Run {
         }
         kafka.up();
         if round == killed_in {
-            disk.kill_at_sync(disk.syncs() + rng.random_range(20..60));
-            clients.send(addresses, usize::MAX).await;
-            process.wait_for_kill();
-            disk.kill_at_sync(0);
+            kill_at_sync(&disk, rng.random_range(20..60), &mut clients, &mut process, addresses).await;
             (process, addresses) = Process::start(&options);
         } else {
             clients.send(addresses, BYTES).await;
@@ -102,10 +96,7 @@ pub async fn spill(rng: &mut StdRng) -> Run {
         clients.send(addresses, BYTES).await;
         kafka.wait_until_spilled(addresses).await;
         if round == killed_in {
-            disk.kill_at_sync(disk.syncs() + rng.random_range(20..60));
-            clients.send(addresses, usize::MAX).await;
-            process.wait_for_kill();
-            disk.kill_at_sync(0);
+            kill_at_sync(&disk, rng.random_range(20..60), &mut clients, &mut process, addresses).await;
             (process, addresses) = Process::start(&options);
             clients.send(addresses, BYTES / 2).await;
             kafka.wait_until_spilled(addresses).await;
@@ -125,6 +116,14 @@ pub async fn spill(rng: &mut StdRng) -> Run {
     closed.last_mut().expect("there is one for each round").end = usize::MAX;
     let deliveries = kafka.deliveries();
     finish(&disk, load, clients, deliveries, [Vec::new(), closed])
+}
+
+/// Clients send until SIGKILL ends the service, so many syncs from now.
+async fn kill_at_sync(disk: &Disk, syncs: u64, clients: &mut Clients, process: &mut Process, addresses: Addresses) {
+    disk.kill_at_sync(disk.syncs() + syncs);
+    clients.send(addresses, usize::MAX).await;
+    process.wait_for_kill();
+    disk.kill_at_sync(0);
 }
 
 /// Proves that the journal has every change, by making the directory from it; and looks at their order.
