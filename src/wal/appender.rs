@@ -18,7 +18,7 @@ use super::dedup::{Fingerprint, Known, Window};
 use super::error::{AppendError, CommitError, StoreError};
 use super::log::{Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
-use super::store::SegmentFile;
+use super::store::ActiveSegment;
 use super::syncer::{self, Group};
 use crate::batch::{Batch, Sequence};
 use crate::config::WhenFull;
@@ -134,7 +134,7 @@ pub(super) fn close(shared: &Shared) {
 /// The segment that is being filled.
 struct Active {
     id: u64,
-    file: Arc<dyn SegmentFile>,
+    file: Arc<dyn ActiveSegment>,
     slots_used: u32,
     bytes_used: u64,
 }
@@ -261,9 +261,11 @@ impl Appender {
     fn write(&mut self, chunks: &[Vec<Waiting>]) -> Result<Totals, StoreError> {
         let active = self.active.as_mut().expect("take_group found room in it");
         let body_bytes_max = self.shared.shape.value_bytes_max - HEADER_BYTES;
+        let durable = self.shared.log().tail.sequence;
         let mut tail = self.tail;
         for chunk in chunks {
             let before = tail;
+            let unsynced = u16::try_from(before.sequence.saturating_sub(durable)).unwrap_or(u16::MAX);
             self.body.clear();
             for waiting in chunk {
                 encode_record(&waiting.batch, &mut self.body);
@@ -272,7 +274,7 @@ impl Appender {
             let parts = parts(self.body.len(), body_bytes_max) as u16;
             let records = chunk.len() as u32;
             for (part, body) in (0..parts).zip(self.body.chunks(body_bytes_max)) {
-                encode_chunk(&ChunkHeader { before, records, part, parts }, body, &mut self.value);
+                encode_chunk(&ChunkHeader { before, records, part, parts, unsynced }, body, &mut self.value);
                 active.file.write(active.slots_used, &self.value)?;
                 active.slots_used += 1;
                 active.bytes_used += self.value.len() as u64;

@@ -1,21 +1,18 @@
-//! The records of one segment, carved out of its file: for tools that must not change what they read, and for segments
-//! that sled cannot open any more.
+//! The records of one segment, for tools: a walk through a closed segment (`closed.rs`) that passes over all damage.
 //!
-//! What was kept of it before it was opened (`store/segments.rs`) is searched as well. Files are searched twice: once for
-//! where their chunks are, and once more to read them in the order of their sequences. At most one chunk is in memory. What
-//! never became durable may turn up as well: nobody got an ack for it.
+//! What never became durable may turn up as well: nobody got an ack for it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytes::Bytes;
 
+use super::closed::ClosedSegment;
 use super::error::StoreError;
-use super::record::{ChunkError, ChunkHeader, HEADER_BYTES, Totals, decode_chunk, split_record};
-use super::salvage::Chunks;
+use super::record::{ChunkError, Totals, split_record};
+use super::salvage::Unreadable;
+use super::slots::{Slot, read_slot};
+use super::store::SegmentFile;
 use crate::batch::{Batch, Sequence};
 
 /// One batch, carved out of a segment.
@@ -38,43 +35,31 @@ pub struct Run {
     pub(super) end: Totals,
 }
 
-/// One chunk in a file: where each of its parts is.
-struct Place {
-    header: ChunkHeader,
-    /// File, offset and length of each.
-    parts: BTreeMap<u16, (usize, u64, usize)>,
-}
-
-/// The records of a segment, by sequence.
+/// The records of a segment, by sequence. At most one chunk is in memory.
 pub struct CarvedRecords {
-    files: Vec<File>,
-    places: std::vec::IntoIter<Place>,
+    /// None if there is no file.
+    segment: Option<ClosedSegment>,
+    /// The next slot to read.
+    slot: u32,
     /// What is left of the chunk that is being read, and the totals at its next record.
     body: Bytes,
     records_left: u32,
     at: Totals,
-    /// Why the search of the file ended early.
-    broken: Option<io::Error>,
 }
 
 impl CarvedRecords {
-    /// Searches the files at `paths`. One that is not there holds nothing.
-    pub(super) fn open(paths: &[PathBuf]) -> Result<CarvedRecords, StoreError> {
-        let (mut files, mut found, mut broken) = (Vec::new(), BTreeMap::new(), None);
-        for path in paths {
-            match File::open(path) {
-                Ok(file) => {
-                    find(path, files.len(), &mut found, &mut broken)?;
-                    files.push(file);
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(StoreError::io("open segment file")(error)),
-            }
-        }
-        let mut places: Vec<Place> = found.into_values().collect();
-        places.retain(|place| place.parts.len() == usize::from(place.header.parts));
-        let (body, places) = (Bytes::new(), places.into_iter());
-        Ok(CarvedRecords { files, places, body, records_left: 0, at: Totals::ZERO, broken })
+    /// Bytes of its file that the disk does not read.
+    pub fn unread_bytes(&self) -> u64 {
+        self.segment.as_ref().map_or(0, ClosedSegment::unread_bytes)
+    }
+
+    /// Searches the file at `path`. One that is not there holds nothing.
+    pub(super) fn open(path: &Path) -> Result<CarvedRecords, StoreError> {
+        let segment = match ClosedSegment::open(path, Unreadable::Zeroes) {
+            Err(error) if error.is_damage() => None,
+            segment => Some(segment?),
+        };
+        Ok(CarvedRecords { segment, slot: 0, body: Bytes::new(), records_left: 0, at: Totals::ZERO })
     }
 
     fn next_in_chunk(&mut self) -> Option<Result<CarvedRecord, ChunkError>> {
@@ -95,17 +80,17 @@ impl CarvedRecords {
 
     /// Reads the next chunk. False: there is none.
     fn next_chunk(&mut self) -> Result<bool, StoreError> {
-        let Some(place) = self.places.next() else { return Ok(false) };
-        let mut body = Vec::new();
-        for (file, offset, bytes) in place.parts.values() {
-            let mut value = vec![0; *bytes];
-            self.files[*file].read_exact_at(&mut value, *offset).map_err(StoreError::io("read segment file"))?;
-            // It was right a moment ago; a disk that changes its mind is damage all the same.
-            let Ok((_, piece)) = decode_chunk(value.into()) else { return Ok(true) };
-            body.extend_from_slice(&piece);
+        let Some(segment) = &self.segment else { return Ok(false) };
+        let slots = segment.slots();
+        while self.slot < slots {
+            let slot = self.slot;
+            self.slot += 1;
+            if let Slot::Chunk { header, body, next_slot } = read_slot(segment, slot, slots)? {
+                (self.slot, self.body, self.records_left, self.at) = (next_slot, body, header.records, header.before);
+                return Ok(true);
+            }
         }
-        (self.body, self.records_left, self.at) = (body.into(), place.header.records, place.header.before);
-        Ok(true)
+        Ok(false)
     }
 }
 
@@ -123,36 +108,11 @@ impl Iterator for CarvedRecords {
             }
             match self.next_chunk() {
                 Ok(true) => {}
-                Ok(false) => return self.broken.take().map(|error| Err(StoreError::io("search segment file")(error))),
+                Ok(false) => return None,
                 Err(error) => return Some(Err(error)),
             }
         }
     }
-}
-
-/// First sequence, records and parts of a chunk: what its parts have in common.
-type Key = (u64, u32, u16);
-
-/// Adds the chunks of file number `file` to what was found before.
-fn find(
-    path: &Path,
-    file: usize,
-    found: &mut BTreeMap<Key, Place>,
-    broken: &mut Option<io::Error>,
-) -> Result<(), StoreError> {
-    for chunk in Chunks::open(path).map_err(StoreError::io("open segment file"))? {
-        match chunk {
-            Ok((offset, header, body)) => {
-                let key = (header.before.sequence, header.records, header.parts);
-                let place = found.entry(key).or_insert_with(|| Place { header, parts: BTreeMap::new() });
-                if place.header.before == header.before {
-                    place.parts.entry(header.part).or_insert((file, offset, HEADER_BYTES + body.len()));
-                }
-            }
-            Err(error) => *broken = Some(error),
-        }
-    }
-    Ok(())
 }
 
 /// Runs by their first sequence, joined where they meet.

@@ -12,7 +12,7 @@ use super::dedup::Window;
 use super::error::StoreError;
 use super::losses::Loss;
 use super::record::Totals;
-use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
+use super::store::{ActiveSegment, SegmentFile, SegmentShape, Space, StateDb, Store};
 use super::syncer::Pipeline;
 use crate::batch::Sequence;
 use crate::config::WalConfig;
@@ -56,7 +56,7 @@ pub(super) struct Log {
     /// The one that is being filled, and how many of its slots are.
     pub active: Option<(u64, u32)>,
     /// Prepared segments, in the order of their ids.
-    pub spares: VecDeque<(u64, Arc<dyn SegmentFile>)>,
+    pub spares: VecDeque<(u64, Arc<dyn ActiveSegment>)>,
     /// Id of the next segment to prepare.
     pub next_segment: u64,
     /// Totals of everything committed.

@@ -8,7 +8,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::error::StoreError;
-use super::store::{SegmentFile, SegmentShape, Space, StateDb, Store};
+use super::store::{ActiveSegment, SegmentFile, SegmentShape, Space, StateDb, Store};
 
 /// What survives a crash, and what might.
 #[derive(Default)]
@@ -194,7 +194,7 @@ impl Store for MemoryStore {
         Ok(self.disk().quarantined.clone())
     }
 
-    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+    fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError> {
         let mut disk = self.disk();
         disk.faults.check(disk.faults.prepare_fails, "prepare segment")?;
         if disk.faults.segments_max.is_some_and(|max| disk.segments.len() >= max) {
@@ -207,11 +207,7 @@ impl Store for MemoryStore {
             disk.cut.remove(&id);
             disk.segments.insert(id, Slots::default());
         })?;
-        self.open(id)
-    }
-
-    fn is_blank(&self, id: u64) -> Result<bool, StoreError> {
-        Ok(self.disk().segments[&id].synced.values().all(|value| value.is_empty()))
+        Ok(Arc::new(MemorySegment { store: self.clone(), id }))
     }
 
     fn settle(&self, id: u64) -> Result<(), StoreError> {
@@ -223,6 +219,17 @@ impl Store for MemoryStore {
 
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
         Ok(Arc::new(MemorySegment { store: self.clone(), id }))
+    }
+
+    fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError> {
+        Ok((self.open(id)?, 0))
+    }
+
+    fn cut(&self, id: u64, from: u32) -> Result<(), StoreError> {
+        self.sync("cut segment", |disk| {
+            let slots = disk.segments.get_mut(&id).expect("it is there");
+            drop(slots.synced.split_off(&from));
+        })
     }
 
     fn seal(&self, _id: u64) -> Result<(), StoreError> {
@@ -272,6 +279,19 @@ struct MemorySegment {
 }
 
 impl SegmentFile for MemorySegment {
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
+        let disk = self.store.disk();
+        // A reader may still hold a segment that was delivered and removed, as it may a removed file.
+        let Some(slots) = disk.segments.get(&self.id) else { return Ok(Bytes::new()) };
+        Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
+    }
+
+    fn slots(&self) -> u32 {
+        small_shape().slots
+    }
+}
+
+impl ActiveSegment for MemorySegment {
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
         let mut disk = self.store.disk();
         disk.faults.check(false, "write slot")?;
@@ -291,17 +311,6 @@ impl SegmentFile for MemorySegment {
             let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
             slots.synced.append(&mut slots.unsynced);
         })
-    }
-
-    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
-        let disk = self.store.disk();
-        // A reader may still hold a segment that was delivered and removed, as it may a removed file.
-        let Some(slots) = disk.segments.get(&self.id) else { return Ok(Bytes::new()) };
-        Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
-    }
-
-    fn slots(&self) -> u32 {
-        small_shape().slots
     }
 }
 

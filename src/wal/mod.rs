@@ -26,6 +26,7 @@ mod appender;
 mod carved;
 mod check;
 mod checksum;
+mod closed;
 mod cursor;
 mod dedup;
 mod error;

@@ -1,8 +1,7 @@
 //! A log that no process has open, for the tools that look at it: they change nothing, whatever state it is in.
 //!
-//! What sled opens it may also tidy up, on a damaged disk with a heavy hand. So records are *carved* out of the files
-//! (`carved.rs`), which needs no sled, and what needs it (the cursor, the ledger of losses, the question whether a segment
-//! opens) works on a copy in the directory for temporary files (`TMPDIR`), one segment at a time.
+//! What sled opens it may also tidy up, on a damaged disk with a heavy hand. So what needs it (the cursor, the ledger of
+//! losses, parked events) is looked at in a copy, in the directory for temporary files (`TMPDIR`). Segments do not need it.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use super::error::{OpenError, StoreError};
 use super::log::Position;
 use super::losses::{self, Loss};
 use super::record::Totals;
-use super::store::{DB_BEFORE, SegmentShape, StateDb, copy_directory, open_state, segment_directories};
+use super::store::{StateDb, copy_directory, open_state, segment_directories};
 use super::{META, PARKED, cursor, lock_directory};
 use crate::config::WalConfig;
 
@@ -35,7 +34,7 @@ impl SegmentFiles {
     /// # Errors
     /// [`StoreError`]
     pub fn records(&self) -> Result<CarvedRecords, StoreError> {
-        CarvedRecords::open(&["db", DB_BEFORE].map(|name| self.path.join(name)))
+        CarvedRecords::open(&self.path.join("db"))
     }
 
     /// Bytes of its file; 0 if that is not there.
@@ -57,8 +56,6 @@ fn list(directory: &Path, quarantined: bool) -> Result<Vec<SegmentFiles>, StoreE
 /// A log that no process has open, and that none can open meanwhile.
 pub struct OfflineLog {
     pub(super) directory: PathBuf,
-    /// For segments that do not know theirs any more.
-    pub(super) shape: SegmentShape,
     /// Copies are opened here.
     pub(super) scratch: TempDir,
     /// What `meta` says, or why it does not open.
@@ -83,9 +80,8 @@ impl OfflineLog {
         let lock = lock_directory(&config.directory)?;
         let scratch = tempfile::Builder::new().prefix("ringtail-").tempdir();
         let scratch = scratch.map_err(StoreError::io("make a directory for copies"))?;
-        let shape = SegmentShape::new(config.segment_bytes.as_u64());
         let (directory, meta) = (config.directory.clone(), Ok(Meta::default()));
-        let mut log = OfflineLog { directory, shape, scratch, meta, _lock: lock };
+        let mut log = OfflineLog { directory, scratch, meta, _lock: lock };
         log.meta = match log.open_copy(META) {
             Ok(None) => Ok(Meta::default()),
             Ok(Some(meta)) => read_meta(&*meta),

@@ -43,7 +43,14 @@ pub struct Reader {
     counted_events: u64,
     /// It only looks: the log's state stays as it is, whatever is met.
     observer: bool,
+    /// How often the disk has failed since it last did not.
+    failures: u32,
+    /// The segment that it does not read as a whole.
+    unreadable: Option<u64>,
 }
+
+/// So often the disk may fail at one place before what it does not read is given up, so that the rest can be delivered.
+const FAILURES_MAX: u32 = 10;
 
 /// What is left of the chunk that is being read.
 struct Chunk {
@@ -57,7 +64,18 @@ impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
         let (lost, left) = ((0, Totals::ZERO), Vec::new());
-        Reader { shared, at, open: None, chunk: None, lost, counted_events: 0, left, observer: false }
+        Reader {
+            shared,
+            at,
+            open: None,
+            chunk: None,
+            lost,
+            counted_events: 0,
+            left,
+            observer: false,
+            failures: 0,
+            unreadable: None,
+        }
     }
 
     /// A reader that sets nothing aside and accounts for no loss: another one does.
@@ -74,10 +92,20 @@ impl Reader {
             if let Some(record) = self.next_in_chunk() {
                 return Ok(Some(record));
             }
-            let found =
-                self.load_chunk().map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source });
-            if !found? {
-                return Ok(None);
+            match self.load_chunk() {
+                Ok(found) => {
+                    self.failures = 0;
+                    if !found {
+                        return Ok(None);
+                    }
+                }
+                Err(source) => {
+                    self.failures += 1;
+                    if self.failures >= FAILURES_MAX {
+                        (self.unreadable, self.open) = (Some(self.at.segment), None);
+                    }
+                    return Err(ReadError::Store { at: Sequence(self.at.totals.sequence), source });
+                }
             }
         }
     }
@@ -171,8 +199,10 @@ impl Reader {
         }
         self.open = None;
         self.shared.pool.close_unused();
-        match self.shared.pool.get(id) {
+        let file = if self.unreadable == Some(id) { self.open_readable(id) } else { self.shared.pool.get(id) };
+        match file {
             Ok(file) => {
+                self.at.slot = file.seek(self.at.slot, self.at.totals.sequence);
                 self.open = Some((id, file.clone()));
                 Ok(Some(file))
             }
@@ -191,6 +221,19 @@ impl Reader {
                 Ok(None)
             }
         }
+    }
+
+    fn open_readable(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
+        let (file, unread_bytes) = self.shared.store.open_readable(id)?;
+        if unread_bytes > 0 {
+            tracing::error!(
+                segment = id,
+                unread_bytes,
+                "the disk does not read all of a segment, going on with the rest"
+            );
+            self.mark_damaged(id);
+        }
+        Ok(file)
     }
 
     /// Goes through the slots from `self.at` on until one holds records not read yet.
@@ -288,7 +331,7 @@ impl Reader {
         if until.events <= self.counted_events {
             return;
         }
-        let events = until.events - from.events.max(self.counted_events);
+        let events = until.events.saturating_sub(from.events.max(self.counted_events));
         self.counted_events = until.events;
         tracing::error!(
             first_sequence = from.sequence,
@@ -327,15 +370,17 @@ impl Reader {
     }
 
     fn report_damage(&self, segment: u64, slot: u32, reason: &str) {
-        if self.observer {
-            return;
+        if !self.observer {
+            tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
         }
-        tracing::error!(segment, slot, reason, "damaged chunk, skipping it");
         self.mark_damaged(segment);
     }
 
     /// Records that were in this segment are missing, or may have been in it: it is kept.
     fn mark_damaged(&self, id: u64) {
+        if self.observer {
+            return;
+        }
         if let Some(segment) = self.shared.log().segments.get_mut(&id) {
             segment.damaged = true;
         }

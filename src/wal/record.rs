@@ -5,7 +5,7 @@
 //! trusting sled, that bytes are right, that no record is missing, and otherwise how many events are.
 //!
 //! ```text
-//! chunk   magic u32 │ version u8 │ 0 u8 │ part u16 │ parts u16 │ 0 u16 │ first sequence u64 │ records u32 │
+//! chunk   magic u32 │ version u8 │ 0 u8 │ part u16 │ parts u16 │ unsynced u16 │ first sequence u64 │ records u32 │
 //!         body bytes u32 │ events before u64 │ bytes before u64 │ crc32c u32 │ body
 //! record  length u32 │ received at ms u64 │ events u32 │ group bytes u16 │ id bytes u16 │ group │ id │ request
 //! ```
@@ -68,6 +68,22 @@ pub(super) struct ChunkHeader {
     pub part: u16,
     /// Parts of the chunk. At least 1.
     pub parts: u16,
+    /// How many records right before it were not durable yet when it was written: all others were. `u16::MAX`: that many or
+    /// more.
+    pub unsynced: u16,
+}
+
+impl ChunkHeader {
+    /// The sequence after its last record.
+    pub fn end_sequence(&self) -> u64 {
+        self.before.sequence.saturating_add(u64::from(self.records))
+    }
+
+    /// Every record before this sequence was durable when the chunk was written. None: that is not known.
+    pub fn durable_sequence(&self) -> Option<u64> {
+        let known = self.unsynced < u16::MAX;
+        known.then(|| self.before.sequence.saturating_sub(u64::from(self.unsynced)))
+    }
 }
 
 /// Why a slot's value is not a chunk.
@@ -167,7 +183,7 @@ pub(super) fn encode_chunk(header: &ChunkHeader, body: &[u8], value: &mut Vec<u8
     value.put_u8(0);
     value.put_u16_le(header.part);
     value.put_u16_le(header.parts);
-    value.put_u16_le(0);
+    value.put_u16_le(header.unsynced);
     value.put_u64_le(header.before.sequence);
     value.put_u32_le(header.records);
     value.put_u32_le(u32::try_from(body.len()).expect("a slot's value is limited to 1 MiB"));
@@ -193,8 +209,7 @@ pub(super) fn decode_chunk(mut value: Bytes) -> Result<(ChunkHeader, Bytes), Chu
         return Err(ChunkError::Unknown);
     }
     value.advance(1);
-    let (part, parts) = (value.get_u16_le(), value.get_u16_le());
-    value.advance(2);
+    let (part, parts, unsynced) = (value.get_u16_le(), value.get_u16_le(), value.get_u16_le());
     let sequence = value.get_u64_le();
     let records = value.get_u32_le();
     let body_bytes = value.get_u32_le() as usize;
@@ -209,7 +224,7 @@ pub(super) fn decode_chunk(mut value: Bytes) -> Result<(ChunkHeader, Bytes), Chu
     if part >= parts || records == 0 {
         return Err(ChunkError::Malformed);
     }
-    Ok((ChunkHeader { before: Totals { sequence, events, bytes }, records, part, parts }, value))
+    Ok((ChunkHeader { before: Totals { sequence, events, bytes }, records, part, parts, unsynced }, value))
 }
 
 #[cfg(test)]
@@ -231,7 +246,7 @@ mod tests {
         encode_record(batch, &mut body);
         assert_eq!(body.len(), record_bytes(batch));
         let before = Totals { sequence: 7, events: 8, bytes: 9 };
-        encode_chunk(&ChunkHeader { before, records: 1, part: 0, parts: 1 }, &body, &mut value);
+        encode_chunk(&ChunkHeader { before, records: 1, part: 0, parts: 1, unsynced: 3 }, &body, &mut value);
         value.into()
     }
 

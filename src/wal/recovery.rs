@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, VecDeque};
 use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
 use super::log::{Log, Pool, Position, Segment};
-use super::record::Totals;
-use super::slots::{Content, first_chunk, for_each_record, last_totals};
+use super::record::{RECORD_HEADER_BYTES, Totals};
+use super::slots::{Content, first_chunk, for_each_record, last_totals, unfinished_from};
 use super::store::StateDb;
 use super::{cursor, losses};
 use crate::kill_point;
@@ -37,7 +37,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     let used = ids.last().copied().max(store.quarantined()?.last().copied());
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
-    let found_tail = find_tail(pool, &mut segments, mode)?;
+    let found_tail = find_tail(pool, &mut segments, mode, saved.map(|(_, tail)| tail.sequence))?;
     kill_point::pass("recover.tail_found");
     let oldest = if saved.is_some() { None } else { find_head(pool, &segments)? };
 
@@ -95,16 +95,21 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
 }
 
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
-fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> Result<Totals, StoreError> {
+/// `saved_tail`: the log reached that far.
+fn find_tail(
+    pool: &Pool,
+    segments: &mut BTreeMap<u64, Segment>,
+    mode: Mode,
+    saved_tail: Option<u64>,
+) -> Result<Totals, StoreError> {
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
         if mode == Mode::Repair {
             pool.store().settle(id)?;
+            cut_unfinished(pool, id, saved_tail)?;
         }
-        // Looked at before sled opens it, which may empty a damaged one without a word. A spare was never written to.
-        let blank = pool.store().is_blank(id)?;
         let content = match pool.get(id) {
             Ok(file) => last_totals(&*file)?,
-            Err(error) if !error.is_damage() => return Err(error),
+            Err(error) if !error.is_damage() => totals_of_readable(pool, id, error)?,
             Err(error) => {
                 tracing::error!(segment = id, %error, "segment does not open");
                 Content::Damaged
@@ -125,11 +130,6 @@ fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> 
                 pool.close_unused();
                 pool.store().remove(id)?;
             }
-            Content::Nothing if mode == Mode::Repair && !blank => {
-                pool.close_unused();
-                pool.store().quarantine(id)?;
-                tracing::error!(segment = id, "segment shows none of its records, set aside");
-            }
             Content::Nothing if mode == Mode::Repair => {
                 pool.close_unused();
                 pool.store().remove(id)?;
@@ -140,6 +140,32 @@ fn find_tail(pool: &Pool, segments: &mut BTreeMap<u64, Segment>, mode: Mode) -> 
         segments.remove(&id);
     }
     Ok(Totals::ZERO)
+}
+
+/// The end of a segment that the disk does not read as a whole. The sequences of all that may stand in the rest are passed over:
+/// none is used again should the disk read it one day. One without a single record fails: a disk that is gone for a moment is
+/// more likely.
+fn totals_of_readable(pool: &Pool, id: u64, error: StoreError) -> Result<Content, StoreError> {
+    let (file, unread_bytes) = pool.store().open_readable(id)?;
+    let Content::Records(totals) = last_totals(&*file)? else { return Err(error) };
+    pool.insert(id, file);
+    let passed_over = unread_bytes / RECORD_HEADER_BYTES as u64;
+    let what = "the disk does not read all of the newest segment, going on with the rest";
+    tracing::error!(segment = id, %error, unread_bytes, passed_over_sequences = passed_over, what);
+    let sequence = totals.sequence + passed_over;
+    Ok(Content::Records(Totals { sequence, ..totals }))
+}
+
+/// Takes away what the last process, or the power, left unfinished in the newest segment. Without a saved tail nothing says
+/// what is unfinished and what is damaged: everything stays.
+fn cut_unfinished(pool: &Pool, id: u64, saved_tail: Option<u64>) -> Result<(), StoreError> {
+    let Some(saved_tail) = saved_tail else { return Ok(()) };
+    let Ok(file) = pool.get(id) else { return Ok(()) };
+    let Some(slot) = unfinished_from(&*file, saved_tail)? else { return Ok(()) };
+    drop(file);
+    tracing::info!(segment = id, slot, "unfinished chunks, never acked: they are cut off");
+    pool.close_unused();
+    pool.store().cut(id, slot)
 }
 
 /// The beginning of the oldest segment that opens: where to start without a cursor.
@@ -167,7 +193,7 @@ fn note_oldest(pool: &Pool, log: &mut Log) -> Result<(), StoreError> {
     let Some(id) = log.segments.range(log.cursor.segment..).next().map(|(id, _)| *id) else { return Ok(()) };
     let from = if id == log.cursor.segment { log.cursor.slot } else { 0 };
     if let Ok(file) = pool.get(id)
-        && let Some((_, received_at_ms)) = first_chunk(&*file, from)?
+        && let Some((_, received_at_ms)) = first_chunk(&*file, file.seek(from, log.cursor.totals.sequence))?
     {
         log.note_received(log.cursor.totals.sequence, received_at_ms);
     }

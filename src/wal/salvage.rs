@@ -1,10 +1,11 @@
-//! Finds chunks in a file without any help from sled: for segments that do not open, or that have lost some.
+//! Finds chunks in a segment's file without any help from sled.
 //!
 //! sled keeps a slot's value in one piece, uncompressed, so a chunk is found by its magic number and proven by its checksum.
 //! A slot is written once, but sled may have kept an older copy of a leaf: a chunk can turn up twice.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -16,33 +17,59 @@ use super::record::{CHUNK_BYTES_MAX, ChunkHeader, HEADER_BYTES, MAGIC_BYTES, chu
 /// Bytes read at a time. More than a chunk can have.
 const WINDOW_BYTES: usize = 4 << 20;
 const _: () = assert!(WINDOW_BYTES > CHUNK_BYTES_MAX);
+/// What a disk may fail to read alone.
+const BLOCK_BYTES: usize = 4 << 10;
 
-/// The chunks, or parts of chunks, of a file, in the order of their offsets.
+/// What becomes of a file that the disk does not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unreadable {
+    /// An error, which may pass.
+    Fails,
+    /// The blocks that cannot be read count as zeroes: the chunks in them are lost, the others are not.
+    Zeroes,
+}
+
+/// Something that begins like a chunk.
+pub(super) struct Found {
+    /// Where it is in the file.
+    pub offset: u64,
+    /// Its bytes, as far as its header can be believed.
+    pub bytes: usize,
+    /// Header, and the records of the part. None: it is not, or not any more, what was written.
+    pub chunk: Option<(ChunkHeader, Bytes)>,
+}
+
+/// What begins like a chunk in a file, in the order of the offsets.
 pub(super) struct Chunks {
     file: File,
+    unreadable: Unreadable,
     window: Vec<u8>,
     /// Offset of the window in the file.
     offset: u64,
     /// Where to search on, in the window.
     at: usize,
     ended: bool,
-    /// Something that begins like a chunk and is none stands before this place; and before a good chunk.
-    rejected: bool,
-    passed_over: bool,
+    /// Bytes that count as zeroes because they could not be read.
+    unread_bytes: u64,
+}
+
+/// Searches the file at `path` from its front.
+pub(super) fn chunks(path: &Path, unreadable: Unreadable) -> io::Result<Chunks> {
+    Ok(Chunks {
+        file: File::open(path)?,
+        unreadable,
+        window: Vec::new(),
+        offset: 0,
+        at: 0,
+        ended: false,
+        unread_bytes: 0,
+    })
 }
 
 impl Chunks {
-    /// Begins at the front of `path`.
-    pub fn open(path: &Path) -> io::Result<Chunks> {
-        Ok(Chunks {
-            file: File::open(path)?,
-            window: Vec::new(),
-            offset: 0,
-            at: 0,
-            ended: false,
-            rejected: false,
-            passed_over: false,
-        })
+    /// Bytes searched so far that count as zeroes because they could not be read.
+    pub fn unread_bytes(&self) -> u64 {
+        self.unread_bytes
     }
 
     /// Drops what was searched and reads on.
@@ -51,15 +78,18 @@ impl Chunks {
         self.offset += self.at as u64;
         self.at = 0;
         let wanted = WINDOW_BYTES - self.window.len();
-        let read = self.file.by_ref().take(wanted as u64).read_to_end(&mut self.window)?;
-        self.ended = read < wanted;
+        let next = self.offset + self.window.len() as u64;
+        let left = usize::try_from(self.file.metadata()?.len().saturating_sub(next)).unwrap_or(usize::MAX);
+        let (read, unread_bytes) = read_at(&self.file, next, wanted.min(left), self.unreadable)?;
+        self.window.extend(read);
+        self.unread_bytes += unread_bytes;
+        self.ended = left <= wanted;
         Ok(())
     }
 }
 
 impl Iterator for Chunks {
-    /// Offset in the file, header, and the records of the part.
-    type Item = io::Result<(u64, ChunkHeader, Bytes)>;
+    type Item = io::Result<Found>;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
@@ -83,55 +113,55 @@ impl Iterator for Chunks {
                 continue;
             };
             let candidate = &unsearched[found..];
+            let offset = self.offset + (self.at + found) as u64;
             let bytes = candidate.get(..HEADER_BYTES).and_then(chunk_bytes).unwrap_or(0).min(candidate.len());
             match decode_chunk(Bytes::copy_from_slice(&candidate[..bytes])) {
-                Ok((header, body)) => {
-                    self.passed_over |= self.rejected;
-                    let offset = self.offset + (self.at + found) as u64;
+                Ok(chunk) => {
                     self.at += found + bytes;
-                    return Some(Ok((offset, header, body)));
+                    return Some(Ok(Found { offset, bytes, chunk: Some(chunk) }));
                 }
                 Err(_) => {
-                    self.rejected |= bytes > 0;
+                    let bytes = candidate.len().min(bytes.max(MAGIC_BYTES.len()));
                     self.at += found + MAGIC_BYTES.len();
+                    return Some(Ok(Found { offset, bytes, chunk: None }));
                 }
             }
         }
     }
 }
 
-/// Whether a file holds at least one chunk. A file that is not there holds none.
-pub(super) fn holds_chunks(path: &Path) -> Result<bool, StoreError> {
-    match Chunks::open(path) {
-        Ok(mut chunks) => Ok(chunks.next().transpose().map_err(StoreError::io("search segment"))?.is_some()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(StoreError::io("search segment")(error)),
+/// Reads `bytes` at `offset`, which the file must hold; and how many of them are zeroes instead.
+pub(super) fn read_at(file: &File, offset: u64, bytes: usize, unreadable: Unreadable) -> io::Result<(Vec<u8>, u64)> {
+    let mut value = vec![0; bytes];
+    match file.read_exact_at(&mut value, offset) {
+        Err(_) if unreadable == Unreadable::Zeroes => {}
+        read => return read.map(|()| (value, 0)),
     }
+    let (mut at, mut unread_bytes) = (0, 0);
+    while at < bytes {
+        let next = offset + at as u64;
+        let end = bytes.min(at + BLOCK_BYTES - next as usize % BLOCK_BYTES);
+        if file.read_exact_at(&mut value[at..end], next).is_err() {
+            value[at..end].fill(0);
+            unread_bytes += (end - at) as u64;
+        }
+        at = end;
+    }
+    Ok((value, unread_bytes))
 }
 
-/// Whether a file has lost a chunk that others follow: opening it would be dangerous for those. A file that is not there has
-/// not.
-pub(super) fn has_gap(path: &Path) -> Result<bool, StoreError> {
-    let mut chunks = match Chunks::open(path) {
+/// Whether a file holds at least one chunk. A file that is not there holds none.
+pub(super) fn holds_chunks(path: &Path) -> Result<bool, StoreError> {
+    let found = match chunks(path, Unreadable::Fails) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        chunks => chunks.map_err(StoreError::io("search segment"))?,
+        found => found.map_err(StoreError::io("search segment"))?,
     };
-    let mut headers = Vec::new();
-    for chunk in chunks.by_ref() {
-        let Ok((_, header, _)) = chunk else { return Ok(true) };
-        headers.push((header.before.sequence, header.part, header.parts, header.records));
-    }
-    headers.sort_unstable();
-    headers.dedup();
-    let follows = |pair: &[(u64, u16, u16, u32)]| {
-        let ((sequence, part, parts, records), (next, next_part, ..)) = (pair[0], pair[1]);
-        if part + 1 < parts {
-            (next, next_part) == (sequence, part + 1)
-        } else {
-            (next, next_part) == (sequence + u64::from(records), 0)
+    for found in found {
+        if found.map_err(StoreError::io("search segment"))?.chunk.is_some() {
+            return Ok(true);
         }
-    };
-    Ok(chunks.passed_over || !headers.windows(2).all(follows))
+    }
+    Ok(false)
 }
 
 #[cfg(test)]
@@ -155,7 +185,7 @@ mod tests {
             image.extend(&MAGIC_BYTES[..rng.random_range(0..=4)]);
             let body: Vec<u8> = vec![sequence as u8; rng.random_range(1..100_000)];
             let before = Totals { sequence, events: 1, bytes: 2 };
-            encode_chunk(&ChunkHeader { before, records: 1, part: 0, parts: 1 }, &body, &mut value);
+            encode_chunk(&ChunkHeader { before, records: 1, part: 0, parts: 1, unsynced: 0 }, &body, &mut value);
             if sequence % 5 == 0 {
                 let at = rng.random_range(0..value.len());
                 value[at] ^= 1;
@@ -167,11 +197,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db");
         std::fs::write(&path, &image).unwrap();
-        let found: Vec<_> = Chunks::open(&path)
+        let found: Vec<_> = chunks(&path, Unreadable::Fails)
             .unwrap()
-            .map(|chunk| {
-                let (offset, header, body) = chunk.unwrap();
-                (offset, header.before.sequence, body.to_vec())
+            .filter_map(|found| {
+                let found = found.unwrap();
+                let (header, body) = found.chunk?;
+                assert_eq!(found.bytes, HEADER_BYTES + body.len());
+                Some((found.offset, header.before.sequence, body.to_vec()))
             })
             .collect();
         assert!(found == expected, "{} of {} found", found.len(), expected.len());

@@ -101,6 +101,42 @@ pub(super) fn for_each_record(file: &dyn SegmentFile, mut each: impl FnMut(u64, 
     Ok(())
 }
 
+/// Where in the newest segment what a crash left unfinished begins, for recovery: the first slot that is not as it was
+/// written, or that does not follow the chunk before it, with nothing before it that was durable by then. Chunks behind it may
+/// be whole, if the disk wrote them first; nobody got an ack for them, as acks come in order. `durable_sequence`: every record
+/// before it is known to have been durable.
+pub(super) fn unfinished_from(file: &dyn SegmentFile, durable_sequence: u64) -> Result<Option<u32>, StoreError> {
+    let (mut chunks, mut slot, slots, mut durable) = (Vec::new(), 0, file.slots(), durable_sequence);
+    while slot < slots {
+        match read_slot(file, slot, slots)? {
+            Slot::Empty => slot += 1,
+            Slot::Torn | Slot::Part | Slot::Damaged(_) => {
+                chunks.push((slot, None));
+                slot += 1;
+            }
+            Slot::Chunk { header, next_slot, .. } => {
+                durable = durable.max(header.durable_sequence().unwrap_or(0));
+                chunks.push((slot, Some(header)));
+                slot = next_slot;
+            }
+        }
+    }
+    let mut end = None;
+    for (slot, chunk) in chunks {
+        let follows = chunk.is_some_and(|header| {
+            // A segment begins behind records that are durable.
+            let end = end.or(header.durable_sequence()).unwrap_or(header.before.sequence);
+            header.before.sequence <= end
+        });
+        let end_before = end.or(chunk.and_then(|header| header.durable_sequence()));
+        if !follows && end_before.is_some_and(|end| end >= durable) {
+            return Ok(Some(slot));
+        }
+        end = chunk.map(|header| header.end_sequence()).or(end);
+    }
+    Ok(None)
+}
+
 /// What a segment holds, for recovery.
 pub(super) enum Content {
     /// Nothing was ever written to it.

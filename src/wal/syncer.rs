@@ -11,7 +11,7 @@ use super::appender::{FailOnPanic, Waiting, fail, refuse};
 use super::error::CommitError;
 use super::log::Shared;
 use super::record::Totals;
-use super::store::SegmentFile;
+use super::store::ActiveSegment;
 use crate::batch::Sequence;
 use crate::kill_point;
 
@@ -28,7 +28,7 @@ pub(super) struct Group {
     /// The segment it is in, and how many of its slots are used.
     pub segment: u64,
     pub slots_used: u32,
-    pub file: Arc<dyn SegmentFile>,
+    pub file: Arc<dyn ActiveSegment>,
     /// When its commit began.
     pub began: Instant,
 }

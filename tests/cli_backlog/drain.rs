@@ -31,7 +31,7 @@ fn everything_is_delivered_parked_or_known_to_be_lost() {
     let mut batches: Vec<_> = (1..=200).map(|number| batch(number, 15_000)).collect();
     batches[9] = batch_of(10, &[("click", b"ten"), ("no topic", b"parked")]);
     let log = Log::with(&batches);
-    log.rewrite(1, 19, |value| value[100] ^= 1);
+    log.flip(1, 20);
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("click", 1, 1).unwrap();
     let brokers = cluster.bootstrap_servers();

@@ -100,7 +100,6 @@ fn an_export_of_a_damaged_log_gives_the_rest_and_says_what_is_missing() {
     log.flip(1, 4);
     log.flip(1, 5);
     log.flip(1, 10);
-    log.spoil(&log.segment(1));
     let output = log.run(&["export"]);
     assert_code(&output, 1);
     assert!(text(&output.stderr).contains("3 batches missing"), "{}", text(&output.stderr));

@@ -126,11 +126,37 @@ impl Log {
 
     /// Flips a byte in the chunk that holds batch `number`.
     pub fn flip(&self, segment: u64, number: u64) {
+        self.flip_at(segment, number, 0);
+    }
+
+    /// Flips a byte that stands `offset` bytes behind the beginning of batch `number`.
+    pub fn flip_at(&self, segment: u64, number: u64, offset: usize) {
+        let path = self.segment(segment).join("db");
+        let mut bytes = fs::read(&path).unwrap();
+        let at = position(&bytes, number) + offset;
+        bytes[at] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+
+    /// Fills the chunk that holds batch `number` with zeroes.
+    pub fn zero(&self, segment: u64, number: u64) {
         let path = self.segment(segment).join("db");
         let mut bytes = fs::read(&path).unwrap();
         let at = position(&bytes, number);
-        bytes[at] ^= 1;
+        let begin = memchr::memmem::rfind(&bytes[..at], b"RTC1").unwrap();
+        bytes[begin..at].fill(0);
         fs::write(path, bytes).unwrap();
+    }
+
+    /// Takes a segment's file away, as a file system check does that moves it to `lost+found`.
+    pub fn lose_file(&self, segment: u64) {
+        fs::rename(self.segment(segment).join("db"), self.file("lost")).unwrap();
+    }
+
+    /// Puts the lost file back, into the segment that was set aside meanwhile.
+    pub fn find_file(&self, segment: u64) {
+        let aside = self.wal_directory().join(format!("quarantine/{segment:012}"));
+        fs::rename(self.file("lost"), aside.join("db")).unwrap();
     }
 
     /// Cuts the segment's file off where batch `number` begins.
@@ -140,29 +166,12 @@ impl Log {
         fs::write(path, &bytes[..position(&bytes, number)]).unwrap();
     }
 
-    /// Makes a sled database (a segment, `meta`, `parked`) one that sled cannot open: its first bytes are wrong.
+    /// Makes a sled database (`meta`, `parked`) one that sled cannot open: its first bytes are wrong.
     pub fn spoil(&self, database: &Path) {
         let path = database.join("db");
         let mut bytes = fs::read(&path).unwrap();
         bytes[1] ^= 1;
         fs::write(path, bytes).unwrap();
-    }
-
-    /// Changes the value of a slot in a way that sled does not notice.
-    pub fn rewrite(&self, segment: u64, slot: u64, change: impl FnOnce(&mut Vec<u8>)) {
-        let config = sled::Config::new().path(self.segment(segment)).segment_size(1 << 20).flush_every_ms(None);
-        // A thread of sled may hold the lock of a Db that was closed for a moment longer.
-        let deadline = Instant::now() + Duration::from_secs(30);
-        let db = loop {
-            match config.open() {
-                Ok(db) => break db,
-                Err(error) => assert!(Instant::now() < deadline, "{error}"),
-            }
-        };
-        let mut value = db.get(slot.to_be_bytes()).unwrap().unwrap().to_vec();
-        change(&mut value);
-        db.insert(slot.to_be_bytes(), value).unwrap();
-        db.flush().unwrap();
     }
 
     /// Parks two events and takes a part of the second away.

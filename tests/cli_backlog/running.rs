@@ -14,14 +14,14 @@ fn status_and_peek_work_on_a_running_service_and_a_stopped_log_and_the_others_sa
     let mut batches: Vec<_> = (1..=30).map(|number| batch(number, 10)).collect();
     batches[0] = batch_of(1, &[("click", b"hello"), ("page", b"\xff")]);
     let log = Log::with(&batches);
-    log.rewrite(1, 2, |value| value[100] ^= 1);
+    log.flip(1, 3);
     log.configure("forward.brokers = []");
 
-    let looked_at = |log: &Log, first_sequences: [u64; 4]| {
+    let looked_at = |log: &Log| {
         let all = lines(log, &["--json"]);
         assert_eq!(all.len(), 20);
         let sequences: Vec<u64> = all.iter().map(|line| line["sequence"].as_u64().unwrap()).take(4).collect();
-        assert_eq!(sequences, first_sequences);
+        assert_eq!(sequences, [1, 2, 4, 5]);
         let first = &lines(log, &["--limit", "1", "--payload"])[0];
         let event = |event_type: &str, payload_bytes: u64, payload: &str| {
             let topic = format!("clickstream-{event_type}-log");
@@ -37,13 +37,12 @@ fn status_and_peek_work_on_a_running_service_and_a_stopped_log_and_the_others_sa
             "{table}"
         );
     };
-    // The file still holds what was there before the damage.
-    looked_at(&log, [1, 2, 3, 4]);
+    looked_at(&log);
 
     let mut options = Options::small(&log.wal_directory());
     options.settings.push("forward.topic = \"clickstream-%s-log\"".into());
     let (mut process, _) = Process::start(&options);
-    looked_at(&log, [1, 2, 4, 5]);
+    looked_at(&log);
     let status: Value = serde_json::from_slice(&log.run(&["status", "--json"]).stdout).unwrap();
     // The peeks accounted for nothing.
     assert_eq!((&status["pending_batches"], &status["lost_batches"]), (&json!(30), &json!(0)));

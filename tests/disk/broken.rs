@@ -1,6 +1,8 @@
 //! The disk breaks: EIO from a write, a sync, a read. Nothing more is acked by a log that may have lost something, and the
 //! next start recovers all that was acked.
 
+use std::collections::HashSet;
+
 use crate::disk::{Call, Rule};
 use crate::full::spilling_fails;
 use crate::http::wait_until;
@@ -11,7 +13,27 @@ const MIB: usize = 1 << 20;
 
 /// A rule for segments: EIO, after `skip` calls.
 fn eio(call: Call, skip: u64, times: u64) -> Rule {
-    Rule { call, error: libc::EIO, skip, times, prefix: "wal/", suffix: "/db" }
+    Rule { call, error: libc::EIO, skip, times, byte: 0, prefix: "wal/", suffix: "/db" }
+}
+
+/// A few KiB of each segment that cannot be read any more.
+fn bad_sector() -> Rule {
+    Rule { byte: 600 << 10, ..eio(Call::Read, 0, u64::MAX) }
+}
+
+/// More batches than a chunk that a bad sector spoils can hold.
+const SECTOR_BATCHES_MAX: u64 = 100;
+
+/// Waits until the log is empty, and every acked batch has arrived but for as many as were reported lost. Returns those that
+/// have not.
+async fn wait_until_delivered_or_lost(service: &Service) -> HashSet<(u32, u64)> {
+    let missing = || service.kafka.missing(&service.clients).into_iter().map(|(name, _)| name).collect::<HashSet<_>>();
+    wait_until("every batch to be delivered or reported lost", || {
+        service.wal("pending_events") == 0
+            && missing().len() as u64 <= service.wal("lost_batches").min(SECTOR_BATCHES_MAX)
+    })
+    .await;
+    missing()
 }
 
 /// The commit fails: the process ends, and the next one goes on.
@@ -44,19 +66,59 @@ async fn a_spill_that_fails_is_tried_again() {
     spilling_fails(&[Rule::always(Call::Write, libc::EIO, "spill/0", "")]).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_read_that_fails_is_tried_again() {
+/// Reads fail for a moment, after `skip` that do not.
+async fn assert_a_failed_read_is_tried_again(skip: u64) {
     let mut service = Service::start(seed());
     service.send(20 * MIB).await;
     service.stop();
     service.restart();
-    service.disk.set_rule(0, eio(Call::Read, 30, 5));
+    service.disk.set_rule(0, eio(Call::Read, skip, 5));
     service.kafka.up();
     service.wait_until_delivered().await;
     assert_eq!(service.disk.hits(0), 5);
     assert_eq!(service.wal("quarantined_segments"), 0);
     service.stop();
     service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_that_fails_is_tried_again() {
+    // While a segment is searched, and while chunks are read.
+    for skip in [1, 40] {
+        assert_a_failed_read_is_tried_again(skip).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sector_that_is_never_read_costs_what_is_in_it() {
+    let mut service = Service::start(seed());
+    service.send(20 * MIB).await;
+    service.stop();
+    service.disk.set_rule(0, Rule { prefix: "wal/000000000002/", ..bad_sector() });
+    service.restart();
+    service.kafka.up();
+    let missing = wait_until_delivered_or_lost(&service).await.len() as u64;
+    let lost = service.wal("lost_batches");
+    assert!(missing <= lost && (1..=SECTOR_BATCHES_MAX).contains(&lost), "{missing} missing, {lost} reported lost");
+    assert_eq!(service.wal("quarantined_segments"), 1);
+    service.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sector_that_is_never_read_does_not_keep_the_service_from_starting() {
+    let mut service = Service::start(seed());
+    service.send(4 * MIB).await;
+    service.stop();
+    let before: HashSet<_> = service.clients.acks().into_keys().collect();
+    // Of the newest segment too, which says where the log ends.
+    service.disk.set_rule(0, bad_sector());
+    service.restart();
+    service.wait_until_accepting().await;
+    service.kafka.up();
+    let missing = wait_until_delivered_or_lost(&service).await;
+    // What might have stood in the sector is reported as well.
+    assert!(missing.is_subset(&before), "{missing:?}");
+    service.stop();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -79,7 +141,7 @@ async fn a_start_that_cannot_read_fails_and_the_next_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_segment_that_sled_finds_empty_is_set_aside() {
+async fn a_segment_that_sled_would_find_empty_is_delivered() {
     use std::os::unix::fs::FileExt;
     let mut service = Service::start(seed());
     service.send(MIB).await;
@@ -95,7 +157,10 @@ async fn a_segment_that_sled_finds_empty_is_set_aside() {
     let db = std::fs::File::options().write(true).open(segment.join("db")).unwrap();
     db.write_all_at(&[0xff; 64], 0).unwrap();
     service.restart();
-    wait_until("the segment to be set aside", || service.wal("quarantined_segments") == 1).await;
     service.wait_until_accepting().await;
+    service.kafka.up();
+    service.wait_until_delivered().await;
+    assert_eq!(service.wal("quarantined_segments"), 0);
     service.stop();
+    service.check();
 }

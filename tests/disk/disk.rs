@@ -13,7 +13,7 @@ use crate::process::Options;
 /// Rules that can be in force at a time.
 pub const RULES: usize = 8;
 const CONTROL_BYTES: u64 = 24 + RULES as u64 * RULE_BYTES;
-const RULE_BYTES: u64 = 96;
+const RULE_BYTES: u64 = 104;
 const NAME_BYTES: usize = 32;
 
 /// Kinds of calls that can fail; the numbers are those of `faultfs.c`.
@@ -36,6 +36,8 @@ pub struct Rule {
     pub skip: u64,
     /// Then so many fail.
     pub times: u64,
+    /// Only reads of this byte of a file; 0: all.
+    pub byte: u64,
     pub prefix: &'static str,
     pub suffix: &'static str,
 }
@@ -43,7 +45,7 @@ pub struct Rule {
 impl Rule {
     /// The next call and every one after it fails.
     pub fn always(call: Call, error: i32, prefix: &'static str, suffix: &'static str) -> Rule {
-        Rule { call, error, skip: 0, times: u64::MAX, prefix, suffix }
+        Rule { call, error, skip: 0, times: u64::MAX, byte: 0, prefix, suffix }
     }
 }
 
@@ -131,7 +133,8 @@ impl Disk {
         bytes[4..8].copy_from_slice(&rule.error.to_ne_bytes());
         bytes[8..16].copy_from_slice(&rule.skip.to_ne_bytes());
         bytes[16..24].copy_from_slice(&rule.times.to_ne_bytes());
-        for (from, name) in [(32, rule.prefix), (32 + NAME_BYTES, rule.suffix)] {
+        bytes[32..40].copy_from_slice(&rule.byte.to_ne_bytes());
+        for (from, name) in [(40, rule.prefix), (40 + NAME_BYTES, rule.suffix)] {
             assert!(name.len() < NAME_BYTES);
             bytes[from..from + name.len()].copy_from_slice(name.as_bytes());
         }

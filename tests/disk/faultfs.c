@@ -52,6 +52,7 @@ struct rule {
     uint64_t skip;
     uint64_t times;
     uint64_t hits;
+    uint64_t byte; /* only reads of this byte of a file; 0: all */
     char prefix[32];
     char suffix[32];
 };
@@ -135,13 +136,14 @@ static int64_t space_left(void) {
     return (int64_t)control->capacity - used;
 }
 
-/* Whether a call is to be refused: errno is set then. `bytes`: blocks that it would take. */
-static int refused(enum call call, const char *path, int64_t bytes) {
+/* Whether a call is to be refused: errno is set then. `bytes`: blocks that it would take; or, from `from` on, what it reads. */
+static int refused(enum call call, const char *path, int64_t bytes, uint64_t from) {
     for (int at = 0; at < RULES; at++) {
         struct rule *rule = &control->rules[at];
         size_t length = strlen(path), suffix = strlen(rule->suffix);
         if (rule->call != (uint32_t)call || strncmp(path, rule->prefix, strlen(rule->prefix)) != 0) continue;
         if (length < suffix || strcmp(path + length - suffix, rule->suffix) != 0) continue;
+        if (rule->byte && (rule->byte < from || rule->byte - from >= (uint64_t)bytes)) continue;
         if (rule->skip) {
             rule->skip--;
         } else if (rule->times) {
@@ -151,7 +153,7 @@ static int refused(enum call call, const char *path, int64_t bytes) {
             return 1;
         }
     }
-    if (control->capacity && bytes > 0 && bytes > space_left()) {
+    if (call != CALL_READ && control->capacity && bytes > 0 && bytes > space_left()) {
         errno = ENOSPC;
         return 1;
     }
@@ -180,7 +182,7 @@ static int open_at(int directory, const char *path, int flags, mode_t mode) {
     struct stat stat;
     int exists = syscall(SYS_newfstatat, directory, path, &stat, 0) == 0;
     int file = -1;
-    if (exists || !(flags & O_CREAT) || !refused(CALL_CREATE, below, BLOCK)) {
+    if (exists || !(flags & O_CREAT) || !refused(CALL_CREATE, below, BLOCK, 0)) {
         file = (int)syscall(SYS_openat, directory, path, flags, mode);
     }
     if (file >= 0) follow(file, below, (exists ? 0 : 1) | (flags & O_TRUNC ? 2 : 0));
@@ -248,7 +250,7 @@ static ssize_t write_at(int file, const void *data, size_t bytes, off_t offset) 
         if (syscall(SYS_fcntl, file, F_GETFL) & O_APPEND && fstat(file, &stat) == 0) offset = stat.st_size;
     }
     ssize_t written = -1;
-    if (!refused(CALL_WRITE, path_of[file], missing(file, offset + (off_t)bytes))) {
+    if (!refused(CALL_WRITE, path_of[file], missing(file, offset + (off_t)bytes), 0)) {
         written = appends ? syscall(SYS_write, file, data, bytes) : syscall(SYS_pwrite64, file, data, bytes, offset);
     }
     if (written > 0) note(WRITE, handle_of[file], (uint64_t)offset, "", data, (size_t)written);
@@ -278,20 +280,20 @@ EXPORT ssize_t pwritev(int file, const struct iovec *parts, int count, off_t off
     return count ? write_at(file, parts[0].iov_base, parts[0].iov_len, offset) : 0;
 }
 
-static int read_fails(int file) {
+static int read_fails(int file, size_t bytes, off_t offset) {
     if (!tracked(file)) return 0;
     pthread_mutex_lock(&lock);
-    int fails = refused(CALL_READ, path_of[file], 0);
+    int fails = refused(CALL_READ, path_of[file], bytes, offset);
     pthread_mutex_unlock(&lock);
     return fails;
 }
 
 EXPORT ssize_t read(int file, void *data, size_t bytes) {
-    return read_fails(file) ? -1 : syscall(SYS_read, file, data, bytes);
+    return read_fails(file, bytes, lseek(file, 0, SEEK_CUR)) ? -1 : syscall(SYS_read, file, data, bytes);
 }
 
 EXPORT ssize_t pread64(int file, void *data, size_t bytes, off_t offset) {
-    return read_fails(file) ? -1 : syscall(SYS_pread64, file, data, bytes, offset);
+    return read_fails(file, bytes, offset) ? -1 : syscall(SYS_pread64, file, data, bytes, offset);
 }
 EXPORT ssize_t pread(int file, void *data, size_t bytes, off_t offset) { return pread64(file, data, bytes, offset); }
 
@@ -309,7 +311,7 @@ EXPORT int fallocate(int file, int mode, off_t offset, off_t length) {
     if (!tracked(file)) return (int)syscall(SYS_fallocate, file, mode, offset, length);
     if (mode != FALLOC_FL_KEEP_SIZE) die("fallocate that changes the size is not in the model");
     pthread_mutex_lock(&lock);
-    int fails = refused(CALL_RESERVE, path_of[file], missing(file, offset + length));
+    int fails = refused(CALL_RESERVE, path_of[file], missing(file, offset + length), 0);
     int result = fails ? -1 : (int)syscall(SYS_fallocate, file, mode, offset, length);
     pthread_mutex_unlock(&lock);
     return result;
@@ -321,7 +323,7 @@ static int sync_file(int file, long number) {
     pthread_mutex_lock(&lock);
     uint64_t count = ++control->syncs;
     uint32_t handle = handle_of[file];
-    int fails = refused(CALL_SYNC, path_of[file], 0), error = errno;
+    int fails = refused(CALL_SYNC, path_of[file], 0, 0), error = errno;
     if (control->kill_at_sync && count == control->kill_at_sync) {
         /* Under the lock nobody is between a change and its record. */
         kill(getpid(), SIGKILL);
@@ -378,7 +380,7 @@ EXPORT int mkdirat(int directory, const char *path, mode_t mode) {
     pthread_mutex_lock(&lock);
     struct stat stat;
     int exists = syscall(SYS_newfstatat, directory, path, &stat, 0) == 0;
-    int result = !exists && refused(CALL_MKDIR, below, BLOCK) ? -1 : (int)syscall(SYS_mkdirat, directory, path, mode);
+    int result = !exists && refused(CALL_MKDIR, below, BLOCK, 0) ? -1 : (int)syscall(SYS_mkdirat, directory, path, mode);
     if (result == 0) note(MKDIR, 0, 0, below, NULL, 0);
     pthread_mutex_unlock(&lock);
     return result;

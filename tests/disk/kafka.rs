@@ -167,14 +167,15 @@ impl Kafka {
             wal["pending_batches"] == 0 && wal["pending_events"] == 0
         })
         .await;
+        wait_until("every event to be seen in Kafka", || self.missing(clients).is_empty()).await;
+    }
+
+    /// Acked events that have not arrived, and can.
+    pub fn missing(&self, clients: &Clients) -> Vec<(Name, usize)> {
+        let deliveries = self.deliveries.lock().unwrap();
         let events = |name| self.load.events(name).into_iter().enumerate().map(move |(at, (kind, _))| (name, at, kind));
         let good = clients.acks().into_keys().flat_map(events).filter(|(.., kind)| *kind != BAD_TYPE);
-        let good: Vec<_> = good.map(|(name, event, _)| (name, event)).collect();
-        wait_until("every event to be seen in Kafka", || {
-            let deliveries = self.deliveries.lock().unwrap();
-            good.iter().all(|event| deliveries.contains_key(event))
-        })
-        .await;
+        good.map(|(name, event, _)| (name, event)).filter(|event| !deliveries.contains_key(event)).collect()
     }
 
     fn consumer(&self) -> BaseConsumer {

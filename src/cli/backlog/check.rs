@@ -127,11 +127,9 @@ fn describe_problem(problem: &Problem) -> String {
     let what = match problem.kind {
         ProblemKind::Unreadable => "cannot be read",
         ProblemKind::DoesNotOpen => "does not open",
-        ProblemKind::DamagedSnapshot => "opens only without its snapshot or conf, which loses nothing",
         ProblemKind::MarkerMissing => "has lost its marker",
-        ProblemKind::MarkerDamaged => "has a damaged marker",
         ProblemKind::DamagedChunk => "is damaged",
-        ProblemKind::EmptySlots => "is empty",
+        ProblemKind::ChunksMissing => "lacks chunks behind its last good one",
         ProblemKind::SegmentMissing => "is not there",
         ProblemKind::MetaDamaged => "cursor and ledger of losses are damaged: everything would be delivered again",
         ProblemKind::ParkedDamaged => "parked events are damaged",

@@ -11,21 +11,22 @@ use std::fs;
 pub use report::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
 
 use super::carved::Runs;
+use super::closed::ClosedSegment;
 use super::error::StoreError;
 use super::losses::Loss;
 use super::offline::{OfflineLog, SegmentFiles};
 use super::record::{ChunkHeader, Totals, split_record};
+use super::salvage::Unreadable;
 use super::slots::{Slot, read_slot};
-use super::store::{MarkerState, SegmentFile, SledStore, Store, copy_directory};
+use super::store::{SegmentFile, is_marked};
 
 impl OfflineLog {
     /// Verifies every segment. `progress` is told the bytes of each one that is done.
     ///
     /// # Errors
-    /// [`StoreError`]: the log cannot be listed, or there is no room for a copy of a segment.
+    /// [`StoreError`]: the log cannot be listed or read.
     pub fn check(&self, progress: &mut dyn FnMut(u64)) -> Result<CheckReport, StoreError> {
-        let store = SledStore::new(&self.scratch.path().join("segments"), self.shape)?;
-        let mut check = Check::new(self, store);
+        let mut check = Check::new(self);
         if let Err(error) = &self.meta {
             check.report.problems.push(Problem::new(ProblemKind::MetaDamaged, error.to_string()));
         }
@@ -46,8 +47,6 @@ impl OfflineLog {
 /// A check under way.
 struct Check<'a> {
     log: &'a OfflineLog,
-    /// Opens copies.
-    store: SledStore,
     report: CheckReport,
     /// The end of the last good chunk.
     at: Option<Totals>,
@@ -55,22 +54,18 @@ struct Check<'a> {
     at_segment: u64,
     /// The first problem since then.
     unplaced: usize,
-    /// Segments since then that show empty slots where there should be chunks, and the first such slot.
-    empty: Vec<(u64, u32)>,
     /// What can be carved out of any segment.
     carved: Runs,
 }
 
 impl<'a> Check<'a> {
-    fn new(log: &'a OfflineLog, store: SledStore) -> Check<'a> {
+    fn new(log: &'a OfflineLog) -> Check<'a> {
         let mut check = Check {
             log,
-            store,
             report: CheckReport::default(),
             at: None,
             at_segment: log.cursor_segment().saturating_sub(1),
             unplaced: 0,
-            empty: Vec::new(),
             carved: Runs::default(),
         };
         check.report.cursor_sequence = check.cursor().map(|cursor| cursor.sequence);
@@ -89,16 +84,12 @@ impl<'a> Check<'a> {
     fn segment(&mut self, files: &SegmentFiles) -> Result<(), StoreError> {
         let id = files.id;
         let carved = self.carve(files)?;
-        match MarkerState::of(&files.path)? {
-            MarkerState::Good => {}
-            MarkerState::Damaged => {
-                self.problem(ProblemKind::MarkerDamaged, id, None, "it is written anew when needed")
+        if !is_marked(&files.path) {
+            if id < self.log.cursor_segment() || carved.iter().next().is_none() {
+                // Never used, or delivered: the next start removes what is left of it.
+                return Ok(());
             }
-            MarkerState::Missing if id >= self.log.cursor_segment() && carved.iter().next().is_some() => {
-                self.problem(ProblemKind::MarkerMissing, id, None, "the next start marks the segment anew");
-            }
-            // Never used, or delivered: the next start removes what is left of it.
-            MarkerState::Missing => return Ok(()),
+            self.problem(ProblemKind::MarkerMissing, id, None, "the next start marks the segment anew");
         }
         self.report.segments += 1;
         self.slots(files, true)
@@ -119,41 +110,29 @@ impl<'a> Check<'a> {
         Ok(runs)
     }
 
-    /// Opens a copy of the segment and goes through its slots.
+    /// Goes through the slots of a segment.
     fn slots(&mut self, files: &SegmentFiles, in_log: bool) -> Result<(), StoreError> {
-        let id = files.id;
-        let copy = self.store.segment_path(id);
-        let opened = copy_directory(&files.path, &copy).and_then(|()| self.open(id));
-        match opened {
-            Ok(file) => self.walk(id, &*file, in_log)?,
-            Err(error) if error.is_full() => return Err(error),
-            Err(error) if error.is_damage() => self.problem(ProblemKind::DoesNotOpen, id, None, describe(&error)),
-            Err(error) => self.problem(ProblemKind::Unreadable, id, None, describe(&error)),
-        }
-        fs::remove_dir_all(copy).map_err(StoreError::io("remove the copy of a segment"))
-    }
-
-    fn open(&mut self, id: u64) -> Result<std::sync::Arc<dyn SegmentFile>, StoreError> {
-        // Gives a segment that has lost its marker another one, as the next start would.
-        self.store.remove_unfinished(0)?;
-        match self.store.open_whole(id) {
-            Err(error) if error.is_damage() => {
-                let file = self.store.open(id)?;
-                self.problem(ProblemKind::DamagedSnapshot, id, None, describe(&error));
-                Ok(file)
+        match ClosedSegment::open(&files.path.join("db"), Unreadable::Zeroes) {
+            Ok(file) => {
+                if file.unread_bytes() > 0 {
+                    let detail = format!("the disk does not read {} bytes of it", file.unread_bytes());
+                    self.problem(ProblemKind::Unreadable, files.id, None, detail);
+                }
+                self.walk(files.id, &file, in_log)?;
             }
-            opened => opened,
+            Err(error) if error.is_damage() => self.problem(ProblemKind::DoesNotOpen, files.id, None, describe(&error)),
+            Err(error) => self.problem(ProblemKind::Unreadable, files.id, None, describe(&error)),
         }
+        Ok(())
     }
 
     fn walk(&mut self, id: u64, file: &dyn SegmentFile, in_log: bool) -> Result<(), StoreError> {
         let (slots, mut slot, mut damaged) = (file.slots(), 0, false);
-        let (mut first_empty, mut seen) = (None, false);
         while slot < slots {
             let at = slot;
             slot += 1;
             match read_slot(file, at, slots)? {
-                Slot::Empty => drop(first_empty.get_or_insert(at)),
+                Slot::Empty => {}
                 // The process ended while it wrote them: nobody got an ack.
                 Slot::Torn => break,
                 // A rest of the damaged chunk before it.
@@ -167,8 +146,7 @@ impl<'a> Check<'a> {
                     self.problem(ProblemKind::DamagedChunk, id, Some(at), reason);
                 }
                 Slot::Chunk { header, body, next_slot } => {
-                    (slot, damaged, seen) = (next_slot, false, true);
-                    self.empty.extend(first_empty.take().map(|slot| (id, slot)));
+                    (slot, damaged) = (next_slot, false);
                     match end_of(&header, body) {
                         Some(end) if in_log => self.chunk(id, header.before, end)?,
                         Some(_) => {}
@@ -177,8 +155,6 @@ impl<'a> Check<'a> {
                 }
             }
         }
-        // The last ones are, unless chunks turn out to be missing here. A segment without any is a spare.
-        self.empty.extend(first_empty.filter(|_| seen).map(|slot| (id, slot)));
         Ok(())
     }
 
@@ -197,7 +173,6 @@ impl<'a> Check<'a> {
 
     /// There is no good chunk between two places, the second one in segment `to_segment`.
     fn gap(&mut self, from: Totals, to: Totals, to_segment: u64) -> Result<(), StoreError> {
-        let empty = std::mem::take(&mut self.empty);
         let since = std::mem::replace(&mut self.unplaced, self.report.problems.len());
         if to.sequence <= from.sequence {
             return Ok(());
@@ -210,7 +185,7 @@ impl<'a> Check<'a> {
             }
         }
         if !explained {
-            self.explain(empty, to_segment, (from.sequence, to.sequence - 1))?;
+            self.explain(to_segment, (from.sequence, to.sequence - 1))?;
         }
         // What was delivered is not missed.
         let from = self.cursor().filter(|cursor| cursor.sequence > from.sequence).unwrap_or(from);
@@ -226,13 +201,8 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Nothing wrong was met where records are missing: either a segment is not there, or slots are empty that should not be.
-    fn explain(
-        &mut self,
-        empty: Vec<(u64, u32)>,
-        to_segment: u64,
-        (first_sequence, last_sequence): (u64, u64),
-    ) -> Result<(), StoreError> {
+    /// Nothing wrong was met where records are missing: either a segment is not there, or chunks are gone without a trace.
+    fn explain(&mut self, to_segment: u64, (first_sequence, last_sequence): (u64, u64)) -> Result<(), StoreError> {
         let there: BTreeSet<u64> =
             self.log.segments()?.iter().chain(&self.log.quarantined()?).map(|files| files.id).collect();
         let absent = (self.at_segment + 1..to_segment).filter(|id| !there.contains(id));
@@ -240,11 +210,8 @@ impl<'a> Check<'a> {
             .map(|id| Problem { segment: Some(id), ..Problem::new(ProblemKind::SegmentMissing, "it was deleted") })
             .collect();
         if found.is_empty() {
-            let detail = "no chunk from here on, where some were committed";
-            found.extend(empty.into_iter().map(|(segment, slot)| {
-                let problem = Problem::new(ProblemKind::EmptySlots, detail);
-                Problem { segment: Some(segment), slot: Some(slot), ..problem }
-            }));
+            let problem = Problem::new(ProblemKind::ChunksMissing, "nothing is where some were committed");
+            found.push(Problem { segment: Some(self.at_segment), ..problem });
         }
         let (first_sequence, last_sequence) = (Some(first_sequence), Some(last_sequence));
         let placed = found.into_iter().map(|problem| Problem { first_sequence, last_sequence, ..problem });

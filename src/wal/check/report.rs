@@ -54,18 +54,14 @@ pub enum ProblemKind {
     Unreadable,
     /// The segment does not open.
     DoesNotOpen,
-    /// The segment opens only without its snapshot or `conf`; nothing is lost by that.
-    DamagedSnapshot,
     /// The marker `READY` is not there, but the segment is needed.
     MarkerMissing,
-    /// The marker `READY` is not as it was written.
-    MarkerDamaged,
     /// A slot does not hold what was written to it.
     DamagedChunk,
     /// The segment is not there.
     SegmentMissing,
-    /// Slots that must hold chunks show nothing: sled passes over what stands behind damage.
-    EmptySlots,
+    /// Chunks are gone without a trace, behind the last one that is good.
+    ChunksMissing,
     /// The cursor and the ledger of losses cannot be read.
     MetaDamaged,
     /// Parked events cannot be read.

@@ -2,7 +2,7 @@
 //!
 //! # Layout
 //! ```text
-//! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY; before-db if damaged
+//! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY
 //! meta/               a small Db: the cursor, the ledger of losses, the dedup window
 //! parked/             a small Db: dead letters
 //! quarantine/         what was damaged, set aside: segments under their number, small Dbs as meta-1, parked-1, …
@@ -17,9 +17,10 @@
 //!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
 //! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
 //! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
-//! - sled needs free disk to open: on a full one it gets the `reserve`, or nothing could be delivered that would make room.
-//! - Opening a damaged segment makes it worse: behind a damaged message near the end of its log sled fills the file with
-//!   zeroes, good messages included. So one that has lost a chunk is copied before it is opened, for `salvage.rs`.
+//! - Opening a Db changes it: behind a damaged message, or one that the disk failed to read for a moment, sled fills the file
+//!   with zeroes, good messages included. So sled only writes segments; closed ones are read without it (`wal/closed.rs`).
+//! - sled needs free disk to open the small Dbs: on a full one it gets the `reserve`, or nothing could be delivered that would
+//!   make room.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 //!
 //! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system, `copies.rs` what
@@ -40,8 +41,8 @@ use bytes::Bytes;
 use super::error::StoreError;
 pub(super) use copies::{copy_directory, open_state, segment_directories};
 use files::{await_unlocked, check_readable, remove_files};
-pub(super) use segments::MarkerState;
 pub use segments::SledStore;
+pub(super) use segments::is_marked;
 
 /// Largest value of a [`StateDb`], in bytes; larger ones must be split by the caller. A leaf of sled's tree holds up to 17
 /// and is now and then written as one piece, which must stay below a quarter of sled's `segment_size` (see `state.rs`).
@@ -54,8 +55,6 @@ const READY: &str = "READY";
 const RESERVE: &str = "reserve";
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
-/// A copy of a segment's `db` from before it was opened, beside it, if that has lost a chunk.
-pub(super) const DB_BEFORE: &str = "before-db";
 /// Bounds of sled's `segment_size`.
 const SLED_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 const SLED_SEGMENT_BYTES_MAX: u64 = 8 << 20;
@@ -91,12 +90,6 @@ impl SegmentShape {
     }
 }
 
-impl SegmentShape {
-    fn is_sled_segment_bytes(bytes: usize) -> bool {
-        bytes.is_power_of_two() && (SLED_SEGMENT_BYTES_MIN..=SLED_SEGMENT_BYTES_MAX).contains(&(bytes as u64))
-    }
-}
-
 /// Where segments and small state live. Calls block.
 pub trait Store: Send + Sync {
     /// Ids of the segments that were completely prepared, ascending.
@@ -107,13 +100,16 @@ pub trait Store: Send + Sync {
     /// Ids of the segments set aside.
     fn quarantined(&self) -> Result<Vec<u64>, StoreError>;
     /// Makes a segment with empty slots. It is durable when this returns.
-    fn prepare(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
-    /// No trace of a record is in a segment's files, whether it can still show it or not.
-    fn is_blank(&self, id: u64) -> Result<bool, StoreError>;
+    fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError>;
     /// Makes what the last process wrote to a segment durable, before it is believed. The segment is not open.
     fn settle(&self, id: u64) -> Result<(), StoreError>;
-    /// Opens a segment, repairing what can be repaired without loss.
+    /// Opens a segment that takes no more records. Changes nothing in it.
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
+    /// The same, for what can be read of a segment that the disk does not read as a whole; and how many bytes are not.
+    fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError>;
+    /// Takes away what the slots from `from` on hold, of a segment that is not open: nobody got an ack for it. Durable when
+    /// this returns.
+    fn cut(&self, id: u64, from: u32) -> Result<(), StoreError>;
     /// Gives back the disk that was reserved for a segment and not used. No write may follow.
     fn seal(&self, id: u64) -> Result<(), StoreError>;
     /// Removes a segment that is not open.
@@ -139,18 +135,27 @@ pub struct Space {
     pub free_bytes: u64,
 }
 
-/// One open segment. Slots are filled in order, once.
+/// An open segment, to read.
 pub trait SegmentFile: Send + Sync {
-    /// Fills a slot. Durable only after [`SegmentFile::flush`] and [`SegmentFile::sync`].
+    /// The value of a slot; empty if it was not filled.
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
+    /// Number of slots.
+    fn slots(&self) -> u32;
+    /// The slot to read on from: `slot`, unless the slots may have moved since that was noted. Then the one after all that end
+    /// at or before `sequence`.
+    fn seek(&self, slot: u32, _sequence: u64) -> u32 {
+        slot
+    }
+}
+
+/// A segment that takes records. Slots are filled in order, once.
+pub trait ActiveSegment: SegmentFile {
+    /// Fills a slot. Durable only after [`ActiveSegment::flush`] and [`ActiveSegment::sync`].
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError>;
     /// Hands every write so far to the operating system. For a thread other than the one that syncs.
     fn flush(&self) -> Result<(), StoreError>;
     /// Makes everything flushed before the call durable: it survives power loss once this has returned.
     fn sync(&self) -> Result<(), StoreError>;
-    /// The value of a slot; empty if it was not filled.
-    fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
-    /// Number of slots.
-    fn slots(&self) -> u32;
 }
 
 /// Key and value.
@@ -222,27 +227,5 @@ fn guard<T>(operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> 
             let message = message.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
             Err(StoreError::Panicked { operation, message: message.unwrap_or_default() })
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_slot_that_is_not_there_is_not_an_empty_one() {
-        let directory = tempfile::tempdir().unwrap();
-        let store = SledStore::new(directory.path(), SegmentShape::new(8 << 20)).unwrap();
-        drop(store.prepare(1).unwrap());
-        let path = store.segment_path(1);
-        await_unlocked(&path).unwrap();
-        let db = SledStore::open_db(&path, SLED_SEGMENT_BYTES_MIN as usize).unwrap();
-        db.remove(5_u64.to_be_bytes()).unwrap();
-        db.flush().unwrap();
-        close(db);
-        let segment = store.open(1).unwrap();
-        assert!(segment.read(4).unwrap().is_empty());
-        let missing = segment.read(5).expect_err("it was read as empty");
-        assert!(missing.is_damage(), "{missing}");
     }
 }
