@@ -8,10 +8,11 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use ringtail::forward::{ParkedError, ParkedStore};
 use ringtail::metrics::Metrics;
-use ringtail::wal::{Loss, Wal};
+use ringtail::wal::{Loss, OfflineLog, Wal};
 
 use super::build::{Built, Written, append, open};
 use super::damage::Damage;
+use super::small_log::small_log;
 
 /// Batches appended to the damaged log.
 const NEW_BATCHES: u64 = 20;
@@ -35,9 +36,13 @@ struct Life {
 /// Opens, reads, appends to, delivers and opens again the image in `path`. Panics at anything that must not be.
 pub fn check(built: &Built, damage: &Damage, path: &Path) -> Found {
     let mut new = BTreeMap::new();
+    let whole = carve(path);
     let (first, parked_missing, last_sequence) = {
         let (wal, metrics) = open(path);
         let first = live(built, &new, damage, &wal, &metrics);
+        let not_read: BTreeSet<u64> =
+            whole.difference(&first.sequences).copied().filter(|sequence| *sequence >= built.cursor).collect();
+        assert!(damage.meta || not_read.is_empty(), "whole on disk, and not read: {}", runs(not_read.iter()));
         let parked_missing = check_parked(built, &wal);
         new = append(&wal, &mut StdRng::seed_from_u64(1), NEW_BATCHES);
         let last = wal.status().next_sequence - 1;
@@ -52,7 +57,7 @@ pub fn check(built: &Built, damage: &Damage, path: &Path) -> Found {
         wal.close();
         (first, parked_missing, last)
     };
-    // sled writes over parts of a damaged segment when it opens it: what holds no record then is worth nothing.
+    // What holds no record is worth nothing.
     let existing: BTreeSet<u64> =
         ["wal", "quarantine"].iter().flat_map(|place| holding_records(&path.join(place))).collect();
     // A restart finds the same.
@@ -95,6 +100,14 @@ pub fn check(built: &Built, damage: &Damage, path: &Path) -> Found {
         quarantined,
         parked_missing,
     }
+}
+
+/// The sequences of what is whole in the segments' files.
+fn carve(path: &Path) -> BTreeSet<u64> {
+    let log = OfflineLog::open(&small_log(path)).expect("nobody has it open");
+    let segments = log.segments().expect("the segments are listed");
+    let records = segments.iter().flat_map(|segment| segment.records().expect("its file is searched"));
+    records.map(|record| record.expect("it is readable").sequence.0).collect()
 }
 
 /// Reads the log from the cursor to its end and compares it with what was written.
