@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::closed::ClosedSegment;
 use super::error::StoreError;
 use super::record::{ChunkError, Totals, split_record};
-use super::salvage::Unreadable;
+use super::search::Unreadable;
 use super::slots::{Slot, read_slot};
 use super::store::SegmentFile;
 use crate::batch::{Batch, Sequence};

@@ -2,7 +2,7 @@
 //!
 //! To open a Db is to change it: where sled meets a read error or a damaged message, it believes that its log ends there, and
 //! overwrites what follows. What was acked must not hang on that, so sled only writes segments. They are read by looking for
-//! their chunks (`salvage.rs`), which are kept in one piece and prove themselves.
+//! their chunks (`search.rs`), which are kept in one piece and prove themselves.
 //!
 //! The slots here are the chunks that were found, in the order of their sequences: as long as none is missing, the slots that
 //! they were written to. Bytes that begin like a chunk and are none keep their place between those around them.
@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 use super::error::StoreError;
 use super::record::ChunkHeader;
-use super::salvage::{Found, Unreadable, chunks, read_at};
+use super::search::{Found, Unreadable, chunks, read_at};
 use super::store::SegmentFile;
 
 /// Takes the place of the magic number of a chunk that was cut off.

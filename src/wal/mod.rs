@@ -4,10 +4,11 @@
 //! The log is a row of **segments**, each a sled database of its own (see `store/mod.rs` for why, and how sled is kept
 //! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, unless `dedup.rs` knows it as a
 //! retry, and writes them as **chunks** (`record.rs`). `syncer.rs` makes them durable and completes every waiter. `reader.rs`
-//! reads in order; what it misses goes into the ledger of `losses.rs`. [`Wal::deliver`] moves the **cursor**; `keeper.rs`
+//! reads in order, segments that are full without sled (`closed.rs`, `search.rs`); what it misses goes into the ledger of
+//! `losses.rs`. [`Wal::deliver`] moves the **cursor**; `keeper.rs`
 //! saves it and removes whole segments that it has left, and prepares spare ones ahead of need. `recovery.rs` finds the
-//! state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `salvage.rs`, `check/` and `repair.rs` are
-//! for the tools that look after it.
+//! state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `check/` and `repair.rs` are for the tools that
+//! look after it.
 //!
 //! # Invariants
 //! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
@@ -42,8 +43,8 @@ mod reader;
 mod record;
 mod recovery;
 mod repair;
-mod salvage;
 mod scan;
+mod search;
 mod slots;
 mod store;
 mod syncer;

@@ -16,7 +16,7 @@ use super::error::StoreError;
 use super::losses::Loss;
 use super::offline::{OfflineLog, SegmentFiles};
 use super::record::{ChunkHeader, Totals, split_record};
-use super::salvage::Unreadable;
+use super::search::Unreadable;
 use super::slots::{Slot, read_slot};
 use super::store::{SegmentFile, is_marked};
 

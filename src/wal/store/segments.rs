@@ -19,7 +19,7 @@ use super::{
 use crate::kill_point;
 use crate::wal::closed::ClosedSegment;
 use crate::wal::error::StoreError;
-use crate::wal::salvage::{self, Unreadable};
+use crate::wal::search::{self, Unreadable};
 
 /// Disk taken by a segment's directories, marker, `conf` and snapshot.
 const SMALL_FILES_BYTES: u64 = 20 << 10;
@@ -102,7 +102,7 @@ impl Store for SledStore {
             }
             // Delivered segments lose their marker before they go, new ones get it before they are used. One that is still
             // needed and holds chunks has lost it to damage.
-            if id >= first_needed && salvage::holds_chunks(&path.join("db"))? {
+            if id >= first_needed && search::holds_chunks(&path.join("db"))? {
                 tracing::warn!(segment = id, "segment has lost its marker, marking it anew");
                 write_marker(&path)?;
                 sync_directory(&path)?;
