@@ -105,11 +105,6 @@ impl MemoryStore {
         self.disk().sync_gate.clone()
     }
 
-    /// Slots of a segment that were written and not synced.
-    pub fn unsynced_slots(&self, id: u64) -> usize {
-        self.disk().segments[&id].unsynced.len()
-    }
-
     /// The power is off.
     pub fn is_off(&self) -> bool {
         self.disk().faults.power_after_syncs == Some(0)
