@@ -118,15 +118,6 @@ fn setting(name: &str, path: &Path) -> String {
     format!("\"{name}\" = \"{}\"\n", path.display())
 }
 
-fn delivered(service: &Service) -> f64 {
-    service.metric("ringtail_forward_delivered_events_total", "")
-}
-
-fn wait_for_deliveries(service: &mut Service, events: f64) {
-    let goal = delivered(service) + events;
-    service.wait_for("deliveries", PATIENCE, |service| delivered(service) >= goal);
-}
-
 fn load() -> Load {
     Load { clients_per_protocol: 1, ..Load::default() }
 }
@@ -152,14 +143,14 @@ fn a_wrong_password_is_told_and_a_rotated_one_picked_up() {
             service.status()["forward"]["last_error"].to_string().contains("uthentication")
         });
         sleep(Duration::from_secs(6));
-        assert_eq!(delivered(&service), 0.0);
+        assert_eq!(service.delivered(), 0.0);
         assert_eq!((service.get("/readyz").0, service.get("/livez").0), (200, 200));
         let lines = service.life_log().lines().filter(|line| line.contains("uthentication")).count();
         assert!((1..=4).contains(&lines), "it is told, and not at every attempt:\n{}", service.life_log());
         assert!(traffic.acked() > 500, "collecting goes on");
 
         fs::write(&password, "right\n").unwrap();
-        wait_for_deliveries(&mut service, 1000.0);
+        service.wait_for_deliveries(1000.0);
         // Rotated while it works: the file first, the broker at the next moment, and then every connection breaks.
         kafka.set_scram_password("alice", "newer");
         fs::write(certificates.path("new"), "newer").unwrap();
@@ -167,10 +158,10 @@ fn a_wrong_password_is_told_and_a_rotated_one_picked_up() {
         service.wait_for("the new password to be seen", PATIENCE, |service| {
             service.logged("credentials have changed") == 2
         });
-        wait_for_deliveries(&mut service, 1000.0);
+        service.wait_for_deliveries(1000.0);
         kafka.kill();
         kafka.restart();
-        wait_for_deliveries(&mut service, 1000.0);
+        service.wait_for_deliveries(1000.0);
         assert!(
             !service.log().contains("newer") && !service.status().to_string().contains("newer"),
             "it stays a secret"
@@ -201,20 +192,20 @@ fn a_rotated_certificate_is_picked_up() {
     );
     let mut service = Service::start(&kafka.bootstrap_of("SSL"), &forward);
     let traffic = Traffic::start(service.ports(), load());
-    wait_for_deliveries(&mut service, 1000.0);
+    service.wait_for_deliveries(1000.0);
 
     // One file after the other: together they do not do in between.
     fs::copy(certificates.path("newer-client.pem"), certificates.path("client.pem")).unwrap();
     service.wait_for("the misfit to be told", PATIENCE, |service| service.logged("cannot be used yet") == 1);
-    wait_for_deliveries(&mut service, 1000.0);
+    service.wait_for_deliveries(1000.0);
     fs::copy(certificates.path("newer-client.key"), certificates.path("client.key")).unwrap();
     service.wait_for("the new certificate", PATIENCE, |service| service.logged("credentials have changed") == 1);
-    wait_for_deliveries(&mut service, 1000.0);
+    service.wait_for_deliveries(1000.0);
     // Whoever still has the old one stays outside.
     kafka.kill();
     kafka.set_property("ssl.truststore.location", &certificates.path("newer-ca.pem").display().to_string());
     kafka.restart();
-    wait_for_deliveries(&mut service, 1000.0);
+    service.wait_for_deliveries(1000.0);
     let what = "mutual TLS: client certificate and key replaced, then the old CA no longer trusted";
     let fault = Fault { name: "certificate rotated", what, exactly_once: false };
     let findings = finish(fault, &mut service, traffic, &kafka, Vec::new());
@@ -242,9 +233,9 @@ fn a_broker_of_another_ca_is_not_trusted() {
     service.wait_for("the error to be told", PATIENCE, |service| {
         service.status()["forward"]["last_error"].to_string().contains("certificate verify failed")
     });
-    assert_eq!((delivered(&service), service.get("/readyz").0), (0.0, 200));
+    assert_eq!((service.delivered(), service.get("/readyz").0), (0.0, 200));
     fs::copy(certificates.path("ca.pem"), &ca).unwrap();
-    wait_for_deliveries(&mut service, 1000.0);
+    service.wait_for_deliveries(1000.0);
     let fault =
         Fault { name: "CA file wrong", what: "the broker's CA not in the file, then it is", exactly_once: false };
     finish(fault, &mut service, traffic, &kafka, Vec::new());

@@ -46,17 +46,15 @@ fn kill_leaders(forward: &str, exactly_once: bool) {
         cluster.nodes[0].create_topic(&topic(event_type), 3, &[("min.insync.replicas", "2")]);
     }
     let mut service = Service::start(&cluster.bootstraps().join("\",\""), forward);
-    let delivered = |service: &Service| service.metric("ringtail_forward_delivered_events_total", "");
     let load = Load { seed, clients_per_protocol: 2, pause: Duration::from_millis(50), ..Load::default() };
     let traffic = Traffic::start(service.ports(), load);
-    service.wait_for("deliveries", PATIENCE, |service| delivered(service) >= 2000.0);
+    service.wait_for_deliveries(2000.0);
     let before = service.buckets(DELAY);
     for kill in 1..=kills {
         let leader = cluster.nodes[0].leaders(&topic(TYPES[kill as usize % 4]))[0];
         cluster.node(leader).kill();
         let killed = Instant::now();
-        let goal = delivered(&service) + 3000.0;
-        service.wait_for("deliveries without it", PATIENCE, |service| delivered(service) >= goal);
+        service.wait_for_deliveries(3000.0);
         println!("kill {kill}, of broker {leader}: 3000 events more after {:?}", killed.elapsed());
         cluster.node(leader).restart();
         // With one replica less, the next kill would stop everything.

@@ -40,24 +40,6 @@ fn load(seed: u64) -> Load {
     Load { seed, clients_per_protocol: 8, schemes: &[Scheme::WebSocket], ..Load::default() }
 }
 
-fn flow(service: &mut Service, traffic: &Traffic, events: u64) {
-    let goal = traffic.acked() + events;
-    service.wait_for("traffic", PATIENCE, |_| traffic.acked() >= goal);
-}
-
-fn delivered(service: &Service) -> f64 {
-    service.metric("ringtail_forward_delivered_events_total", "")
-}
-
-fn wait_for_deliveries(service: &mut Service, events: f64) {
-    let goal = delivered(service) + events;
-    service.wait_for("deliveries", PATIENCE, |service| delivered(service) >= goal);
-}
-
-fn forward_number(service: &Service, name: &str) -> u64 {
-    service.status()["forward"][name].as_u64().expect("a number")
-}
-
 #[test]
 fn each_event_arrives_once_whatever_is_killed() {
     let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(KILLS);
@@ -67,7 +49,7 @@ fn each_event_arrives_once_whatever_is_killed() {
     let mut kafka = Kafka::start();
     let mut service = Service::start(&kafka.bootstrap(), SETTINGS);
     let traffic = Traffic::start(service.ports(), load(seed));
-    wait_for_deliveries(&mut service, 1000.0);
+    service.wait_for_deliveries(1000.0);
     let mut broker_kills = 0;
     for kill in 1..=kills {
         sleep(Duration::from_millis(random.random_range(200..3000)));
@@ -80,17 +62,17 @@ fn each_event_arrives_once_whatever_is_killed() {
                 service.restart();
             }
             kafka.restart();
-            wait_for_deliveries(&mut service, 1000.0);
+            service.wait_for_deliveries(1000.0);
         }
         service.kill();
         println!("kill {kill}, {} acked", traffic.acked());
         sleep(Duration::from_millis(random.random_range(0..500)));
         service.restart();
         if random.random() {
-            wait_for_deliveries(&mut service, 1.0);
+            service.wait_for_deliveries(1.0);
         }
     }
-    flow(&mut service, &traffic, 2000);
+    traffic.flow(&mut service, 2000);
     println!("{kills} kills of the service, {broker_kills} of the broker");
     let what = "delivery exactly_once, ringtail killed many times, the broker every fifth time";
     let findings = finish(fault("exactly once", what), &mut service, traffic, &kafka, Vec::new());
@@ -114,28 +96,28 @@ fn a_topic_that_is_forbidden_for_a_while_arrives_once_too() {
             kafka.create_topic(&topic(event_type), 4, &[]);
         }
         let traffic = Traffic::start(service.ports(), load(seed));
-        wait_for_deliveries(&mut service, 2000.0);
+        service.wait_for_deliveries(2000.0);
         let bad = topic(TYPES[2]);
         kafka.deny(&bad, denied);
         service
-            .wait_for("events of it to go to disk", PATIENCE, |service| forward_number(service, "spilled_events") > 0);
-        wait_for_deliveries(&mut service, 5000.0);
+            .wait_for("events of it to go to disk", PATIENCE, |service| service.forward_number("spilled_events") > 0);
+        service.wait_for_deliveries(5000.0);
         let held = service.status()["forward"]["held"].to_string();
-        assert!(held.contains(&bad) && forward_number(&service, "held_topics") == 1, "it alone is held: {held}");
+        assert!(held.contains(&bad) && service.forward_number("held_topics") == 1, "it alone is held: {held}");
         // The others go on over the end of the process as well.
         service.kill();
         service.restart();
-        wait_for_deliveries(&mut service, 5000.0);
-        assert!(forward_number(&service, "spilled_events") > 0);
+        service.wait_for_deliveries(5000.0);
+        assert!(service.forward_number("spilled_events") > 0);
         let held = service.status()["forward"]["held"].to_string();
-        assert!(held.contains(&bad) && forward_number(&service, "held_topics") == 1, "it alone is held: {held}");
+        assert!(held.contains(&bad) && service.forward_number("held_topics") == 1, "it alone is held: {held}");
         kafka.allow(&bad);
         service.wait_for("the topic to be worked off", PATIENCE, |service| {
-            forward_number(service, "spilled_events") < 2000
+            service.forward_number("spilled_events") < 2000
         });
         service.kill();
         service.restart();
-        flow(&mut service, &traffic, 2000);
+        traffic.flow(&mut service, 2000);
         let what = "delivery exactly_once, a topic denied and allowed, killed before and while that is worked off";
         let findings = finish(fault("exactly once, forbidden topic", what), &mut service, traffic, &kafka, Vec::new());
         assert_eq!((findings.parked, findings.out_of_order), (0, 0));
@@ -148,16 +130,16 @@ fn a_second_instance_with_the_same_id_takes_over() {
     let settings = format!("{SETTINGS}transactional_id = \"edge-17\"\n");
     let mut first = Service::start(&kafka.bootstrap(), &settings);
     let first_traffic = Traffic::start(first.ports(), Load { clients_per_protocol: 2, ..load(1) });
-    wait_for_deliveries(&mut first, 1000.0);
+    first.wait_for_deliveries(1000.0);
     let mut second = Service::start(&kafka.bootstrap(), &settings);
     first.wait_for("the first to be fenced", PATIENCE, |first| {
         first.status()["forward"]["last_error"].to_string().contains("another instance uses the transactional id")
     });
     assert_eq!(first.logged("another instance with the same forward.transactional_id forwards now"), 1);
-    let delivered_before = delivered(&first);
-    flow(&mut first, &first_traffic, 3000);
+    let delivered_before = first.delivered();
+    first_traffic.flow(&mut first, 3000);
     sleep(Duration::from_secs(3));
-    assert_eq!(delivered(&first), delivered_before, "the first has stopped to forward");
+    assert_eq!(first.delivered(), delivered_before, "the first has stopped to forward");
     assert_eq!((first.get("/readyz").0, first.get("/livez").0), (200, 200), "and goes on collecting");
     assert_eq!(first.logged("ERROR"), 1, "it is told once:\n{}", first.life_log());
     let ledger = first_traffic.stop();

@@ -21,6 +21,9 @@ use crate::kafka::free_port;
 /// Longest that the service may take to start or to stop.
 const SERVICE_PATIENCE: Duration = Duration::from_secs(60);
 
+/// Longest wait for deliveries: a broker may be away in between.
+const DELIVERY_PATIENCE: Duration = Duration::from_secs(180);
+
 /// Lines of a log that are shown when something failed.
 const LOG_END_LINES: usize = 40;
 
@@ -108,6 +111,22 @@ impl Service {
     /// Where clients connect to.
     pub fn ports(&self) -> Ports {
         self.ports
+    }
+
+    /// A number of the forwarder's status.
+    pub fn forward_number(&self, name: &str) -> u64 {
+        self.status()["forward"][name].as_u64().expect("a number")
+    }
+
+    /// Events that this life of it has delivered.
+    pub fn delivered(&self) -> f64 {
+        self.metric("ringtail_forward_delivered_events_total", "")
+    }
+
+    /// Waits until so many more events are delivered.
+    pub fn wait_for_deliveries(&mut self, events: f64) {
+        let goal = self.delivered() + events;
+        self.wait_for("deliveries", DELIVERY_PATIENCE, |service| service.delivered() >= goal);
     }
 
     /// Ends the service with SIGKILL.

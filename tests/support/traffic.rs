@@ -19,11 +19,14 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use crate::kafka::Kafka;
-use crate::service::{Ports, Scheme};
+use crate::service::{Ports, Scheme, Service};
 
 /// Event types, each its own topic.
 pub const TYPES: [&str; 10] =
     ["click", "page", "search", "error", "login", "scroll", "share", "order", "crash", "sensor"];
+
+/// Longest wait for acks: the service may be away in between.
+const FLOW_PATIENCE: Duration = Duration::from_secs(180);
 
 /// Client and number, at the start of every payload.
 const HEAD_BYTES: usize = 12;
@@ -126,6 +129,12 @@ impl Traffic {
     /// Events acked so far.
     pub fn acked(&self) -> u64 {
         self.acked.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many more events are acked.
+    pub fn flow(&self, service: &mut Service, events: u64) {
+        let goal = self.acked() + events;
+        service.wait_for("traffic", FLOW_PATIENCE, |_| self.acked() >= goal);
     }
 
     /// Lets every client finish its batch, which needs a service that runs, and ends them.
