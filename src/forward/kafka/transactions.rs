@@ -168,7 +168,7 @@ pub(in crate::forward) fn read_cursors(
     let (mut open, mut values) = (partitions, HashMap::new());
     while !open.is_empty() {
         if Instant::now() >= deadline {
-            return Err(format!("{topic} cannot be read in time"));
+            return Err(format!("{topic} cannot be read in time: is it compacted?"));
         }
         match consumer.poll(Duration::from_millis(100)) {
             None => {}
@@ -192,7 +192,12 @@ pub(in crate::forward) fn read_cursors(
 
 fn make_compacted(config: &mut ClientConfig, topic: &str, timeout: Duration) -> Result<(), String> {
     let admin: AdminClient<DefaultClientContext> = config.create().map_err(|error| error.to_string())?;
-    let new = NewTopic::new(topic, 1, TopicReplication::Fixed(-1)).set("cleanup.policy", "compact");
+    // One value a commit interval and host: what is not compacted yet is read by every start.
+    let new = NewTopic::new(topic, 1, TopicReplication::Fixed(-1))
+        .set("cleanup.policy", "compact")
+        .set("segment.ms", "600000")
+        .set("segment.bytes", "1048576")
+        .set("min.cleanable.dirty.ratio", "0.1");
     let options = AdminOptions::new().operation_timeout(Some(timeout)).request_timeout(Some(timeout));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;

@@ -36,7 +36,7 @@ use crate::wal::Wal;
 /// Longest that one step may keep the loop.
 const STEP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The same for reading the cursors.
-const READ_TIMEOUT: Duration = Duration::from_secs(10);
+const READ_TIMEOUT: Duration = Duration::from_secs(20);
 /// A transaction that is younger was not given up by Kafka, which waits for a minute (`transaction.timeout.ms`).
 const EXPIRY_MIN: Duration = Duration::from_secs(40);
 /// Tag of a cursor record: one that no event has.
