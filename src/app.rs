@@ -151,7 +151,7 @@ impl App {
             Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, began: config, running });
 
         let stopped = CancellationToken::new();
-        let endpoints = Admin::new(stages.clone(), metrics);
+        let endpoints = Admin::new(stages.clone(), metrics, shutdown::progress_patience());
         tokio::spawn(admin::run_upkeep(endpoints.clone(), stopped.clone()));
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
@@ -327,8 +327,8 @@ impl StatusSource for Stages {
         serde_json::to_value(status).expect("a status has only string keys")
     }
 
-    fn is_forward_live(&self) -> bool {
-        self.forwarder.is_live()
+    fn forward_stands_still(&self) -> Duration {
+        self.forwarder.heartbeat_age()
     }
 
     fn parked_count(&self) -> u64 {

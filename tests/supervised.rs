@@ -3,48 +3,16 @@
 
 #[path = "support/process.rs"]
 mod process;
+#[path = "support/supervisor.rs"]
+mod supervisor;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use process::{Options, Process};
 use serde_json::Value;
-
-/// systemd's end of `NOTIFY_SOCKET`.
-struct Supervisor {
-    socket: UnixDatagram,
-    path: PathBuf,
-}
-
-impl Supervisor {
-    fn new(directory: &Path) -> Supervisor {
-        let path = directory.join("notify");
-        let socket = UnixDatagram::bind(&path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        Supervisor { socket, path }
-    }
-
-    fn environment(&self) -> (String, String) {
-        ("NOTIFY_SOCKET".into(), self.path.display().to_string())
-    }
-
-    /// Reads messages until one holds `word`, and returns them all.
-    fn wait_for(&self, word: &str) -> Vec<String> {
-        let mut messages = Vec::new();
-        let mut buffer = [0; 4096];
-        loop {
-            let length = self.socket.recv(&mut buffer).unwrap_or_else(|error| panic!("{error}; {messages:?}"));
-            messages.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
-            if messages.last().is_some_and(|message| message.contains(word)) {
-                return messages;
-            }
-        }
-    }
-}
+use supervisor::Supervisor;
 
 /// Runs the binary as systemd does with `sockets`.
 fn passing(sockets: &[(&str, &TcpListener)]) -> Vec<String> {

@@ -64,7 +64,8 @@ impl Container {
     }
 
     fn wait_until_up(&mut self, work: &Path) {
-        let said = || ["nspawn", "console"].map(|file| fs::read_to_string(work.join(file)).unwrap_or_default()).concat();
+        let said =
+            || ["nspawn", "console"].map(|file| fs::read_to_string(work.join(file)).unwrap_or_default()).concat();
         let deadline = Instant::now() + PATIENCE;
         while self.leader == 0 || !self.is_up() {
             assert!(Instant::now() < deadline, "the container does not boot: {}", said());
