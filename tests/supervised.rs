@@ -119,6 +119,49 @@ fn a_reload_changes_what_it_can_and_names_what_it_cannot() {
 }
 
 #[test]
+fn config_check_says_beforehand_what_a_reload_does() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = Options::small(&directory.path().join("wal"));
+    // What the service's own environment says is no business of the file, nor of whoever checks it.
+    let own = [("RINGTAIL_LOG__LEVEL", "info"), ("RINGTAIL_WAL__SEGMENT_BYTES", "64MiB")];
+    options.environment = own.map(|(name, value)| (name.into(), value.into())).into();
+    let supervisor = Supervisor::new(directory.path());
+    options.environment.push(supervisor.environment());
+    let (mut process, addresses) = Process::start(&options);
+    supervisor.wait_for("READY=1");
+    let candidate = directory.path().join("candidate.toml");
+    let before = std::fs::read_to_string(process.configuration()).unwrap();
+    let check = |changed: &str| {
+        std::fs::write(&candidate, before.clone() + changed).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
+        let output = command.args(["config", "check", "--config"]).arg(&candidate).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), said.lines().last().unwrap().to_owned())
+    };
+    let service = format!("the service that runs on {}", options.directory.display());
+    assert_eq!(check(""), (0, format!("{service}: has these settings already")));
+    let changed = "ingest.connections_max = 7\nlog.level = \"debug\"\nwal.bytes_max = \"1GiB\"\n";
+    let later = "only its next start changes wal.bytes_max";
+    assert_eq!(check(changed), (0, format!("{service}: a reload changes ingest.connections_max; {later}")));
+
+    // And so it is.
+    std::fs::write(process.configuration(), before.clone() + changed).unwrap();
+    process.hang_up();
+    supervisor.wait_for("READY=1");
+    let reload = &status(addresses.admin)["reload"];
+    assert_eq!(reload["changed"], serde_json::json!(["ingest.connections_max"]));
+    assert_eq!(reload["restart"], serde_json::json!(["wal.bytes_max"]));
+    assert_eq!(check(changed), (0, format!("{service}: {later}")), "until it is restarted");
+
+    let (code, said) = check("wal.bytes_max = \"100MiB\"\n");
+    assert_eq!(code, 64, "too small for the segments of its own environment: {said}");
+    assert!(said.contains("wal.bytes_max"), "{said}");
+    assert!(process.stop().success());
+    let nobody = format!("no service runs on {}: not compared with one", options.directory.display());
+    assert_eq!(check(changed), (0, nobody));
+}
+
+#[test]
 fn credentials_are_values_of_keys() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("ringtail_forward.kafka.client.id");

@@ -258,6 +258,9 @@ fn kill(host: &Host) {
 fn reload(host: &Host) {
     host.run("sed -i 's/^connections_max = .*/connections_max = 123/; s/^bytes_max = .8GiB./bytes_max = \"7GiB\"/' /etc/ringtail/ringtail.toml");
     host.run("sh -c 'printf wrong > /etc/ringtail/credentials/forward.kafka.client.id'");
+    let foretold = host.run("ringtail config check 2>&1");
+    let expected = "a reload changes ingest.connections_max; only its next start changes wal.bytes_max";
+    assert!(foretold.contains(expected), "{foretold}");
     let pid = host.property("MainPID");
     let (succeeded, output) = host.container.try_run("systemctl reload ringtail.service");
     assert!(succeeded, "{output}{}", host.run("journalctl -u ringtail --no-pager -n 20"));
@@ -266,6 +269,8 @@ fn reload(host: &Host) {
     assert_eq!(status["reload"]["changed"][0], "ingest.connections_max", "{}", status["reload"]);
     assert_eq!(status["reload"]["restart"][0], "wal.bytes_max", "{}", status["reload"]);
     assert_eq!(status["limits"]["connections_max"], 123);
+    let logged = host.run("journalctl -u ringtail --no-pager");
+    assert!(logged.contains("a reload changes ingest.connections_max"), "{logged}");
     host.say(format!("reloaded: {}", status["reload"]));
 
     host.run("cp /etc/ringtail/ringtail.toml /root/good.toml");

@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::now_ms;
+use crate::config::{Changes, ConfigError, FileTexts};
 use crate::forward::{ParkedStore, Requeue};
 use crate::metrics::Metrics;
 use crate::wal::WalStatus;
@@ -55,6 +56,12 @@ pub trait StatusSource: Send + Sync + 'static {
     fn reload(&self) -> Option<Reload> {
         None
     }
+
+    /// What a reload would do, were these the files of the configuration. It may block for a moment: it reads credentials.
+    ///
+    /// # Errors
+    /// The reload would be refused.
+    fn foretell_reload(&self, files: &FileTexts) -> Result<Changes, ConfigError>;
 
     /// The log; none while it is being opened.
     fn wal(&self) -> Option<WalStatus>;

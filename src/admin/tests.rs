@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::*;
+use crate::config::{Config, FileText};
 use crate::forward::parked_tests::{MemoryDb, about};
 use crate::forward::{OfflineSpill, ParkedFilter, ParkedStore, Requeue};
 
@@ -32,6 +33,10 @@ impl StatusSource for Fake {
     }
     fn limits(&self) -> Limits {
         Limits { connections_max: 100, free_bytes_min: 300 }
+    }
+    fn foretell_reload(&self, files: &FileTexts) -> Result<Changes, ConfigError> {
+        let began = Config::default();
+        Ok(began.changes(&Config::load_texts(files, [], &[])?.config, &began))
     }
     fn wal(&self) -> Option<WalStatus> {
         self.wal.clone()
@@ -309,6 +314,15 @@ async fn the_control_socket_serves_its_owner() {
     assert!(matches!(refused, control::ControlError::Refused { status: 400, .. }), "{refused}");
     let refused = control::get(&directory, "/parked/drop").await.unwrap_err();
     assert!(matches!(refused, control::ControlError::Refused { status: 405, .. }), "{refused}");
+
+    let text = |text: &str| FileTexts {
+        config: Some(FileText { path: "new.toml".into(), text: text.into() }),
+        ..FileTexts::default()
+    };
+    let foretold = control::foretell_reload(&directory, &text("log.level = \"debug\"")).await.unwrap().unwrap();
+    assert!(matches!(foretold, control::Foretold::Taken(changes) if changes.live == ["log.level"]));
+    let foretold = control::foretell_reload(&directory, &text("log.levl = 1")).await.unwrap().unwrap();
+    assert!(matches!(foretold, control::Foretold::Refused(reason) if reason.contains("new.toml:1")));
 
     stop.cancel();
     serving.await.unwrap().unwrap();
