@@ -194,7 +194,9 @@ fn the_package_lives_on_a_real_systemd() {
     assert_eq!(host.pending(), acked, "events in the log");
 
     stop(&host);
+    upgrade_what_failed(&host);
     remove_and_purge(&host);
+    install_by_hand(&host);
 }
 
 fn install(host: &Host) {
@@ -338,6 +340,19 @@ fn upgrade(host: &Host) {
     host.say(format!("upgraded with a backlog of {before} events"));
 }
 
+/// What gave up on a bad configuration starts with the next package, if that is mended.
+fn upgrade_what_failed(host: &Host) {
+    host.run("mv /etc/ringtail/ringtail.toml /root/mended.toml");
+    host.run("sh -c 'echo nonsense = 1 > /etc/ringtail/ringtail.toml'");
+    assert!(!host.container.try_run("systemctl restart ringtail.service").0);
+    host.wait_for("it to give up", || host.property("ActiveState") == "failed");
+    assert_eq!(host.property("ExecMainStatus"), "64");
+    host.run("mv /root/mended.toml /etc/ringtail/ringtail.toml");
+    host.run("dpkg --no-triggers -i /root/first.deb");
+    host.wait_until_active();
+    host.say("gave up on a bad configuration, and started with the next package");
+}
+
 fn stop(host: &Host) {
     host.run("systemctl stop ringtail.service");
     let refused = host.container.try_run("ringtail top --once");
@@ -366,6 +381,35 @@ fn remove_and_purge(host: &Host) {
     assert_eq!(links.trim(), "");
     assert_eq!(host.property("LoadState"), "not-found");
     host.say("removed, installed again, purged");
+}
+
+/// As the README has it for other distributions, with the package's binary as the one that was built.
+fn install_by_hand(host: &Host) {
+    let readme = include_str!("../README.md");
+    let (_, elsewhere) = readme.split_once("**Elsewhere**").unwrap();
+    let (_, block) = elsewhere.split_once("```sh\n").unwrap();
+    let (script, _) = block.split_once("```").unwrap();
+    let script = script.replace(
+        "cargo build --release",
+        "dpkg-deb -x /root/second.deb built && install -D built/usr/bin/ringtail target/release/ringtail",
+    );
+    let source = host.container.root().join("root/source");
+    std::fs::create_dir_all(source.join("systemd")).unwrap();
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd")).unwrap() {
+        let file = file.unwrap();
+        if file.file_type().unwrap().is_file() {
+            std::fs::copy(file.path(), source.join("systemd").join(file.file_name())).unwrap();
+        }
+    }
+    std::fs::write(source.join("install.sh"), script).unwrap();
+    host.run("cd /root/source && EDITOR=true bash -e install.sh");
+    host.wait_until_active();
+    assert_eq!(host.property("FragmentPath"), "/etc/systemd/system/ringtail.service");
+    assert_eq!(host.property("UnitFileState"), "enabled");
+    for file in ["local/share/man/man1/ringtail-serve.1", "share/bash-completion/completions/ringtail"] {
+        host.run(&format!("ls /usr/{file}"));
+    }
+    host.say("installed by hand");
 }
 
 fn exists(container: &Container, path: &str) -> bool {
