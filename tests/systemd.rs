@@ -208,7 +208,6 @@ fn install(host: &Host) {
     let before = Instant::now();
     host.run("systemctl start ringtail.service");
     host.say(format!("from `systemctl start` to ready: {:?}", before.elapsed()));
-    host.say(host.run(&format!("grep VmRSS /proc/{}/status", host.property("MainPID"))).trim());
     assert!(host.property("StatusText").starts_with("accepting batches"), "{}", host.property("StatusText"));
     assert_eq!(host.run("stat -c '%U %a' /var/lib/ringtail").trim(), "ringtail 700");
     assert_eq!(host.run("stat -c '%U %a' /etc/ringtail/credentials").trim(), "root 700");
@@ -225,6 +224,8 @@ fn install(host: &Host) {
     }
     let top = host.run("ringtail top --once");
     assert!(top.contains("Kafka") && top.contains("q ends"), "{top}");
+    let memory = host.run(&format!("grep -E 'VmRSS|RssAnon' /proc/{}/status", host.property("MainPID")));
+    host.say(format!("a moment after the start: {}", memory.split_whitespace().collect::<Vec<_>>().join(" ")));
 }
 
 fn restart_under_load(host: &Host, load: &Load) {
