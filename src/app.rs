@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::control::ControlSocket;
 use crate::admin::{self, Admin, Backlog, BatchLine, Connections, Limits, ParkedReasons, Phase, Reload, StatusSource};
 use crate::batch::now_ms;
-use crate::config::{Changes, Config};
+use crate::config::{Changes, Config, ConfigError, FileTexts};
 use crate::forward::{ForwardError, Forwarder, ParkedError, ParkedStore, Requeue, Topics};
 use crate::ingest::{Ingest, Protocol, serve_grpc, serve_http};
 use crate::inherited::{self, Inherited, Listening};
@@ -151,7 +151,7 @@ impl App {
             Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, began: config, running });
 
         let stopped = CancellationToken::new();
-        let endpoints = Admin::new(stages.clone(), metrics);
+        let endpoints = Admin::new(stages.clone(), metrics, shutdown::progress_patience());
         tokio::spawn(admin::run_upkeep(endpoints.clone(), stopped.clone()));
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
@@ -268,6 +268,11 @@ impl Stages {
         }
     }
 
+    /// What a reload does to become `new`.
+    fn changes(&self, running: &Running, new: &Config) -> Changes {
+        running.config.changes(new, &self.began)
+    }
+
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -278,7 +283,7 @@ impl Reloader {
     pub fn apply(&self, new: &Config) -> Changes {
         let Reloader(stages) = self;
         let mut running = stages.running();
-        let changes = running.config.changes(new, &stages.began);
+        let changes = stages.changes(&running, new);
         let config = running.config.reloaded(new, &stages.began);
         stages.ingest.reload(&config.ingest);
         stages.forwarder.reload(&config.forward);
@@ -318,6 +323,11 @@ impl StatusSource for Stages {
         self.running().reload.clone()
     }
 
+    fn foretell_reload(&self, files: &FileTexts) -> Result<Changes, ConfigError> {
+        let loaded = Config::load_texts(files, std::env::vars_os(), &[])?;
+        Ok(self.changes(&self.running(), &loaded.config))
+    }
+
     fn wal(&self) -> Option<WalStatus> {
         Some(self.wal.status())
     }
@@ -327,8 +337,8 @@ impl StatusSource for Stages {
         serde_json::to_value(status).expect("a status has only string keys")
     }
 
-    fn is_forward_live(&self) -> bool {
-        self.forwarder.is_live()
+    fn forward_stands_still(&self) -> Duration {
+        self.forwarder.heartbeat_age()
     }
 
     fn parked_count(&self) -> u64 {

@@ -1,11 +1,16 @@
-//! Named points at which a test build ends itself as `kill -9` would, between two steps whose order a promise rests on.
+//! Named points at which a test build ends itself as `kill -9` would, between two steps whose order a promise rests on, or
+//! holds the thread that passes.
 //!
 //! Only with the Cargo feature `kill-points`, which no package has: without it a point is an empty function. With it,
 //! the environment variable `KILL_POINT=name:n` ends the process the n-th time that it passes
-//! the point called `name`. (`RINGTAIL_…` would be taken for configuration.)
+//! the point called `name`, and `FREEZE_POINT=name:/file` holds the thread there for as long as the file exists.
+//! (`RINGTAIL_…` would be taken for configuration.)
 
 /// Every point, in the order of the life of a batch.
 pub const ALL: &[&str] = &[
+    // Batches wait, and the commit thread is about to take them. A turn of the forward loop begins.
+    "commit.turn",
+    "forward.turn",
     // The commit: a slot is written; all of the group is; sled has handed it to the kernel; it is durable; the reader may
     // see it and nobody was told yet.
     "commit.slot_written",
@@ -60,23 +65,32 @@ pub const ALL: &[&str] = &[
 #[inline(always)]
 pub fn pass(_name: &'static str) {}
 
-/// Passes the point called `name`, which is one of [`ALL`]. Does not return if it is this one's turn.
+/// Passes the point called `name`, which is one of [`ALL`]. Does not return if it is this one's turn to kill, and not for
+/// long if it is frozen.
 #[cfg(feature = "kill-points")]
 pub fn pass(name: &'static str) {
+    use std::path::PathBuf;
     use std::sync::LazyLock;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
 
     /// Which point kills, and at which passage.
-    static ARMED: LazyLock<Option<(String, u64)>> = LazyLock::new(|| {
-        let value = std::env::var("KILL_POINT").ok()?;
-        let (name, passage) = value.split_once(':').expect("KILL_POINT is name:n");
-        assert!(ALL.contains(&name), "KILL_POINT: there is no {name}");
-        Some((name.to_owned(), passage.parse().expect("KILL_POINT is name:n")))
+    static KILLS: LazyLock<Option<(String, u64)>> = LazyLock::new(|| {
+        let (name, passage) = armed("KILL_POINT")?;
+        Some((name, passage.parse().expect("KILL_POINT is name:n")))
     });
+    /// Which point freezes, and the file that says when.
+    static FREEZES: LazyLock<Option<(String, PathBuf)>> =
+        LazyLock::new(|| armed("FREEZE_POINT").map(|(name, file)| (name, file.into())));
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
     assert!(ALL.contains(&name), "{name} is missing in the list of kill points");
-    let Some((armed, passage)) = &*ARMED else { return };
+    if let Some((frozen, file)) = &*FREEZES {
+        while frozen == name && file.exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let Some((armed, passage)) = &*KILLS else { return };
     if armed != name || PASSED.fetch_add(1, Ordering::SeqCst) + 1 != *passage {
         return;
     }
@@ -85,4 +99,13 @@ pub fn pass(name: &'static str) {
     loop {
         std::thread::park();
     }
+}
+
+/// The point that an environment variable names, and what stands behind the colon.
+#[cfg(feature = "kill-points")]
+fn armed(variable: &str) -> Option<(String, String)> {
+    let value = std::env::var(variable).ok()?;
+    let (name, rest) = value.split_once(':').unwrap_or_else(|| panic!("{variable} is name:…"));
+    assert!(ALL.contains(&name), "{variable}: there is no {name}");
+    Some((name.to_owned(), rest.to_owned()))
 }

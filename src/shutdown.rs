@@ -12,6 +12,9 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+/// Longest standstill of a loop that is taken for a slow disk.
+const STANDSTILL_MAX: Duration = Duration::from_secs(30);
+
 /// Returns a token that SIGTERM or SIGINT cancels. A second SIGINT ends the process at once, with exit code 1: what was
 /// acked is durable already. Must be called inside a runtime.
 ///
@@ -69,6 +72,12 @@ fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         debug!(%error, "systemd was not notified");
     }
+}
+
+/// How long a loop may stand still: half of the watchdog's interval, if there is one, and never longer than 30 seconds.
+pub fn progress_patience() -> Duration {
+    let watchdog = sd_notify::watchdog_enabled().map(|interval| interval / 2);
+    watchdog.unwrap_or(Duration::MAX).min(STANDSTILL_MAX)
 }
 
 /// Feeds systemd's watchdog, at half of the interval that the unit asks for, as long as `is_live` says so. Returns at

@@ -1,5 +1,7 @@
 //! `ringtail top`, and what a package makes from the command line: completions and man pages.
 
+#[path = "support/http.rs"]
+mod http;
 #[path = "support/process.rs"]
 mod process;
 
@@ -15,8 +17,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).expect("the output is UTF-8")
 }
 
-#[test]
-fn one_frame_shows_the_path_of_a_batch() {
+#[tokio::test]
+async fn one_frame_shows_the_path_of_a_batch() {
     let directory = tempfile::tempdir().unwrap();
     let (mut process, addresses) = Process::start(&Options::small(directory.path()));
     let sent =
@@ -32,7 +34,15 @@ fn one_frame_shows_the_path_of_a_batch() {
     for word in ["Collecting only", "Clients", "Log", "Kafka", "not configured", "parked: none", "q ends"] {
         assert!(frame.contains(word), "no {word:?} in\n{frame}");
     }
-    assert!(!frame.contains("waiting          0 events"), "{frame}");
+    assert!(!frame.contains("waiting          0 events") && !frame.contains(" ago"), "{frame}");
+
+    let changed = "log.level = \"debug\"\nwal.bytes_max = \"1GiB\"\n";
+    let before = std::fs::read_to_string(process.configuration()).unwrap();
+    std::fs::write(process.configuration(), before + changed).unwrap();
+    process.hang_up();
+    http::wait_until("the reload", || !http::status(addresses.admin)["reload"].is_null()).await;
+    let frame = text(&ringtail(&["top", "--once", "--url", &format!("http://{}", addresses.admin)]).stdout);
+    assert!(frame.contains("ago: changed log.level; restart for wal.bytes_max"), "{frame}");
     assert!(process.stop().success());
 
     let gone = ringtail(&["top", "--once", "--url", &format!("http://{}", addresses.admin)]);

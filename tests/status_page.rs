@@ -151,6 +151,7 @@ async fn each_state_has_its_sentence() {
               showBanner(judge(status), status.host);
               showPath(status);
               showParked(status.parked);
+              showReload(status);
               const state = (id, name) => document.getElementById(id).dataset[name];
               return [headline.innerText, state('banner', 'state'), state('pipe-in', 'flow'), state('pipe-out', 'flow')].join(' | ')
                 .replaceAll('\\u00a0', ' ');
@@ -201,6 +202,20 @@ async fn each_state_has_its_sentence() {
     assert_eq!(page.text("rejected").await, "1,234, 13/s");
     photograph(&mut page, "full").await;
 
+    // The last reload.
+    assert_eq!(page.evaluate("reload.hidden").await, true, "there was none");
+    let reload = "s.reload = { at_ms: s.now_ms - 300000, error: null, changed: ['log.level', 'forward.topic'], \
+                  restart: ['wal.bytes_max'] }";
+    page.evaluate(&format!("show_state((s) => {{ {reload} }})")).await;
+    assert!(page.text("reload-summary").await.replace('\u{a0}', " ").ends_with("5 min ago. Taken."));
+    assert_eq!(page.text("reload").await.lines().last(), Some("wal.bytes_max"));
+    assert!(page.text("reload").await.contains("log.level, forward.topic"));
+    photograph(&mut page, "reload").await;
+    let refused = "s.reload = { at_ms: s.now_ms, error: 'the configuration has a problem:\\n  x = 1: unknown key', changed: [], restart: [] }";
+    page.evaluate(&format!("show_state((s) => {{ {refused} }})")).await;
+    let shown = page.text("reload").await;
+    assert!(shown.contains("Refused: nothing changed.") && shown.ends_with("unknown key"), "{shown}");
+
     // Nobody who asked for stillness sees anything move.
     let moving = "getComputedStyle(document.querySelector('#pipe-in .line')).animationName";
     page.evaluate("show_state((s) => { s.rates.committed_events = 5 })").await;
@@ -232,6 +247,7 @@ async fn whatever_a_status_says_is_shown_as_text() {
             status.phase = 'serving';
             status.samples = [];
             status.parked = {{ events: 3, by_reason: {{ [ill]: 2, constructor: 1 }} }};
+            status.reload = {{ at_ms: 1, error: ill, changed: [ill], restart: [ill] }};
             status.errors = [{{ message: ill, topic: ill, at_ms: 1, count: 2 }}];
             window.fetch = async () => new Response(JSON.stringify(status));
             life = null;
@@ -240,7 +256,7 @@ async fn whatever_a_status_says_is_shown_as_text() {
         }})()"
     );
     assert_eq!(page.evaluate(&show_hostile).await, true);
-    for id in ["host", "about", "errors", "parked"] {
+    for id in ["host", "about", "errors", "parked", "reload-error", "reload-changed", "reload-restart"] {
         let text = page.text(id).await;
         assert!(text.contains(HOSTILE_ID) && text.contains(HOSTILE_TYPE), "{id}: {text}");
     }

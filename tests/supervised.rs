@@ -3,48 +3,16 @@
 
 #[path = "support/process.rs"]
 mod process;
+#[path = "support/supervisor.rs"]
+mod supervisor;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use process::{Options, Process};
 use serde_json::Value;
-
-/// systemd's end of `NOTIFY_SOCKET`.
-struct Supervisor {
-    socket: UnixDatagram,
-    path: PathBuf,
-}
-
-impl Supervisor {
-    fn new(directory: &Path) -> Supervisor {
-        let path = directory.join("notify");
-        let socket = UnixDatagram::bind(&path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        Supervisor { socket, path }
-    }
-
-    fn environment(&self) -> (String, String) {
-        ("NOTIFY_SOCKET".into(), self.path.display().to_string())
-    }
-
-    /// Reads messages until one holds `word`, and returns them all.
-    fn wait_for(&self, word: &str) -> Vec<String> {
-        let mut messages = Vec::new();
-        let mut buffer = [0; 4096];
-        loop {
-            let length = self.socket.recv(&mut buffer).unwrap_or_else(|error| panic!("{error}; {messages:?}"));
-            messages.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
-            if messages.last().is_some_and(|message| message.contains(word)) {
-                return messages;
-            }
-        }
-    }
-}
+use supervisor::Supervisor;
 
 /// Runs the binary as systemd does with `sockets`.
 fn passing(sockets: &[(&str, &TcpListener)]) -> Vec<String> {
@@ -148,6 +116,49 @@ fn a_reload_changes_what_it_can_and_names_what_it_cannot() {
     assert!(process.stop().success());
     let log = process.log_end();
     assert!(log.contains("takes effect at the next start") && log.contains("reload refused"), "{log}");
+}
+
+#[test]
+fn config_check_says_beforehand_what_a_reload_does() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = Options::small(&directory.path().join("wal"));
+    // What the service's own environment says is no business of the file, nor of whoever checks it.
+    let own = [("RINGTAIL_LOG__LEVEL", "info"), ("RINGTAIL_WAL__SEGMENT_BYTES", "64MiB")];
+    options.environment = own.map(|(name, value)| (name.into(), value.into())).into();
+    let supervisor = Supervisor::new(directory.path());
+    options.environment.push(supervisor.environment());
+    let (mut process, addresses) = Process::start(&options);
+    supervisor.wait_for("READY=1");
+    let candidate = directory.path().join("candidate.toml");
+    let before = std::fs::read_to_string(process.configuration()).unwrap();
+    let check = |changed: &str| {
+        std::fs::write(&candidate, before.clone() + changed).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
+        let output = command.args(["config", "check", "--config"]).arg(&candidate).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), said.lines().last().unwrap().to_owned())
+    };
+    let service = format!("the service that runs on {}", options.directory.display());
+    assert_eq!(check(""), (0, format!("{service}: has these settings already")));
+    let changed = "ingest.connections_max = 7\nlog.level = \"debug\"\nwal.bytes_max = \"1GiB\"\n";
+    let later = "only its next start changes wal.bytes_max";
+    assert_eq!(check(changed), (0, format!("{service}: a reload changes ingest.connections_max; {later}")));
+
+    // And so it is.
+    std::fs::write(process.configuration(), before.clone() + changed).unwrap();
+    process.hang_up();
+    supervisor.wait_for("READY=1");
+    let reload = &status(addresses.admin)["reload"];
+    assert_eq!(reload["changed"], serde_json::json!(["ingest.connections_max"]));
+    assert_eq!(reload["restart"], serde_json::json!(["wal.bytes_max"]));
+    assert_eq!(check(changed), (0, format!("{service}: {later}")), "until it is restarted");
+
+    let (code, said) = check("wal.bytes_max = \"100MiB\"\n");
+    assert_eq!(code, 64, "too small for the segments of its own environment: {said}");
+    assert!(said.contains("wal.bytes_max"), "{said}");
+    assert!(process.stop().success());
+    let nobody = format!("no service runs on {}: not compared with one", options.directory.display());
+    assert_eq!(check(changed), (0, nobody));
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! The Debian package on a real systemd, in a container made of this machine's own files: installed, restarted under load,
-//! killed, frozen, reloaded, upgraded with a backlog, removed, purged.
+//! killed, frozen, crashing again and again, reloaded, upgraded with a backlog, removed, purged.
 //!
 //! Needs root, systemd-nspawn, nsenter and dpkg-deb. The package is made from the metadata that `cargo deb` reads, around the
-//! binary of the tests. Only processes that the test started are signalled.
+//! binary of the tests. `RINGTAIL_DEB` names one to take instead; what needs the points of a test build
+//! (`src/kill_point.rs`) is then left out. Only processes that the test started are signalled.
 
 #[path = "support/container.rs"]
 mod container;
@@ -10,7 +11,7 @@ mod container;
 mod deb;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -21,6 +22,12 @@ use serde_json::Value;
 
 const RESTARTS: usize = 10;
 const LINES: usize = 2000;
+/// Starts of a service that always crashes. systemd's own limit would be 5 in 10 seconds.
+const CRASHES: u32 = 6;
+/// `RestartSec=`
+const PAUSE: Duration = Duration::from_secs(2);
+/// Freezes a thread of a test build.
+const FREEZE: &str = "/var/lib/ringtail/freeze";
 
 /// Clients inside the container, until told to stop.
 struct Load {
@@ -120,6 +127,25 @@ impl Host {
         }
     }
 
+    /// Restarts it with more in its unit.
+    fn restart_with(&self, lines: &str) -> bool {
+        self.run("mkdir -p /run/systemd/system/ringtail.service.d");
+        self.run(&format!("printf '[Service]\\n{lines}' > /run/systemd/system/ringtail.service.d/test.conf"));
+        self.run("systemctl daemon-reload");
+        self.container.try_run("systemctl restart ringtail.service").0
+    }
+
+    /// The unit is as the package has it, from the next start on.
+    fn restore_unit(&self) {
+        self.run("rm -r /run/systemd/system/ringtail.service.d");
+        self.run("systemctl daemon-reload");
+    }
+
+    /// Waits until systemd has started another process than `pid`.
+    fn wait_for_another(&self, pid: &str) {
+        self.wait_for("another process", || ![pid, "0"].contains(&self.property("MainPID").as_str()));
+    }
+
     fn wait_until_active(&self) {
         self.wait_for("the service is active", || self.property("ActiveState") == "active");
     }
@@ -133,8 +159,12 @@ impl Host {
 fn the_package_lives_on_a_real_systemd() {
     let work = tempfile::Builder::new().prefix("ringtail-systemd-").tempdir_in("/tmp").unwrap();
     let began = Instant::now();
-    let first = deb::build(work.path(), "0.1.0");
-    let second = deb::build(work.path(), "0.1.1");
+    let given = std::env::var_os("RINGTAIL_DEB").map(PathBuf::from);
+    let is_test_build = given.is_none();
+    let [first, second] = ["0.1.0", "0.1.1"].map(|version| match &given {
+        Some(package) => deb::renumber(package, work.path(), version),
+        None => deb::build(work.path(), version),
+    });
     let container = Arc::new(Container::boot(work.path(), |root| {
         for (from, to) in [(&first, "first.deb"), (&second, "second.deb")] {
             std::fs::copy(from, root.join("root").join(to)).unwrap();
@@ -152,7 +182,10 @@ fn the_package_lives_on_a_real_systemd() {
     restart_under_load(&host, &load);
     kill(&host);
     reload(&host);
-    freeze(&host);
+    freeze(&host, is_test_build);
+    if is_test_build {
+        crash(&host);
+    }
     upgrade(&host);
     let (acked, connected, refused) = load.stop();
     host.say(format!("{acked} events acked, {connected} connections made, {refused} refused"));
@@ -161,7 +194,9 @@ fn the_package_lives_on_a_real_systemd() {
     assert_eq!(host.pending(), acked, "events in the log");
 
     stop(&host);
+    upgrade_what_failed(&host);
     remove_and_purge(&host);
+    install_by_hand(&host);
 }
 
 fn install(host: &Host) {
@@ -169,6 +204,10 @@ fn install(host: &Host) {
     host.wait_until_active();
     host.say(format!("installed, started: {}", host.property("StatusText")));
     assert_eq!(host.property("UnitFileState"), "enabled");
+    host.run("systemctl stop ringtail.service");
+    let before = Instant::now();
+    host.run("systemctl start ringtail.service");
+    host.say(format!("from `systemctl start` to ready: {:?}", before.elapsed()));
     assert!(host.property("StatusText").starts_with("accepting batches"), "{}", host.property("StatusText"));
     assert_eq!(host.run("stat -c '%U %a' /var/lib/ringtail").trim(), "ringtail 700");
     assert_eq!(host.run("stat -c '%U %a' /etc/ringtail/credentials").trim(), "root 700");
@@ -176,11 +215,17 @@ fn install(host: &Host) {
     let score = score.lines().last().unwrap_or_default();
     host.say(score);
     host.run("systemd-analyze security --no-pager --threshold=15 ringtail.service");
+    // Without a word: whatever systemd here does not know would be named in every journal.
+    let verified = host.run("systemd-analyze verify --man=no ringtail.service ringtail.socket 2>&1");
+    let about_it: Vec<&str> = verified.lines().filter(|line| line.contains("ringtail")).collect();
+    assert!(about_it.is_empty(), "{verified}");
     for file in ["man/man1/ringtail-serve.1", "bash-completion/completions/ringtail", "doc/ringtail/copyright"] {
         host.run(&format!("ls /usr/share/{file}*"));
     }
     let top = host.run("ringtail top --once");
     assert!(top.contains("Kafka") && top.contains("q ends"), "{top}");
+    let memory = host.run(&format!("grep -E 'VmRSS|RssAnon' /proc/{}/status", host.property("MainPID")));
+    host.say(format!("a moment after the start: {}", memory.split_whitespace().collect::<Vec<_>>().join(" ")));
 }
 
 fn restart_under_load(host: &Host, load: &Load) {
@@ -207,7 +252,7 @@ fn restart_under_load(host: &Host, load: &Load) {
 fn kill(host: &Host) {
     let pid = host.property("MainPID");
     host.run(&format!("kill -9 {pid}"));
-    host.wait_for("another process", || ![pid.as_str(), "0"].contains(&host.property("MainPID").as_str()));
+    host.wait_for_another(&pid);
     host.wait_until_active();
     assert_eq!(host.property("NRestarts"), "1");
     host.say("kill -9: restarted");
@@ -216,6 +261,9 @@ fn kill(host: &Host) {
 fn reload(host: &Host) {
     host.run("sed -i 's/^connections_max = .*/connections_max = 123/; s/^bytes_max = .8GiB./bytes_max = \"7GiB\"/' /etc/ringtail/ringtail.toml");
     host.run("sh -c 'printf wrong > /etc/ringtail/credentials/forward.kafka.client.id'");
+    let foretold = host.run("ringtail config check 2>&1");
+    let expected = "a reload changes ingest.connections_max; only its next start changes wal.bytes_max";
+    assert!(foretold.contains(expected), "{foretold}");
     let pid = host.property("MainPID");
     let (succeeded, output) = host.container.try_run("systemctl reload ringtail.service");
     assert!(succeeded, "{output}{}", host.run("journalctl -u ringtail --no-pager -n 20"));
@@ -224,6 +272,8 @@ fn reload(host: &Host) {
     assert_eq!(status["reload"]["changed"][0], "ingest.connections_max", "{}", status["reload"]);
     assert_eq!(status["reload"]["restart"][0], "wal.bytes_max", "{}", status["reload"]);
     assert_eq!(status["limits"]["connections_max"], 123);
+    let logged = host.run("journalctl -u ringtail --no-pager");
+    assert!(logged.contains("a reload changes ingest.connections_max"), "{logged}");
     host.say(format!("reloaded: {}", status["reload"]));
 
     host.run("cp /etc/ringtail/ringtail.toml /root/good.toml");
@@ -239,19 +289,43 @@ fn reload(host: &Host) {
     assert!(environment.contains("CREDENTIALS_DIRECTORY="), "{environment}");
 }
 
-fn freeze(host: &Host) {
-    host.run("mkdir -p /run/systemd/system/ringtail.service.d");
-    host.run("sh -c 'printf \"[Service]\\nWatchdogSec=3\\n\" > /run/systemd/system/ringtail.service.d/watchdog.conf'");
-    host.run("systemctl daemon-reload");
-    host.run("systemctl restart ringtail.service");
+/// The whole process, and each thread whose progress feeds the watchdog alone.
+fn freeze(host: &Host, is_test_build: bool) {
+    assert!(host.restart_with("WatchdogSec=3\n"));
     let pid = host.property("MainPID");
     host.run(&format!("kill -STOP {pid}"));
-    host.wait_for("the watchdog", || ![pid.as_str(), "0"].contains(&host.property("MainPID").as_str()));
+    host.wait_for_another(&pid);
+    host.say("process frozen: restarted by the watchdog");
+    let points: &[&str] = if is_test_build { &["commit.written", "forward.turn"] } else { &[] };
+    for point in points {
+        assert!(host.restart_with(&format!("WatchdogSec=3\nEnvironment=FREEZE_POINT={point}:{FREEZE}\n")));
+        let pid = host.property("MainPID");
+        host.run(&format!("touch {FREEZE}"));
+        host.wait_for_another(&pid);
+        host.run(&format!("rm {FREEZE}"));
+        host.wait_until_active();
+        host.say(format!("thread frozen at {point}: restarted by the watchdog"));
+    }
+    let log = host.run("journalctl -u ringtail --no-pager");
+    assert_eq!(log.matches("Watchdog timeout").count(), 1 + points.len(), "{log}");
+    assert_eq!(log.matches("the watchdog is not fed").count(), points.len(), "{log}");
+    host.restore_unit();
+    host.run("systemctl restart ringtail.service");
+}
+
+/// A service that crashes at each start is started for ever, with a pause before each.
+fn crash(host: &Host) {
+    let began = Instant::now();
+    assert!(!host.restart_with("Environment=KILL_POINT=recover.end:1\n"), "it does not get ready");
+    let crashes = || host.property("NRestarts").parse::<u32>().unwrap();
+    host.wait_for("crashes", || crashes() >= CRASHES);
+    let took = began.elapsed();
+    assert!(took >= PAUSE * CRASHES, "{CRASHES} crashes within {took:?}");
+    assert_eq!(host.property("ActiveState"), "activating");
+    host.say(format!("crashed {CRASHES} times in {took:?}, and is started again"));
+    host.restore_unit();
     host.wait_until_active();
-    assert!(host.run("journalctl -u ringtail --no-pager").contains("Watchdog timeout"));
-    host.say("frozen: restarted by the watchdog");
-    host.run("rm -r /run/systemd/system/ringtail.service.d");
-    host.run("systemctl daemon-reload");
+    host.say("mended: started without anybody's help");
 }
 
 fn upgrade(host: &Host) {
@@ -265,6 +339,19 @@ fn upgrade(host: &Host) {
     assert!(host.run("cat /etc/ringtail/ringtail.toml").contains("connections_max = 123"), "an edited file is kept");
     assert!(host.pending() >= before);
     host.say(format!("upgraded with a backlog of {before} events"));
+}
+
+/// What gave up on a bad configuration starts with the next package, if that is mended.
+fn upgrade_what_failed(host: &Host) {
+    host.run("mv /etc/ringtail/ringtail.toml /root/mended.toml");
+    host.run("sh -c 'echo nonsense = 1 > /etc/ringtail/ringtail.toml'");
+    assert!(!host.container.try_run("systemctl restart ringtail.service").0);
+    host.wait_for("it to give up", || host.property("ActiveState") == "failed");
+    assert_eq!(host.property("ExecMainStatus"), "64");
+    host.run("mv /root/mended.toml /etc/ringtail/ringtail.toml");
+    host.run("dpkg --no-triggers -i /root/first.deb");
+    host.wait_until_active();
+    host.say("gave up on a bad configuration, and started with the next package");
 }
 
 fn stop(host: &Host) {
@@ -295,6 +382,35 @@ fn remove_and_purge(host: &Host) {
     assert_eq!(links.trim(), "");
     assert_eq!(host.property("LoadState"), "not-found");
     host.say("removed, installed again, purged");
+}
+
+/// As the README has it for other distributions, with the package's binary as the one that was built.
+fn install_by_hand(host: &Host) {
+    let readme = include_str!("../README.md");
+    let (_, elsewhere) = readme.split_once("**Elsewhere**").unwrap();
+    let (_, block) = elsewhere.split_once("```sh\n").unwrap();
+    let (script, _) = block.split_once("```").unwrap();
+    let script = script.replace(
+        "cargo build --release",
+        "dpkg-deb -x /root/second.deb built && install -D built/usr/bin/ringtail target/release/ringtail",
+    );
+    let source = host.container.root().join("root/source");
+    std::fs::create_dir_all(source.join("systemd")).unwrap();
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd")).unwrap() {
+        let file = file.unwrap();
+        if file.file_type().unwrap().is_file() {
+            std::fs::copy(file.path(), source.join("systemd").join(file.file_name())).unwrap();
+        }
+    }
+    std::fs::write(source.join("install.sh"), script).unwrap();
+    host.run("cd /root/source && EDITOR=true bash -e install.sh");
+    host.wait_until_active();
+    assert_eq!(host.property("FragmentPath"), "/etc/systemd/system/ringtail.service");
+    assert_eq!(host.property("UnitFileState"), "enabled");
+    for file in ["local/share/man/man1/ringtail-serve.1", "share/bash-completion/completions/ringtail"] {
+        host.run(&format!("ls /usr/{file}"));
+    }
+    host.say("installed by hand");
 }
 
 fn exists(container: &Container, path: &str) -> bool {

@@ -1,4 +1,4 @@
-//! The control socket: the admin endpoints, the parked events and the backlog on `<wal.directory>/control.sock`, for the commands that
+//! The control socket: the admin endpoints, the parked events, the backlog and what a reload would do on `<wal.directory>/control.sock`, for the commands that
 //! work on a running service. Mode 0600: payloads are for the owner of the log.
 //!
 //! The socket is bound under another name and moved into place, so that it is never open to others, and a stale one is
@@ -24,6 +24,7 @@ use futures_util::stream;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -31,8 +32,12 @@ use tokio_util::sync::CancellationToken;
 use super::Admin;
 use super::backlog::PeekFilter;
 use super::parked::{ParkedCommand, ParkedDrop, ParkedList, ParkedRequeue};
+use crate::config::{Changes, FileTexts};
 
 const SOCKET: &str = "control.sock";
+
+/// Where is asked what a reload would do.
+const FORETELL: &str = "/reload/foretell";
 
 /// How long the service may take to answer, and between two pieces of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,6 +66,9 @@ pub enum ControlError {
     /// The service does not answer.
     #[error("the service did not answer within {} seconds", ANSWER_TIMEOUT.as_secs())]
     Timeout,
+    /// The service is of another version.
+    #[error("the service's answer is not understood")]
+    Meaningless(#[source] serde_json::Error),
     /// The service answered with an error.
     #[error("the service answered {status}: {message}")]
     Refused {
@@ -114,6 +122,7 @@ impl ControlSocket {
     pub async fn serve(self, admin: Admin, stop: CancellationToken) -> io::Result<()> {
         let ControlSocket { listener, file: _file } = self;
         let router = super::routes().route("/backlog", routing::get(backlog));
+        let router = router.route(FORETELL, routing::post(foretell));
         let router = parked_command::<ParkedList>(router);
         let router = parked_command::<ParkedDrop>(router);
         let router = parked_command::<ParkedRequeue>(router);
@@ -160,6 +169,15 @@ async fn backlog(State(admin): State<Admin>, Query(filter): Query<PeekFilter>) -
     answer(move |send| {
         let _ = filter.lines(admin.source.backlog(filter.payloads)).try_for_each(send);
     })
+}
+
+/// What a reload would do, or why it would be refused.
+async fn foretell(State(admin): State<Admin>, Json(files): Json<FileTexts>) -> Response {
+    let foretold = tokio::task::spawn_blocking(move || admin.source.foretell_reload(&files)).await;
+    match foretold.expect("loading a configuration does not panic") {
+        Ok(changes) => Json(changes).into_response(),
+        Err(error) => (StatusCode::UNPROCESSABLE_ENTITY, error.to_string()).into_response(),
+    }
 }
 
 /// Makes lines on a thread that may block, as far ahead as the client lets it. One that takes nothing for long ends it: what
@@ -221,13 +239,42 @@ pub async fn get(directory: &Path, path_and_query: &str) -> Result<Option<Answer
     ask(directory, request.expect("the caller gives a valid path")).await
 }
 
+/// What a reload of a service would do.
+#[derive(Debug)]
+pub enum Foretold {
+    /// It would be taken.
+    Taken(Changes),
+    /// It would be refused, for this reason.
+    Refused(String),
+}
+
+/// Asks the service that runs on `directory` what a reload would do, were these the files of its configuration. It goes by its own
+/// environment and credentials. None if no service runs there.
+///
+/// # Errors
+/// [`ControlError`]
+pub async fn foretell_reload(directory: &Path, files: &FileTexts) -> Result<Option<Foretold>, ControlError> {
+    let answer = match post(directory, FORETELL, files).await {
+        Ok(answer) => answer,
+        Err(ControlError::Refused { status: 422, message }) => return Ok(Some(Foretold::Refused(message))),
+        Err(error) => return Err(error),
+    };
+    let Some(answer) = answer else { return Ok(None) };
+    let changes = serde_json::from_slice(&answer.all().await?).map_err(ControlError::Meaningless)?;
+    Ok(Some(Foretold::Taken(changes)))
+}
+
 /// Tells the service that runs on `directory` to do something with parked events. None if no service runs there.
 ///
 /// # Errors
 /// [`ControlError`]
 pub async fn command<C: ParkedCommand>(directory: &Path, command: &C) -> Result<Option<Answer>, ControlError> {
-    let body = serde_json::to_vec(command).expect("a command has only string keys");
-    let request = Request::post(C::PATH).header(header::CONTENT_TYPE, "application/json").body(Full::from(body));
+    post(directory, C::PATH, command).await
+}
+
+async fn post(directory: &Path, path: &str, body: &impl Serialize) -> Result<Option<Answer>, ControlError> {
+    let body = serde_json::to_vec(body).expect("what is asked has only string keys");
+    let request = Request::post(path).header(header::CONTENT_TYPE, "application/json").body(Full::from(body));
     ask(directory, request.expect("the path is valid")).await
 }
 

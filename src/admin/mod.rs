@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::now_ms;
+use crate::config::{Changes, ConfigError, FileTexts};
 use crate::forward::{ParkedStore, Requeue};
 use crate::metrics::Metrics;
 use crate::wal::WalStatus;
@@ -56,14 +57,20 @@ pub trait StatusSource: Send + Sync + 'static {
         None
     }
 
+    /// What a reload would do, were these the files of the configuration. It may block for a moment: it reads credentials.
+    ///
+    /// # Errors
+    /// The reload would be refused.
+    fn foretell_reload(&self, files: &FileTexts) -> Result<Changes, ConfigError>;
+
     /// The log; none while it is being opened.
     fn wal(&self) -> Option<WalStatus>;
 
     /// The forwarder's status as JSON; `null` when it does not run.
     fn forward(&self) -> serde_json::Value;
 
-    /// Whether the forward loop makes progress or legitimately waits.
-    fn is_forward_live(&self) -> bool;
+    /// For how long the forward loop has not turned. One that legitimately waits turns every second.
+    fn forward_stands_still(&self) -> Duration;
 
     /// Number of parked events.
     fn parked_count(&self) -> u64;
@@ -87,17 +94,20 @@ pub struct Admin {
     metrics: Arc<Metrics>,
     watch: Arc<Watch>,
     started_at_ms: u64,
+    /// How long a loop may stand still.
+    patience: Duration,
 }
 
 impl Admin {
-    /// The uptime that is shown counts from this call.
-    pub fn new(source: Arc<dyn StatusSource>, metrics: Arc<Metrics>) -> Admin {
-        Admin { source, metrics, watch: Arc::default(), started_at_ms: now_ms() }
+    /// The uptime that is shown counts from this call. A commit that takes longer than `patience`, or a forward loop that does
+    /// not turn for so long, makes the service not live.
+    pub fn new(source: Arc<dyn StatusSource>, metrics: Arc<Metrics>, patience: Duration) -> Admin {
+        Admin { source, metrics, watch: Arc::default(), started_at_ms: now_ms(), patience }
     }
 
     /// Whether the service makes progress: what `/livez` says and systemd's watchdog is to be told.
     pub fn is_live(&self) -> bool {
-        status::not_live(&*self.source).is_none()
+        self.not_live().is_none()
     }
 }
 

@@ -1,7 +1,7 @@
 //! `/metrics`, `/livez`, `/readyz`, `/status` and `/history`.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State;
@@ -9,14 +9,11 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
+use super::Admin;
 use super::watch::{Observation, Rates, Sample, SeenError};
-use super::{Admin, StatusSource};
 use crate::batch::now_ms;
 use crate::metrics::{Totals, WalMetrics};
 use crate::wal::WalStatus;
-
-/// A commit that takes longer makes the process not live, in milliseconds.
-const COMMIT_BUSY_MS_MAX: u64 = 30_000;
 
 /// How far the process is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,7 +180,7 @@ impl Admin {
             phase: source.phase(),
             ready: reason.is_none(),
             not_ready_reason: reason,
-            live: not_live(source).is_none(),
+            live: self.not_live().is_none(),
             connections: source.connections(),
             limits: source.limits(),
             reload: source.reload(),
@@ -195,6 +192,20 @@ impl Admin {
             forecast,
             errors: self.watch.errors(),
             recent: self.watch.recent(),
+        }
+    }
+
+    /// Which loop makes no progress.
+    pub(super) fn not_live(&self) -> Option<&'static str> {
+        let wal = self.source.wal().unwrap_or_default();
+        if wal.failed {
+            Some("the log failed")
+        } else if Duration::from_millis(wal.commit_busy_ms) > self.patience {
+            Some("a commit makes no progress")
+        } else if self.source.forward_stands_still() > self.patience {
+            Some("the forward loop makes no progress")
+        } else {
+            None
         }
     }
 
@@ -237,7 +248,7 @@ impl Admin {
 /// How long ago something was, in seconds and larger.
 fn age(since_ms: Option<u64>) -> humantime::FormattedDuration {
     let seconds = since_ms.map_or(0, |since| now_ms().saturating_sub(since) / 1000);
-    humantime::format_duration(std::time::Duration::from_secs(seconds))
+    humantime::format_duration(Duration::from_secs(seconds))
 }
 
 fn host_name() -> String {
@@ -264,7 +275,7 @@ pub(super) async fn readyz(State(admin): State<Admin>) -> Response {
 }
 
 pub(super) async fn livez(State(admin): State<Admin>) -> Response {
-    match not_live(&*admin.source) {
+    match admin.not_live() {
         None => "live\n".into_response(),
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
     }
@@ -284,20 +295,6 @@ fn not_ready(phase: Phase, wal: Option<&WalStatus>) -> Option<NotReady> {
         (Phase::Stopping, _) => Some(NotReady::Stopping),
         (Phase::Starting, _) | (Phase::Serving, None) => Some(NotReady::Starting),
         (Phase::Serving, Some(wal)) => wal.full.then_some(NotReady::Full),
-    }
-}
-
-/// Which loop makes no progress.
-pub(super) fn not_live(source: &dyn StatusSource) -> Option<&'static str> {
-    let wal = source.wal();
-    if wal.as_ref().is_some_and(|wal| wal.failed) {
-        Some("the log failed")
-    } else if wal.is_some_and(|wal| wal.commit_busy_ms > COMMIT_BUSY_MS_MAX) {
-        Some("a commit makes no progress")
-    } else if !source.is_forward_live() {
-        Some("the forward loop makes no progress")
-    } else {
-        None
     }
 }
 

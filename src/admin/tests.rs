@@ -9,13 +9,16 @@ use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use super::*;
+use crate::config::{Config, FileText};
 use crate::forward::parked_tests::{MemoryDb, about};
 use crate::forward::{OfflineSpill, ParkedFilter, ParkedStore, Requeue};
+
+const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Fake {
     phase: Phase,
     wal: Option<WalStatus>,
-    forward_live: bool,
+    forward_stands_still: Duration,
     parked: ParkedStore,
     /// What `parked` is in.
     db: Arc<MemoryDb>,
@@ -31,14 +34,18 @@ impl StatusSource for Fake {
     fn limits(&self) -> Limits {
         Limits { connections_max: 100, free_bytes_min: 300 }
     }
+    fn foretell_reload(&self, files: &FileTexts) -> Result<Changes, ConfigError> {
+        let began = Config::default();
+        Ok(began.changes(&Config::load_texts(files, [], &[])?.config, &began))
+    }
     fn wal(&self) -> Option<WalStatus> {
         self.wal.clone()
     }
     fn forward(&self) -> Value {
         json!({"connected": false, "last_error": {"message": "<script>alert(1)</script>", "at_ms": 1, "topic": null}})
     }
-    fn is_forward_live(&self) -> bool {
-        self.forward_live
+    fn forward_stands_still(&self) -> Duration {
+        self.forward_stands_still
     }
     fn parked_count(&self) -> u64 {
         self.parked.count()
@@ -77,7 +84,7 @@ fn fake() -> Fake {
     let wal = WalStatus { pending_events: 7, disk_limit_bytes: 1000, ..WalStatus::default() };
     let db = Arc::new(MemoryDb::default());
     let parked = ParkedStore::open(db.clone()).unwrap();
-    Fake { db, phase: Phase::Serving, wal: Some(wal), forward_live: true, parked }
+    Fake { db, phase: Phase::Serving, wal: Some(wal), forward_stands_still: Duration::ZERO, parked }
 }
 
 /// What the control socket answers to a command.
@@ -87,7 +94,7 @@ async fn command<C: ParkedCommand>(directory: &std::path::Path, command: C) -> V
 }
 
 async fn get(fake: Fake, path: &str) -> (StatusCode, Response, String) {
-    let router = router(Admin::new(Arc::new(fake), Metrics::new()));
+    let router = router(Admin::new(Arc::new(fake), Metrics::new(), PATIENCE));
     let response = router.oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap();
     let (parts, body) = response.into_parts();
     let text = String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap();
@@ -100,7 +107,7 @@ async fn readyz_names_the_reason() {
     let poisoned = || WalStatus { failed: true, full: true, ..WalStatus::default() };
     let cases = [
         (fake(), 200, "ready\n"),
-        (Fake { forward_live: false, ..fake() }, 200, "ready\n"),
+        (Fake { forward_stands_still: Duration::from_secs(31), ..fake() }, 200, "ready\n"),
         (Fake { phase: Phase::Starting, wal: None, ..fake() }, 503, "starting\n"),
         (Fake { wal: None, ..fake() }, 503, "starting\n"),
         (Fake { phase: Phase::Stopping, ..fake() }, 503, "stopping\n"),
@@ -121,7 +128,7 @@ async fn livez_asks_both_loops() {
         (Fake { phase: Phase::Starting, wal: None, ..fake() }, 200),
         (Fake { wal: slow(30_000), ..fake() }, 200),
         (Fake { wal: slow(30_001), ..fake() }, 503),
-        (Fake { forward_live: false, ..fake() }, 503),
+        (Fake { forward_stands_still: Duration::from_secs(31), ..fake() }, 503),
     ];
     for (fake, status) in cases {
         assert_eq!(get(fake, "/livez").await.0.as_u16(), status);
@@ -202,7 +209,7 @@ async fn the_status_remembers() {
         source.parked.park(&about("t"), b"hello").unwrap();
     }
     source.parked.sync().unwrap();
-    let admin = Admin::new(Arc::new(source), metrics.clone());
+    let admin = Admin::new(Arc::new(source), metrics.clone(), PATIENCE);
     let stop = CancellationToken::new();
     let upkeep = tokio::spawn(run_upkeep(admin.clone(), stop.clone()));
     metrics.wal.committed_events.increment(3);
@@ -233,7 +240,7 @@ async fn nothing_else_is_served() {
     // Payloads are for the control socket alone.
     assert_eq!(get(fake(), "/parked/list").await.0, 404);
     assert_eq!(get(fake(), "/backlog").await.0, 404);
-    let router = router(Admin::new(Arc::new(fake()), Metrics::new()));
+    let router = router(Admin::new(Arc::new(fake()), Metrics::new(), PATIENCE));
     for (path, status) in [("/status", 405), ("/parked/list", 404), ("/parked/drop", 404)] {
         let post = Request::post(path).body(Body::from("{}")).unwrap();
         assert_eq!(router.clone().oneshot(post).await.unwrap().status(), status);
@@ -261,7 +268,7 @@ async fn the_control_socket_serves_its_owner() {
     store.sync().unwrap();
     let source = Arc::new(fake);
     let stop = CancellationToken::new();
-    let serving = tokio::spawn(socket.serve(Admin::new(source, Metrics::new()), stop.clone()));
+    let serving = tokio::spawn(socket.serve(Admin::new(source, Metrics::new(), PATIENCE), stop.clone()));
 
     let status = control::get(&directory, "/status").await.unwrap().unwrap().all().await.unwrap();
     assert_eq!(serde_json::from_slice::<Value>(&status).unwrap()["parked"]["events"], 100);
@@ -307,6 +314,15 @@ async fn the_control_socket_serves_its_owner() {
     assert!(matches!(refused, control::ControlError::Refused { status: 400, .. }), "{refused}");
     let refused = control::get(&directory, "/parked/drop").await.unwrap_err();
     assert!(matches!(refused, control::ControlError::Refused { status: 405, .. }), "{refused}");
+
+    let text = |text: &str| FileTexts {
+        config: Some(FileText { path: "new.toml".into(), text: text.into() }),
+        ..FileTexts::default()
+    };
+    let foretold = control::foretell_reload(&directory, &text("log.level = \"debug\"")).await.unwrap().unwrap();
+    assert!(matches!(foretold, control::Foretold::Taken(changes) if changes.live == ["log.level"]));
+    let foretold = control::foretell_reload(&directory, &text("log.levl = 1")).await.unwrap().unwrap();
+    assert!(matches!(foretold, control::Foretold::Refused(reason) if reason.contains("new.toml:1")));
 
     stop.cancel();
     serving.await.unwrap().unwrap();

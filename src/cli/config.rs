@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use ringtail::config::{Config, ConfigError, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
+use ringtail::admin::control::{self, Foretold};
+use ringtail::config::{Changes, Config, ConfigError, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
 
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
@@ -18,8 +19,11 @@ pub struct ConfigArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum ConfigCommand {
-    /// Validate the configuration: exit code 0, or 64 with every problem named
-    #[command(after_help = "Example:\n  ringtail config check --config /etc/ringtail/ringtail.toml")]
+    /// Validate the configuration, and say what a reload of the running service would do: exit code 0, or 64 with every
+    /// problem named
+    #[command(after_help = "Example:\n  ringtail config check --config /etc/ringtail/ringtail.toml\n\n\
+        The service, if one runs on wal.directory, is asked which settings a reload would change at once and which take\n\
+        effect at its next start only. That takes root or the service's user.")]
     Check(ConfigFile),
     /// Print the effective configuration, and where each value came from
     #[command(after_help = "Example:\n  ringtail config show --raccoon-env /etc/raccoon/.env")]
@@ -63,8 +67,11 @@ struct InitArgs {
 impl ConfigFile {
     /// Loads and validates the configuration.
     pub fn read(&self, overrides: &[Override]) -> Result<Loaded, ConfigError> {
-        let files = Files { config: self.config.as_deref(), raccoon_env: self.raccoon_env.as_deref() };
-        Config::load_files(files, overrides)
+        Config::load_files(self.files(), overrides)
+    }
+
+    fn files(&self) -> Files<'_> {
+        Files { config: self.config.as_deref(), raccoon_env: self.raccoon_env.as_deref() }
     }
 
     /// Loads and validates the configuration. Problems are printed, and the exit code is returned.
@@ -101,23 +108,46 @@ impl LogArgs {
 /// Runs `ringtail config`.
 pub async fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     match args.command {
-        ConfigCommand::Check(file) => Ok(check(&file)),
+        ConfigCommand::Check(file) => check(&file).await,
         ConfigCommand::Show(args) => show(&args),
         ConfigCommand::Init(args) => init(&args),
     }
 }
 
-fn check(file: &ConfigFile) -> ExitCode {
-    match file.load(&[]) {
-        Ok(loaded) => {
-            eprintln!("the configuration is valid ({})", describe(&loaded));
-            let settings = loaded.raccoon.iter().flat_map(|env| &env.settings);
-            for setting in settings.filter(|setting| setting.unsupported().is_some()) {
-                eprintln!("  {}", setting.to_line(&loaded));
-            }
-            ExitCode::SUCCESS
+async fn check(file: &ConfigFile) -> anyhow::Result<ExitCode> {
+    let loaded = match file.load(&[]) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    eprintln!("the configuration is valid ({})", describe(&loaded));
+    let settings = loaded.raccoon.iter().flat_map(|env| &env.settings);
+    for setting in settings.filter(|setting| setting.unsupported().is_some()) {
+        eprintln!("  {}", setting.to_line(&loaded));
+    }
+    let directory = &loaded.config.wal.directory;
+    let service = format!("the service that runs on {}", directory.display());
+    match control::foretell_reload(directory, &file.files().read()?).await {
+        Ok(Some(Foretold::Taken(changes))) => eprintln!("{service}: {}", foretell(&changes)),
+        Ok(Some(Foretold::Refused(reason))) => {
+            eprintln!("ringtail: {service} would refuse it, with its own environment and credentials: {reason}");
+            return Ok(ExitCode::from(super::EXIT_USAGE));
         }
-        Err(code) => code,
+        Ok(None) => eprintln!("no service runs on {}: not compared with one", directory.display()),
+        // The configuration itself is valid all the same.
+        Err(error) => eprintln!("not compared with {service}: {:#}", anyhow::Error::from(error)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a reload would do, in a line.
+fn foretell(Changes { live, restart }: &Changes) -> String {
+    let at_once = format!("a reload changes {}", live.join(", "));
+    let later = format!("only its next start changes {}", restart.join(", "));
+    match (live.is_empty(), restart.is_empty()) {
+        (true, true) => "has these settings already".into(),
+        (false, true) => at_once,
+        (true, false) => later,
+        (false, false) => format!("{at_once}; {later}"),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use toml::Value;
 
 use super::{Config, keys};
@@ -21,7 +22,7 @@ const LIVE: [&str; 9] = [
 ];
 
 /// What a reload would do, by key.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changes {
     /// Can be taken over as they are.
     pub live: Vec<String>,

@@ -13,7 +13,7 @@ use figment::error::Kind as ErrorKind;
 use figment::providers::Serialized;
 use figment::value::{Dict, Map};
 use figment::{Figment, Metadata, Profile, Provider};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::Config;
@@ -184,6 +184,47 @@ pub struct Files<'a> {
     pub raccoon_env: Option<&'a Path>,
 }
 
+/// The same, read.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct FileTexts {
+    /// The configuration file.
+    pub config: Option<FileText>,
+    /// A Raccoon env file.
+    pub raccoon_env: Option<FileText>,
+}
+
+/// A file, read.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FileText {
+    /// Where it was read, for messages.
+    pub path: PathBuf,
+    /// All of it.
+    pub text: String,
+}
+
+impl Files<'_> {
+    /// Reads them. Without a configuration file it is [`DEFAULT_FILE`], if that exists.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`]
+    pub fn read(self) -> Result<FileTexts, ConfigError> {
+        let default = Path::new(DEFAULT_FILE);
+        let config = self.config.or_else(|| default.exists().then_some(default));
+        Files { config, ..self }.read_named()
+    }
+
+    fn read_named(self) -> Result<FileTexts, ConfigError> {
+        let read = |path: &Path| match std::fs::read_to_string(path) {
+            Ok(text) => Ok(FileText { path: path.to_owned(), text }),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        };
+        Ok(FileTexts {
+            config: self.config.map(read).transpose()?,
+            raccoon_env: self.raccoon_env.map(read).transpose()?,
+        })
+    }
+}
+
 impl Config {
     /// Loads the configuration from `file` (without one from [`DEFAULT_FILE`], if that exists), the process environment
     /// and flags. Later ones win. The result is validated.
@@ -199,9 +240,7 @@ impl Config {
     /// # Errors
     /// As [`Config::load`]; also when the env file asks for what there is not, or lacks what Raccoon requires.
     pub fn load_files(files: Files<'_>, overrides: &[Override]) -> Result<Loaded, ConfigError> {
-        let default = Path::new(DEFAULT_FILE);
-        let config = files.config.or_else(|| default.exists().then_some(default));
-        Config::load_files_from(Files { config, ..files }, std::env::vars_os(), overrides)
+        Config::load_texts(&files.read()?, std::env::vars_os(), overrides)
     }
 
     /// As [`Config::load`], with a given environment and no default file.
@@ -225,19 +264,31 @@ impl Config {
         environment: impl IntoIterator<Item = (OsString, OsString)>,
         overrides: &[Override],
     ) -> Result<Loaded, ConfigError> {
+        Config::load_texts(&files.read_named()?, environment, overrides)
+    }
+
+    /// As [`Config::load_files_from`], of files that are read already.
+    ///
+    /// # Errors
+    /// As [`Config::load_files`].
+    pub fn load_texts(
+        files: &FileTexts,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+        overrides: &[Override],
+    ) -> Result<Loaded, ConfigError> {
         let keys = Keys::new();
         let mut problems = Vec::new();
         let mut layers = Vec::new();
-        let read = files.raccoon_env.map(|path| raccoon::read(path, &keys, &mut problems)).transpose()?;
-        let (raccoon, raccoon_values) = match read {
+        let raccoon = files.raccoon_env.as_ref().map(|file| raccoon::take_over(file, &keys, &mut problems));
+        let (raccoon, raccoon_values) = match raccoon {
             Some(raccoon::Read { env, values, defaults }) => {
                 layers.push(defaults);
                 (Some(env), Some(values))
             }
             None => (None, None),
         };
-        if let Some(path) = files.config {
-            layers.push(read_file(path, &keys, &mut problems)?);
+        if let Some(file) = &files.config {
+            layers.push(read_file(file, &keys, &mut problems)?);
         }
         layers.extend(raccoon_values);
         let environment: Vec<_> = environment.into_iter().collect();
@@ -253,7 +304,7 @@ impl Config {
 
         let sources = layers.iter().flat_map(|layer| &layer.0);
         let sources = sources.map(|(key, entry)| (key.clone(), entry.source.clone())).collect();
-        let loaded = Loaded { config, file: files.config.map(Path::to_owned), raccoon, sources };
+        let loaded = Loaded { config, file: files.config.as_ref().map(|file| file.path.clone()), raccoon, sources };
         problems.extend(loaded.violations());
         if problems.is_empty() { Ok(loaded) } else { Err(ConfigError::Invalid { problems }) }
     }
@@ -320,16 +371,19 @@ impl Provider for &Layer {
     }
 }
 
-fn read_file(path: &Path, keys: &Keys, problems: &mut Vec<Problem>) -> Result<Layer, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+fn read_file(
+    FileText { path, text }: &FileText,
+    keys: &Keys,
+    problems: &mut Vec<Problem>,
+) -> Result<Layer, ConfigError> {
     let syntax = |error: toml::de::Error| ConfigError::Syntax {
-        path: path.to_owned(),
+        path: path.clone(),
         message: error.to_string().trim_end().to_owned(),
     };
     let table: Table = text.parse().map_err(syntax)?;
-    let spanned = toml::de::DeTable::parse(&text).map_err(syntax)?;
+    let spanned = toml::de::DeTable::parse(text).map_err(syntax)?;
     let mut lines = BTreeMap::new();
-    collect_lines("", spanned.get_ref(), &text, &mut lines);
+    collect_lines("", spanned.get_ref(), text, &mut lines);
 
     let mut layer = Layer::default();
     let mut file = FileReader { path, keys, lines, layer: &mut layer, problems };

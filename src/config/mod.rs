@@ -17,7 +17,7 @@ mod validate;
 mod window;
 
 pub use change::Changes;
-pub use load::{ConfigError, DEFAULT_FILE, Files, Loaded, Override, Problem, Source};
+pub use load::{ConfigError, DEFAULT_FILE, FileText, FileTexts, Files, Loaded, Override, Problem, Source};
 pub use property::KafkaProperty;
 pub use raccoon::{RaccoonEnv, RaccoonSetting, Taken};
 pub use show::{Setting, TEMPLATE};

@@ -80,9 +80,6 @@ use status::Shared;
 /// Where the spill is, in the log's directory.
 const SPILL: &str = "spill";
 
-/// The loop turns at least every second; without a turn for so long it is not live.
-const BEAT_AGE_MAX: Duration = Duration::from_secs(30);
-
 /// Part of the time to stop that is kept for taking the producer down: a tenth of it, and no more than this.
 const TEAR_DOWN_MAX: Duration = Duration::from_millis(500);
 
@@ -217,11 +214,6 @@ impl Forwarder {
     /// How long ago the loop last turned. An idle one turns at least every second.
     pub fn heartbeat_age(&self) -> Duration {
         self.shared.beat_age()
-    }
-
-    /// Whether the loop turns.
-    pub fn is_live(&self) -> bool {
-        self.heartbeat_age() <= BEAT_AGE_MAX
     }
 
     /// Stops reading, waits for what Kafka holds, tells the log what was delivered, ends the thread; all of it within

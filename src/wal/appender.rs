@@ -120,6 +120,8 @@ pub(super) fn append(shared: &Shared, batch: Batch, fingerprint: Option<Fingerpr
     queue.bytes += request_bytes;
     queue.waiting.push_back(Waiting { batch, bytes, fingerprint, done });
     if queue.waiting.len() == 1 {
+        // From here on the commit thread is busy, even if it does not wake up.
+        let _ = shared.commit_began.compare_exchange(0, shared.elapsed_ms() + 1, Ordering::Relaxed, Ordering::Relaxed);
         shared.queue_changed.notify_one();
     }
     Ok(Commit { done: Some(commit), is_retry: false })
@@ -168,6 +170,7 @@ impl Appender {
         let _fail_on_panic = FailOnPanic(&shared);
         let _close = shared.pipeline.close_on_drop();
         while self.wait() {
+            kill_point::pass("commit.turn");
             shared.commit_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
             self.commit_group();
             shared.commit_began.store(0, Ordering::Relaxed);

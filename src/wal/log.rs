@@ -201,7 +201,8 @@ pub(super) struct Shared {
     pub given_up: AtomicU64,
     /// Groups written and not yet durable.
     pub pipeline: Pipeline,
-    /// When the write of the group under way began, ms since [`Shared::started`], plus 1; 0 while none is.
+    /// Since when batches wait for the commit thread, or the write of a group is under way: ms since [`Shared::started`],
+    /// plus 1; 0 while neither is.
     pub commit_began: AtomicU64,
     /// The same of the sync under way.
     pub sync_began: AtomicU64,

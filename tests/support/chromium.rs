@@ -34,7 +34,7 @@ impl Chromium {
     pub async fn start() -> Chromium {
         let directory = tempfile::Builder::new().prefix("ringtail-chromium-").tempdir().unwrap();
         let flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update \
-                     --disable-sync --no-first-run --hide-scrollbars --remote-debugging-port=0";
+                     --disable-dev-shm-usage --disable-sync --no-first-run --hide-scrollbars --remote-debugging-port=0";
         // A name as it has on a network: what browsers allow to loopback alone must not be needed.
         let names = format!("--host-resolver-rules=MAP {EDGE_HOST} 127.0.0.1");
         let child = Command::new("chromium")

@@ -1,10 +1,11 @@
-//! A real systemd, booted on an overlay of this machine's own file system, with a network of its own.
+//! A real systemd, booted on an overlay of this machine's own file system, with a network and control groups of its own.
 
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ pub struct Container {
     leader: i32,
     layers: PathBuf,
     root: PathBuf,
+    groups: ControlGroups,
 }
 
 impl Container {
@@ -34,29 +36,40 @@ impl Container {
         let (upper, scratch) = (layers.join("upper"), layers.join("work"));
         let options = format!("lowerdir=/,upperdir={},workdir={}", upper.display(), scratch.display());
         run_here("mount", &["-t", "overlay", "ringtail-test", "-o", &options, path(&root)]);
+        // Without one systemd takes it for the first boot of a new machine, and asks.
+        fs::write(root.join("etc/machine-id"), "0123456789abcdef0123456789abcdef\n").unwrap();
         prepare(&root);
+        let groups = ControlGroups::make();
         let mut nspawn = Command::new("systemd-nspawn");
         nspawn.args([
             "--register=no",
             "--keep-unit",
             "--private-network",
-            "--boot",
+            "--resolv-conf=off",
+            "--timezone=off",
+            "--link-journal=no",
             "--console=pipe",
             "-D",
             path(&root),
+            "--boot",
+            // Nothing that happens to be installed here starts along.
+            "systemd.unit=basic.target",
         ]);
+        groups.enter(&mut nspawn);
         nspawn.stdin(Stdio::null()).stdout(File::create(work.join("console")).unwrap());
         let nspawn = nspawn.stderr(File::create(work.join("nspawn")).unwrap()).spawn().expect("start systemd-nspawn");
-        let mut container = Container { nspawn, leader: 0, layers, root };
-        container.wait_until_up();
+        let mut container = Container { nspawn, leader: 0, layers, root, groups };
+        container.wait_until_up(work);
         container
     }
 
-    fn wait_until_up(&mut self) {
+    fn wait_until_up(&mut self, work: &Path) {
+        let said =
+            || ["nspawn", "console"].map(|file| fs::read_to_string(work.join(file)).unwrap_or_default()).concat();
         let deadline = Instant::now() + PATIENCE;
         while self.leader == 0 || !self.is_up() {
-            assert!(Instant::now() < deadline, "the container does not boot");
-            assert!(self.nspawn.try_wait().unwrap().is_none(), "systemd-nspawn ended");
+            assert!(Instant::now() < deadline, "the container does not boot: {}", said());
+            assert!(self.nspawn.try_wait().unwrap().is_none(), "systemd-nspawn ended: {}", said());
             let id = self.nspawn.id();
             let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
             self.leader = children.split_whitespace().next().map_or(0, |id| id.parse().unwrap());
@@ -149,13 +162,56 @@ impl Drop for Container {
             // SAFETY: the string ends with a zero.
             unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
         }
-        // nspawn leaves them behind. Those of another container are in use, and stay.
-        for hierarchy in ["systemd", "unified"] {
-            for group in ["payload", "supervisor"] {
-                let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(hierarchy).join(group));
-            }
+        self.groups.remove();
+    }
+}
+
+/// A control group for the container in each hierarchy that systemd uses, so that two of them do not share theirs.
+struct ControlGroups(Vec<PathBuf>);
+
+impl ControlGroups {
+    fn make() -> ControlGroups {
+        let name = format!("ringtail-test-{}", std::process::id());
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let mut groups = Vec::new();
+        for line in own.lines() {
+            // `1:name=systemd:/path`, and `0::/path` of the unified hierarchy.
+            let (hierarchy, path) = line.split_once(':').unwrap().1.split_once(':').unwrap();
+            let mounts: &[&str] = match hierarchy {
+                "name=systemd" => &["systemd"],
+                "" => &["unified", ""],
+                _ => continue,
+            };
+            let mounts = mounts.iter().map(|mount| Path::new("/sys/fs/cgroup").join(mount));
+            let parent = mounts.map(|mount| mount.join(path.trim_start_matches('/')));
+            let Some(parent) = parent.into_iter().find(|parent| parent.join("cgroup.procs").exists()) else { continue };
+            let group = parent.join(&name);
+            fs::create_dir(&group).unwrap_or_else(|error| panic!("{}: {error}", group.display()));
+            groups.push(group);
+        }
+        ControlGroups(groups)
+    }
+
+    /// The command's process begins in them.
+    fn enter(&self, command: &mut Command) {
+        let open = |group: &PathBuf| File::options().write(true).open(group.join("cgroup.procs")).unwrap();
+        let mut members: Vec<File> = self.0.iter().map(open).collect();
+        // SAFETY: between fork and exec it does nothing but write to open files.
+        unsafe { command.pre_exec(move || members.iter_mut().try_for_each(|members| members.write_all(b"0"))) };
+    }
+
+    /// Removes them, and what the container left in them.
+    fn remove(&self) {
+        for group in &self.0 {
+            remove_group(group);
         }
     }
+}
+
+fn remove_group(group: &Path) {
+    let children = fs::read_dir(group).into_iter().flatten().flatten();
+    children.filter(|child| child.path().is_dir()).for_each(|child| remove_group(&child.path()));
+    let _ = fs::remove_dir(group);
 }
 
 fn path(path: &Path) -> &str {

@@ -55,6 +55,21 @@ pub fn build(work: &Path, version: &str) -> PathBuf {
     package
 }
 
+/// The same package with another version, in `work`.
+pub fn renumber(package: &Path, work: &Path, version: &str) -> PathBuf {
+    let (tree, renumbered) = (work.join(format!("tree-{version}")), work.join(format!("ringtail_{version}.deb")));
+    run(Command::new("dpkg-deb").arg("--raw-extract").args([package, &tree]));
+    let control = tree.join("DEBIAN/control");
+    let fields = fs::read_to_string(&control).unwrap();
+    let fields = fields.lines().map(|line| match line.starts_with("Version: ") {
+        true => format!("Version: {version}\n"),
+        false => format!("{line}\n"),
+    });
+    fs::write(&control, fields.collect::<String>()).unwrap();
+    run(Command::new("dpkg-deb").args(["--root-owner-group", "-Zgzip", "-z1", "--build"]).args([&tree, &renumbered]));
+    renumbered
+}
+
 /// The files that an asset names: one, or `*.1` in a directory.
 fn sources(here: &Path, name: &str, binary: &Path) -> Vec<PathBuf> {
     if name == "target/release/ringtail" {

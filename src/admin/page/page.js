@@ -55,6 +55,22 @@ function showErrors({ errors, now_ms }) {
   });
 }
 
+// What the last reload did, and what of the configuration waits for a restart.
+function showReload({ reload, now_ms }) {
+  byId("reload").hidden = !reload;
+  if (!reload) return;
+  const refused = reload.error !== null;
+  const ago = duration(Math.max(0, now_ms - reload.at_ms) / 1000) + " ago";
+  const what = refused ? "Refused: nothing changed." : reload.changed.length > 0 ? "Taken." : "Taken: nothing changed.";
+  show("reload-summary", clock(reload.at_ms) + ", " + ago + ". " + what);
+  byId("reload-error").hidden = !refused;
+  show("reload-error", reload.error || "");
+  for (const list of ["changed", "restart"]) {
+    byId("reload-" + list + "-row").hidden = reload[list].length === 0;
+    show("reload-" + list, reload[list].join(", "));
+  }
+}
+
 function showBanner([state, headline, explanation], host) {
   const before = byId("banner").dataset.state;
   mark("banner", "state", state);
@@ -105,6 +121,7 @@ async function refresh() {
   showCharts();
   showParked(status.parked);
   showErrors(status);
+  showReload(status);
   show("updated", "Last answer " + clock(Date.now()));
 }
 

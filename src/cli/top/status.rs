@@ -36,6 +36,7 @@ pub struct Status {
     pub live: bool,
     pub connections: Connections,
     pub limits: Limits,
+    pub reload: Option<Reload>,
     pub wal: Option<Log>,
     pub forward: Option<Forward>,
     pub parked: Parked,
@@ -58,6 +59,16 @@ pub struct Connections {
 #[serde(default)]
 pub struct Limits {
     pub connections_max: u64,
+}
+
+/// What became of the last reload.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Reload {
+    pub at_ms: u64,
+    pub error: Option<String>,
+    pub changed: Vec<String>,
+    pub restart: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -150,7 +161,12 @@ impl Status {
     /// Seconds for which the oldest event has waited; 0 if none waits.
     pub fn waited(&self) -> f64 {
         let oldest = self.wal.as_ref().and_then(|log| log.oldest_pending_received_at_ms);
-        oldest.map_or(0.0, |at| self.now_ms.saturating_sub(at) as f64 / 1000.0)
+        oldest.map_or(0.0, |at| self.since(at))
+    }
+
+    /// Seconds since something was.
+    pub fn since(&self, at_ms: u64) -> f64 {
+        self.now_ms.saturating_sub(at_ms) as f64 / 1000.0
     }
 
     /// A service that has just started is not yet cut off.

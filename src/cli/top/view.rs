@@ -8,7 +8,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Borders, Gauge, Paragraph, Sparkline, Wrap};
 
 use super::status::{Answer, Sample, Status};
-use super::words::{State, bytes, count, duration, judge, plural, rate};
+use super::words::{State, bytes, count, duration, judge, plural, rate, reloaded};
 
 /// Draws what there is to show.
 pub fn draw(frame: &mut Frame<'_>, answer: &Answer) {
@@ -58,16 +58,20 @@ fn draw_sentence(frame: &mut Frame<'_>, area: Rect, answer: &Answer) {
         (Some(status), None) => judge(status),
         (_, Some(error)) => (State::Bad, "The service does not answer".to_owned(), error.clone()),
     };
-    let (lamp, colour) = match state {
+    let (lamp, colour) = lamp(state);
+    let headline = Line::from(vec![Span::raw(format!(" {lamp} ")).fg(colour).bold(), Span::raw(headline).bold()]);
+    let text = vec![Line::raw(""), headline, Line::raw(format!("   {explanation}"))];
+    frame.render_widget(Paragraph::new(text), area);
+}
+
+fn lamp(state: State) -> (&'static str, Color) {
+    match state {
         State::Good => ("✓", Color::Green),
         State::Busy => ("↻", Color::Blue),
         State::Waiting => ("…", Color::Gray),
         State::Warning => ("!", Color::Yellow),
         State::Bad => ("✕", Color::Red),
-    };
-    let headline = Line::from(vec![Span::raw(format!(" {lamp} ")).fg(colour).bold(), Span::raw(headline).bold()]);
-    let text = vec![Line::raw(""), headline, Line::raw(format!("   {explanation}"))];
-    frame.render_widget(Paragraph::new(text), area);
+    }
 }
 
 fn boxed<'a>(title: &'a str, colour: Color) -> Block<'a> {
@@ -193,7 +197,7 @@ fn chart(
 }
 
 fn draw_last(frame: &mut Frame<'_>, area: Rect, status: &Status) {
-    let block = boxed("Parked, and last errors", Color::DarkGray);
+    let block = boxed("Parked, last reload and errors", Color::DarkGray);
     let inner = block.inner(area);
     frame.render_widget(block, area);
     let mut lines = vec![match &status.parked.by_reason {
@@ -207,11 +211,17 @@ fn draw_last(frame: &mut Frame<'_>, area: Rect, status: &Status) {
             Line::raw(format!("parked: {} ({})", count(status.parked.events), reasons.join(", "))).fg(Color::Yellow)
         }
     }];
+    if let Some(reload) = &status.reload {
+        let (state, what) = reloaded(reload);
+        let colour = if state == State::Good { Color::Reset } else { lamp(state).1 };
+        let ago = duration(status.since(reload.at_ms));
+        lines.push(Line::raw(format!("reload {ago} ago: {what}")).fg(colour));
+    }
     if status.errors.is_empty() {
         lines.push(Line::raw("errors: none since the start").dim());
     }
     for error in &status.errors {
-        let ago = duration(status.now_ms.saturating_sub(error.at_ms) as f64 / 1000.0);
+        let ago = duration(status.since(error.at_ms));
         let often = if error.count > 1 { format!(", {} times", count(error.count)) } else { String::new() };
         let about = error.topic.as_ref().map_or(String::new(), |topic| format!(", {topic}"));
         lines.push(Line::from(vec![

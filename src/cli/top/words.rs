@@ -1,6 +1,6 @@
 //! Numbers in words, and the one sentence about a service. As `src/admin/page/words.js` and `path.js` have them.
 
-use super::status::Status;
+use super::status::{Reload, Status};
 
 const DAY: f64 = 86_400.0;
 
@@ -53,6 +53,22 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// What became of a reload: what of it waits for a restart, and what changed.
+pub fn reloaded(reload: &Reload) -> (State, String) {
+    let pending = format!("restart for {}", reload.restart.join(", "));
+    let result = match (&reload.error, reload.changed.is_empty()) {
+        (Some(_), _) => "refused, nothing changed: see the log",
+        (None, true) => "changed nothing",
+        (None, false) => &format!("changed {}", reload.changed.join(", ")),
+    };
+    match (reload.error.is_some(), reload.restart.is_empty()) {
+        (true, true) => (State::Bad, result.to_owned()),
+        (true, false) => (State::Bad, format!("{result}; {pending}")),
+        (false, true) => (State::Good, result.to_owned()),
+        (false, false) => (State::Warning, format!("{result}; {pending}")),
+    }
+}
+
 /// The one sentence: how bad, headline, explanation. What is worst comes first.
 pub fn judge(status: &Status) -> (State, String, String) {
     let say = |state, headline: &str, explanation: &str| (state, headline.to_owned(), explanation.to_owned());
@@ -84,7 +100,7 @@ pub fn judge(status: &Status) -> (State, String, String) {
         return say(State::Waiting, "Connecting to Kafka", "Events are accepted meanwhile.");
     }
     if !forward.connected {
-        let since = forward.disconnected_since_ms.map(|at| status.now_ms.saturating_sub(at) as f64 / 1000.0);
+        let since = forward.disconnected_since_ms.map(|at| status.since(at));
         let long = since.map_or(String::new(), |seconds| format!(" for {}", duration(seconds)));
         let explanation = format!("Events are kept on disk. {full}");
         return say(State::Warning, &format!("Kafka is unreachable{long}"), &explanation);
@@ -122,6 +138,19 @@ mod tests {
         assert_eq!([bytes(0), bytes(1536), bytes(200 << 20)], ["0 B", "1.5 KiB", "200 MiB"]);
         let words = [0.5, 42.0, 600.0, 7_500.0, 864_000.0].map(duration);
         assert_eq!(words, ["under 1 s", "42 s", "10 min", "2 h 5 min", "10 days"]);
+    }
+
+    #[test]
+    fn a_reload_in_words() {
+        let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect::<Vec<_>>();
+        let say = |error: Option<&str>, changed, restart| {
+            let error = error.map(str::to_owned);
+            reloaded(&Reload { at_ms: 1, error, changed: keys(changed), restart: keys(restart) })
+        };
+        assert_eq!(say(None, &[], &[]), (State::Good, "changed nothing".into()));
+        let both = say(None, &["log.level", "forward.topic"], &["wal.bytes_max"]);
+        assert_eq!(both, (State::Warning, "changed log.level, forward.topic; restart for wal.bytes_max".into()));
+        assert_eq!(say(Some("no"), &[], &[]), (State::Bad, "refused, nothing changed: see the log".into()));
     }
 
     #[test]

@@ -11,13 +11,13 @@ mod env_file;
 mod mapping;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use toml::Value;
 
 use super::keys::{self, Keys};
-use super::load::{ConfigError, Entry, Layer, Loaded, Problem, Source};
+use super::load::{Entry, FileText, Layer, Loaded, Problem, Source};
 
 /// A Raccoon env file that was taken over.
 #[derive(Debug, Clone, Serialize)]
@@ -69,16 +69,15 @@ pub(super) struct Read {
     pub defaults: Layer,
 }
 
-/// Reads and maps `path`. What is refused becomes a problem.
-pub(super) fn read(path: &Path, keys: &Keys, problems: &mut Vec<Problem>) -> Result<Read, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+/// Maps an env file. What is refused becomes a problem.
+pub(super) fn take_over(FileText { path, text }: &FileText, keys: &Keys, problems: &mut Vec<Problem>) -> Read {
     let source = |variable: &str, line: Option<usize>| Source::Raccoon {
         path: path.to_owned(),
         line,
         variable: variable.to_owned(),
     };
     let mut variables: Vec<env_file::Variable> = Vec::new();
-    for line in env_file::parse(&text) {
+    for line in env_file::parse(text) {
         match line {
             Ok(variable) => variables.push(variable),
             Err(error) => problems.push(Problem {
@@ -126,7 +125,7 @@ pub(super) fn read(path: &Path, keys: &Keys, problems: &mut Vec<Problem>) -> Res
             taken,
         });
     }
-    Ok(read)
+    read
 }
 
 /// What Raccoon cannot do without must be said somewhere.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::*;
-use crate::config::{Config, Files, KafkaProperty};
+use crate::config::{Config, ConfigError, Files, KafkaProperty, Loaded};
 
 /// Every setting that Raccoon's documentation names, with a value that its own sample has or could have.
 const ALL: &str = r#"

@@ -31,6 +31,7 @@ use super::status::{Connection, Drain, NO_BROKER, Shared};
 use super::{FailureReason, ParkReason};
 use crate::batch::{Sequence, now_ms};
 use crate::config::{Delivery, ForwardConfig};
+use crate::kill_point;
 use crate::metrics::Metrics;
 use crate::wal::{Reader, Record, Wal};
 pub(super) use renewal::Renewal;
@@ -212,6 +213,7 @@ impl Replay {
             if let Some(stop_by) = self.shared.stop_by() {
                 break stop_by;
             }
+            kill_point::pass("forward.turn");
             self.poll();
             let now = Instant::now();
             self.shared.beat(now);
