@@ -22,6 +22,7 @@
 //! a segment was delivered and trimmed, or, with `wal.when_full = "drop_oldest"`, until the forwarder has dropped what is in
 //! the oldest one. Restart time and memory do not grow with the backlog.
 
+mod ahead;
 mod appender;
 mod carved;
 mod check;
@@ -57,6 +58,7 @@ use std::thread::JoinHandle;
 
 use tokio_util::sync::CancellationToken;
 
+pub use ahead::Undelivered;
 pub use appender::{Commit, Stored};
 pub use carved::{CarvedRecord, CarvedRecords, Run};
 pub use check::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
@@ -69,11 +71,11 @@ pub use reader::{Reader, Record};
 pub use scan::Scan;
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Sequence};
 use crate::config::{DedupConfig, WalConfig};
 use crate::metrics::Metrics;
 use dedup::Window;
-use log::{Pool, Shared};
+use log::{Log, Pool, Shared};
 use recovery::Mode;
 use store::{SegmentShape, SledStore, Store};
 
@@ -219,12 +221,46 @@ impl Wal {
     /// Everything before `position` is delivered or parked: moves the cursor, which frees segments. Never moves back.
     /// Durable within about a second; a stale cursor costs duplicates, never loss.
     pub fn deliver(&self, position: Position) {
+        self.move_cursor(|log| log.deliver(position));
+    }
+
+    fn move_cursor(&self, deliver: impl FnOnce(&mut Log)) {
         let mut log = self.shared.log();
         let before = log.cursor.segment;
-        log.deliver(position);
+        deliver(&mut log);
         if log.cursor.segment != before {
             self.shared.log_changed.notify_all();
         }
+    }
+
+    /// From now on, what is committed is delivered ahead of the cursor: [`Wal::reader`]'s stops where the log ends now, and
+    /// [`Wal::ahead_reader`]'s begins there. False if that cannot be now, or is so already.
+    pub fn begin_ahead(&self) -> bool {
+        self.shared.log().begin_ahead()
+    }
+
+    /// A reader of what is delivered ahead of the cursor, from the first record on that is not; none if nothing is delivered
+    /// ahead. That is also saved with the cursor.
+    pub fn ahead_reader(&self) -> Option<Reader> {
+        Reader::ahead(self.shared.clone())
+    }
+
+    /// As [`Wal::deliver`], for a record of [`Wal::ahead_reader`]'s. The cursor goes to the last such `position` as soon as
+    /// everything before the first is delivered.
+    pub fn deliver_ahead(&self, position: Position) {
+        self.move_cursor(|log| log.deliver_ahead(position));
+    }
+
+    /// Whether something is, or may be, delivered ahead of the cursor: the cursor's reader does not come to the end of the log.
+    pub fn is_ahead(&self) -> bool {
+        self.shared.log().ahead.is_some()
+    }
+
+    /// The records that are not delivered yet.
+    pub fn undelivered(&self) -> Undelivered {
+        let log = self.shared.log();
+        let stretch = log.ahead.as_ref().map(|ahead| ahead.stretch);
+        Undelivered::new(log.cursor.sequence(), Sequence(log.tail.sequence), stretch)
     }
 
     /// Whether the record that ends at `position` is in a segment that is given up (`wal.when_full = "drop_oldest"`): whoever

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::ahead::Stretch;
 use super::error::{ReadError, StoreError};
-use super::log::{Position, Shared};
+use super::log::{Log, Position, Shared};
 use super::losses::Loss;
 use super::record::{ChunkError, ChunkHeader, Totals, split_record};
 use super::slots::{Slot, read_slot};
@@ -43,6 +44,10 @@ pub struct Reader {
     counted_events: u64,
     /// It only looks: the log's state stays as it is, whatever is met.
     observer: bool,
+    /// It reads what is delivered ahead of the cursor.
+    ahead: bool,
+    /// Where it stops; none: at the end of the log.
+    limit: Option<Totals>,
 }
 
 /// What is left of the chunk that is being read.
@@ -57,7 +62,14 @@ impl Reader {
     pub(super) fn new(shared: Arc<Shared>) -> Reader {
         let at = shared.log().cursor;
         let (lost, left) = ((0, Totals::ZERO), Vec::new());
-        Reader { shared, at, open: None, chunk: None, lost, counted_events: 0, left, observer: false }
+        let (observer, ahead, limit) = (false, false, None);
+        Reader { shared, at, open: None, chunk: None, lost, counted_events: 0, left, observer, ahead, limit }
+    }
+
+    /// A reader of what is delivered ahead of the cursor; none if nothing is.
+    pub(super) fn ahead(shared: Arc<Shared>) -> Option<Reader> {
+        let at = shared.log().ahead.as_ref()?.stretch.to;
+        Some(Reader { at, ahead: true, ..Reader::new(shared) })
     }
 
     /// A reader that sets nothing aside and accounts for no loss: another one does.
@@ -82,6 +94,18 @@ impl Reader {
         }
     }
 
+    /// When the next record was received, milliseconds since the Unix epoch; none at the end of the log.
+    ///
+    /// # Errors
+    /// [`ReadError`], as [`Reader::next_record`]
+    pub fn next_received_at_ms(&mut self) -> Result<Option<u64>, ReadError> {
+        if self.chunk.is_none() {
+            self.load_chunk().map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source })?;
+        }
+        let next = self.chunk.as_ref().and_then(|chunk| split_record(&mut chunk.body.clone()).ok());
+        Ok(next.map(|record| record.received_at_ms))
+    }
+
     /// Waits until there is a next record, [`super::Wal::wake_reader`] is called, or `timeout` has passed.
     pub fn wait(&self, timeout: Duration) {
         let log = self.shared.log();
@@ -94,7 +118,13 @@ impl Reader {
     pub fn rewind(&mut self) {
         (self.chunk, self.open) = (None, None);
         self.left.clear();
-        self.at = self.shared.log().cursor;
+        let log = self.shared.log();
+        self.at = log.ahead.as_ref().filter(|_| self.ahead).map_or(log.cursor, |ahead| ahead.stretch.to);
+    }
+
+    /// The cursor has come to what this one delivered ahead: from now on it reads from the cursor.
+    pub fn join(&mut self) {
+        self.ahead = false;
     }
 
     fn next_in_chunk(&mut self) -> Option<Record> {
@@ -129,8 +159,17 @@ impl Reader {
         loop {
             let (tail, next, active) = {
                 let log = self.shared.log();
+                let stretch = log.ahead.as_ref().filter(|_| !self.ahead).map(|ahead| ahead.stretch);
+                self.limit = stretch.map(|stretch| stretch.from.totals);
+                // Whoever only looks goes on behind what was delivered ahead.
+                if let Some(Stretch { from, to }) = stretch.filter(|_| self.observer)
+                    && self.at.totals.sequence >= from.totals.sequence
+                {
+                    self.limit = None;
+                    self.at = if self.at.totals.sequence < to.totals.sequence { to } else { self.at };
+                }
                 (
-                    log.tail,
+                    self.limit.unwrap_or(log.tail),
                     log.segments.range(self.at.segment..).next().map(|(id, segment)| (*id, *segment)),
                     log.active,
                 )
@@ -229,6 +268,10 @@ impl Reader {
     /// Begins a chunk, past the records in it that were read before.
     fn enter(&mut self, header: ChunkHeader, body: Bytes, next_slot: u32) -> bool {
         self.settle();
+        if header.before.sequence > self.at.totals.sequence {
+            // Another one reads from the limit on.
+            return true;
+        }
         let mut chunk = Chunk { body, records_left: header.records, next_slot };
         for _ in header.before.sequence..self.at.totals.sequence {
             if split_record(&mut chunk.body).is_err() {
@@ -239,7 +282,10 @@ impl Reader {
         if !self.observer
             && let Ok(record) = split_record(&mut chunk.body.clone())
         {
-            self.shared.log().note_received(self.at.totals.sequence, record.received_at_ms);
+            let mut log = self.shared.log();
+            let Log { received, ahead, .. } = &mut *log;
+            let received = ahead.as_mut().filter(|_| self.ahead).map_or(received, |ahead| &mut ahead.received);
+            received.note(self.at.totals.sequence, record.received_at_ms);
         }
         self.chunk = Some(chunk);
         true
@@ -277,6 +323,7 @@ impl Reader {
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
         let from = self.at.totals;
+        let until = self.limit.filter(|limit| limit.sequence < until.sequence).unwrap_or(until);
         if self.observer {
             self.at.totals = until;
             return;
@@ -321,8 +368,14 @@ impl Reader {
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.
     fn deliver_loss(&self) {
         let mut log = self.shared.log();
-        if !self.observer && log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
-            log.deliver(self.at);
+        if self.observer || self.lost.1 != self.at.totals {
+            return;
+        }
+        let ahead = log.ahead.as_ref().filter(|_| self.ahead).map(|ahead| ahead.stretch.to.totals.sequence);
+        match ahead {
+            Some(to) if to == self.lost.0 => log.deliver_ahead(self.at),
+            None if log.cursor.totals.sequence == self.lost.0 => log.deliver(self.at),
+            _ => {}
         }
     }
 
