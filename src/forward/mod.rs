@@ -66,7 +66,6 @@ pub use spill::SpillContents;
 pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
 
-use crate::batch::Sequence;
 use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::Wal;
@@ -258,9 +257,8 @@ impl Drop for Forwarder {
 /// [`SpillError::Io`]
 #[doc(hidden)]
 pub fn spill_contents(wal: &Wal) -> Result<SpillContents, SpillError> {
-    let status = wal.status();
     let mut spill = spill::Spill::open(&wal.config().directory.join(SPILL))?;
-    spill.settle(Sequence(status.cursor_sequence), Sequence(status.next_sequence))?;
+    spill.settle(&wal.undelivered())?;
     let mut events = Vec::new();
     let lost = spill.for_each(|topic, event| {
         events.push((topic.to_owned(), event.payload.clone()));

@@ -15,6 +15,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use bytes::{Buf, BufMut};
 
@@ -48,24 +49,26 @@ pub(super) struct Ahead {
 pub(super) struct Received(VecDeque<(u64, u64)>);
 
 /// Which records are not delivered yet: what a reader still shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Undelivered {
     /// The first of them.
     pub cursor: Sequence,
     /// The end of the log.
     pub tail: Sequence,
-    ahead: Option<(Sequence, Sequence)>,
+    /// In between, the records that were delivered ahead of the first of them; none if there are none.
+    pub ahead: Option<Range<Sequence>>,
 }
 
 impl Undelivered {
     /// Those from `cursor` on and before `tail`, without what `stretch` says.
     pub(super) fn new(cursor: Sequence, tail: Sequence, stretch: Option<Stretch>) -> Undelivered {
-        let ahead = stretch.map(|stretch| (stretch.from.sequence(), stretch.to.sequence()));
-        Undelivered { cursor, tail, ahead: ahead.filter(|(from, to)| from < to && *to > cursor) }
+        let ahead = stretch.map(|stretch| stretch.from.sequence()..stretch.to.sequence());
+        Undelivered { cursor, tail, ahead: ahead.filter(|ahead| !ahead.is_empty() && ahead.end > cursor) }
     }
 
     /// Those from `cursor` on and before `tail`.
-    pub fn between(cursor: Sequence, tail: Sequence) -> Undelivered {
+    #[cfg(test)]
+    pub(crate) fn between(cursor: Sequence, tail: Sequence) -> Undelivered {
         Undelivered::new(cursor, tail, None)
     }
 
@@ -80,13 +83,9 @@ impl Undelivered {
         (self.cursor..self.tail).contains(&sequence) && !self.is_ahead(sequence)
     }
 
-    /// Whether none in between was delivered.
-    pub fn is_contiguous(&self) -> bool {
-        self.ahead.is_none()
-    }
-
-    fn is_ahead(&self, sequence: Sequence) -> bool {
-        self.ahead.is_some_and(|(from, to)| (from..to).contains(&sequence))
+    /// Whether the record at `sequence` was delivered ahead of the first of them.
+    pub fn is_ahead(&self, sequence: Sequence) -> bool {
+        self.ahead.as_ref().is_some_and(|ahead| ahead.contains(&sequence))
     }
 }
 
@@ -149,6 +148,12 @@ impl Log {
             self.cursor = stretch.to;
         }
         self.received = received;
+    }
+
+    /// The records that are not delivered yet.
+    pub fn undelivered(&self) -> Undelivered {
+        let stretch = self.ahead.as_ref().map(|ahead| ahead.stretch);
+        Undelivered::new(self.cursor.sequence(), Sequence(self.tail.sequence), stretch)
     }
 
     /// Records, events and bytes of the stretch.

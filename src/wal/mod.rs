@@ -106,6 +106,9 @@ pub struct WalStatus {
     pub next_sequence: u64,
     /// First record not yet delivered.
     pub cursor_sequence: u64,
+    /// Records after the cursor that were delivered before those in between; none if there are none.
+    #[serde(default)]
+    pub delivered_ahead: Option<DeliveredAhead>,
     /// Backlog in batches.
     pub pending_batches: u64,
     /// Backlog in events.
@@ -136,7 +139,24 @@ pub struct WalStatus {
     pub commit_busy_ms: u64,
 }
 
+/// Records that were delivered ahead of the cursor (`forward.live_first`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DeliveredAhead {
+    /// The first of them.
+    pub first_sequence: u64,
+    /// The one after the last.
+    pub end_sequence: u64,
+    /// Events in them.
+    pub events: u64,
+}
+
 impl WalStatus {
+    /// The records that are not delivered yet.
+    pub fn undelivered(&self) -> Undelivered {
+        let ahead = self.delivered_ahead.map(|ahead| Sequence(ahead.first_sequence)..Sequence(ahead.end_sequence));
+        Undelivered { cursor: Sequence(self.cursor_sequence), tail: Sequence(self.next_sequence), ahead }
+    }
+
     /// Whether everything committed is delivered, parked or dropped.
     pub fn is_drained(&self) -> bool {
         self.pending_batches == 0 && self.pending_events == 0
@@ -258,9 +278,7 @@ impl Wal {
 
     /// The records that are not delivered yet.
     pub fn undelivered(&self) -> Undelivered {
-        let log = self.shared.log();
-        let stretch = log.ahead.as_ref().map(|ahead| ahead.stretch);
-        Undelivered::new(log.cursor.sequence(), Sequence(log.tail.sequence), stretch)
+        self.shared.log().undelivered()
     }
 
     /// Whether the record that ends at `position` is in a segment that is given up (`wal.when_full = "drop_oldest"`): whoever
@@ -284,9 +302,16 @@ impl Wal {
     pub fn status(&self) -> WalStatus {
         let log = self.shared.log();
         let pending = log.pending();
+        let undelivered = log.undelivered();
+        let delivered_ahead = undelivered.ahead.map(|ahead| DeliveredAhead {
+            first_sequence: ahead.start.0,
+            end_sequence: ahead.end.0,
+            events: log.delivered_ahead().events,
+        });
         WalStatus {
             next_sequence: log.tail.sequence,
             cursor_sequence: log.cursor.totals.sequence,
+            delivered_ahead,
             pending_batches: pending.sequence,
             pending_events: pending.events.saturating_add_signed(log.spilled_events),
             pending_bytes: pending.bytes,

@@ -10,6 +10,7 @@ use std::fs;
 
 pub use report::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
 
+use super::ahead::Stretch;
 use super::carved::Runs;
 use super::error::StoreError;
 use super::losses::Loss;
@@ -199,6 +200,27 @@ impl<'a> Check<'a> {
     fn gap(&mut self, from: Totals, to: Totals, to_segment: u64) -> Result<(), StoreError> {
         let empty = std::mem::take(&mut self.empty);
         let since = std::mem::replace(&mut self.unplaced, self.report.problems.len());
+        let [before, after] = self.undelivered_parts(from, to);
+        self.gap_part(before, to_segment, &empty, since)?;
+        self.gap_part(after, to_segment, &empty, since)
+    }
+
+    /// What of it was not delivered ahead of the cursor, before and after what was.
+    fn undelivered_parts(&self, from: Totals, to: Totals) -> [(Totals, Totals); 2] {
+        let ahead = self.log.meta.as_ref().ok().and_then(|meta| meta.ahead);
+        let Some(Stretch { from: begin, to: end }) = ahead else { return [(from, to), (to, to)] };
+        let least = |one: Totals, other: Totals| if one.sequence <= other.sequence { one } else { other };
+        let most = |one: Totals, other: Totals| if one.sequence >= other.sequence { one } else { other };
+        [(from, least(to, begin.totals)), (most(from, end.totals), to)]
+    }
+
+    fn gap_part(
+        &mut self,
+        (from, to): (Totals, Totals),
+        to_segment: u64,
+        empty: &[(u64, u32)],
+        since: usize,
+    ) -> Result<(), StoreError> {
         if to.sequence <= from.sequence {
             return Ok(());
         }
@@ -229,7 +251,7 @@ impl<'a> Check<'a> {
     /// Nothing wrong was met where records are missing: either a segment is not there, or slots are empty that should not be.
     fn explain(
         &mut self,
-        empty: Vec<(u64, u32)>,
+        empty: &[(u64, u32)],
         to_segment: u64,
         (first_sequence, last_sequence): (u64, u64),
     ) -> Result<(), StoreError> {
@@ -241,7 +263,7 @@ impl<'a> Check<'a> {
             .collect();
         if found.is_empty() {
             let detail = "no chunk from here on, where some were committed";
-            found.extend(empty.into_iter().map(|(segment, slot)| {
+            found.extend(empty.iter().map(|&(segment, slot)| {
                 let problem = Problem::new(ProblemKind::EmptySlots, detail);
                 Problem { segment: Some(segment), slot: Some(slot), ..problem }
             }));
