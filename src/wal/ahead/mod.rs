@@ -14,6 +14,9 @@
 //! value  version u8 │ from, to: segment u64, slot u32, sequence, events, bytes u64 │ crc32c u32
 //! ```
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 
