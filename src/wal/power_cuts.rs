@@ -118,7 +118,8 @@ impl Counts {
     }
 
     fn covers_everything(&self) -> bool {
-        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead } = *self;
+        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead } =
+            *self;
         let counts = [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead];
         counts.iter().all(|count| *count > 0)
     }
@@ -221,7 +222,11 @@ impl History {
                 let is_ahead = ahead.is_some();
                 let Some(record) = ahead.unwrap_or(&mut reader).next_record().unwrap() else { break };
                 self.check_ack(record.sequence.0, number(&record.batch));
-                if is_ahead { wal.deliver_ahead(record.end) } else { wal.deliver(record.end) }
+                if is_ahead {
+                    wal.deliver_ahead(record.end)
+                } else {
+                    wal.deliver(record.end)
+                }
                 assert!(passed.insert(record.sequence.0), "{}: {} twice", self.name, record.sequence.0);
                 self.delivered.insert(number(&record.batch));
                 if let Some(mut joined) = live.take_if(|_| !wal.is_ahead()) {

@@ -6,6 +6,7 @@
 //! is trimmed.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -104,6 +105,11 @@ impl Reader {
         }
         let next = self.chunk.as_ref().and_then(|chunk| split_record(&mut chunk.body.clone()).ok());
         Ok(next.map(|record| record.received_at_ms))
+    }
+
+    /// Whether the next record, if its chunk is loaded ([`Reader::next_received_at_ms`]), is in a segment that is given up.
+    pub fn is_given_up(&self) -> bool {
+        self.chunk.is_some() && self.at.segment <= self.shared.given_up.load(Ordering::Relaxed)
     }
 
     /// Waits until there is a next record, [`super::Wal::wake_reader`] is called, or `timeout` has passed.

@@ -84,7 +84,7 @@ impl Replay {
 
     /// Whether `forward.pace` lets the next record of a side go.
     pub(super) fn is_time_for(&mut self, side: Side, now_ms: u64) -> bool {
-        side == Side::Live || self.pace.may_send() || (self.live_first.is_on && self.is_next_new(now_ms))
+        side == Side::Live || self.pace.may_send() || self.does_next_not_wait(now_ms)
     }
 
     /// Whether held topics may go on: what is new does not wait.
@@ -92,10 +92,11 @@ impl Replay {
         self.pace.may_send() || self.live_first.is_on
     }
 
-    /// Whether the next record is not one of a backlog. One that cannot be read is.
-    fn is_next_new(&mut self, now_ms: u64) -> bool {
-        let next = self.reader.next_received_at_ms();
-        !self.is_live() && next.is_ok_and(|next| next.is_some_and(|at| !is_backlog(at, now_ms)))
+    /// Whether the next record is given up, or is no backlog and need not be one. What cannot be read waits.
+    fn does_next_not_wait(&mut self, now_ms: u64) -> bool {
+        let Ok(Some(received_at_ms)) = self.reader.next_received_at_ms() else { return false };
+        let is_new = self.live_first.is_on && !self.is_live() && !is_backlog(received_at_ms, now_ms);
+        is_new || self.reader.is_given_up()
     }
 
     /// Lets new records go ahead, if there has been a backlog for long enough.
