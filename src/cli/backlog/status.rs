@@ -85,6 +85,9 @@ fn describe(backlog: &WalStatus) -> String {
         backlog.segments,
         backlog.quarantined_segments,
     );
+    if let Some(ahead) = backlog.delivered_ahead {
+        text += &format!("ahead        {} delivered ahead of it\n", count(ahead.events, "event"));
+    }
     if backlog.lost_batches > 0 {
         let (batches, events) = (count(backlog.lost_batches, "batch"), count(backlog.lost_events, "event"));
         text += &format!("LOST         {batches} with {events}, by damage\n");
