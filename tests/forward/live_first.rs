@@ -376,3 +376,46 @@ fn transactions_go_on_behind_what_was_delivered_ahead() {
     assert_eq!(expected, 70);
     forwarder.stop(DEADLINE);
 }
+
+#[test]
+fn the_tools_know_what_was_delivered_ahead() {
+    let mut setup = Setup::with_backlog(0..20);
+    setup.config.in_flight_bytes_max = ByteSize::mib(8);
+    let forwarder = setup.start();
+    wait_for_live(&forwarder);
+    for at in 20..320 {
+        setup.send("device", &[("click", [number(at), vec![7; 100_000]].concat())]);
+    }
+    wait_until("the new events are delivered", || setup.delivered() == 300);
+    // The segments in between go, those of the backlog and the newest stay.
+    wait_until("what was delivered ahead is removed", || setup.wal.status().segments <= 4);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+    setup.send_all("click", now_ms(), 320..330);
+    setup.wal.close();
+    let Setup { wal, _directory: directory, .. } = setup;
+    drop(wal);
+    let ringtail = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
+        command.args(["backlog"]).args(arguments).arg("--directory").arg(directory.path());
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {text}");
+        assert!(!text.contains("missing"), "{arguments:?}: {text}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    let sequences = |text: &str| text.lines().map(|line| json(line)["sequence"].as_u64().unwrap()).collect::<Vec<_>>();
+    let expected: Vec<u64> = (1..=20).chain(321..=330).collect();
+    let check = json(&ringtail(&["check", "--json"]));
+    assert_eq!((&check["missing"], &check["problems"]), (&serde_json::json!([]), &serde_json::json!([])), "{check}");
+    assert_eq!(sequences(&ringtail(&["export"])), expected);
+    assert_eq!(sequences(&ringtail(&["peek", "--json", "--limit", "100"])), expected);
+    let status = json(&ringtail(&["status", "--json"]));
+    assert_eq!(
+        (&status["pending_events"], &status["delivered_ahead"]["events"]),
+        (&30.into(), &300.into()),
+        "{status}"
+    );
+    assert!(ringtail(&["status"]).contains("300 events delivered ahead of it"));
+}

@@ -28,6 +28,7 @@ use super::log::{Log, Position, Segment};
 use super::record::Totals;
 use super::store::StateDb;
 use crate::batch::Sequence;
+use crate::kill_point;
 
 const KEY: &[u8] = b"ahead";
 const VERSION: u8 = 1;
@@ -205,7 +206,9 @@ pub(super) fn put(meta: &dyn StateDb, stretch: Stretch) -> Result<(), StoreError
         }
     }
     append_checksum(&mut value);
-    meta.put(KEY, &value)
+    meta.put(KEY, &value)?;
+    kill_point::pass("ahead.written");
+    Ok(())
 }
 
 /// The saved stretch, which the cursor may have passed; none if there was never one, or when what is there is not right.
