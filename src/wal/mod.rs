@@ -58,7 +58,7 @@ use std::thread::JoinHandle;
 
 use tokio_util::sync::CancellationToken;
 
-pub use ahead::Undelivered;
+pub use ahead::{DeliveredAhead, Undelivered};
 pub use appender::{Commit, Stored};
 pub use carved::{CarvedRecord, CarvedRecords, Run};
 pub use check::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
@@ -71,7 +71,7 @@ pub use reader::{Reader, Record};
 pub use scan::Scan;
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
 
-use crate::batch::{Batch, Sequence};
+use crate::batch::Batch;
 use crate::config::{DedupConfig, WalConfig};
 use crate::metrics::Metrics;
 use dedup::Window;
@@ -139,24 +139,7 @@ pub struct WalStatus {
     pub commit_busy_ms: u64,
 }
 
-/// Records that were delivered ahead of the cursor (`forward.live_first`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct DeliveredAhead {
-    /// The first of them.
-    pub first_sequence: u64,
-    /// The one after the last.
-    pub end_sequence: u64,
-    /// Events in them.
-    pub events: u64,
-}
-
 impl WalStatus {
-    /// The records that are not delivered yet.
-    pub fn undelivered(&self) -> Undelivered {
-        let ahead = self.delivered_ahead.map(|ahead| Sequence(ahead.first_sequence)..Sequence(ahead.end_sequence));
-        Undelivered { cursor: Sequence(self.cursor_sequence), tail: Sequence(self.next_sequence), ahead }
-    }
-
     /// Whether everything committed is delivered, parked or dropped.
     pub fn is_drained(&self) -> bool {
         self.pending_batches == 0 && self.pending_events == 0
@@ -253,34 +236,6 @@ impl Wal {
         }
     }
 
-    /// From now on, what is committed is delivered ahead of the cursor: [`Wal::reader`]'s stops where the log ends now, and
-    /// [`Wal::ahead_reader`]'s begins there. False if that cannot be now, or is so already.
-    pub fn begin_ahead(&self) -> bool {
-        self.shared.log().begin_ahead()
-    }
-
-    /// A reader of what is delivered ahead of the cursor, from the first record on that is not; none if nothing is delivered
-    /// ahead. That is also saved with the cursor.
-    pub fn ahead_reader(&self) -> Option<Reader> {
-        Reader::ahead(self.shared.clone())
-    }
-
-    /// As [`Wal::deliver`], for a record of [`Wal::ahead_reader`]'s. The cursor goes to the last such `position` as soon as
-    /// everything before the first is delivered.
-    pub fn deliver_ahead(&self, position: Position) {
-        self.move_cursor(|log| log.deliver_ahead(position));
-    }
-
-    /// Whether something is, or may be, delivered ahead of the cursor: the cursor's reader does not come to the end of the log.
-    pub fn is_ahead(&self) -> bool {
-        self.shared.log().ahead.is_some()
-    }
-
-    /// The records that are not delivered yet.
-    pub fn undelivered(&self) -> Undelivered {
-        self.shared.log().undelivered()
-    }
-
     /// Whether the record that ends at `position` is in a segment that is given up (`wal.when_full = "drop_oldest"`): whoever
     /// reads it shall drop it and deliver its position.
     pub fn is_given_up(&self, position: Position) -> bool {
@@ -302,16 +257,10 @@ impl Wal {
     pub fn status(&self) -> WalStatus {
         let log = self.shared.log();
         let pending = log.pending();
-        let undelivered = log.undelivered();
-        let delivered_ahead = undelivered.ahead.map(|ahead| DeliveredAhead {
-            first_sequence: ahead.start.0,
-            end_sequence: ahead.end.0,
-            events: log.delivered_ahead().events,
-        });
         WalStatus {
             next_sequence: log.tail.sequence,
             cursor_sequence: log.cursor.totals.sequence,
-            delivered_ahead,
+            delivered_ahead: log.delivered_ahead_status(),
             pending_batches: pending.sequence,
             pending_events: pending.events.saturating_add_signed(log.spilled_events),
             pending_bytes: pending.bytes,

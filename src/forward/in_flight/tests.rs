@@ -96,6 +96,53 @@ fn tags_survive_the_wrap_of_their_slot() {
     }
 }
 
+#[test]
+fn new_records_have_a_watermark_of_their_own_and_come_after_the_backlog() {
+    let records = records(&vec![vec![1]; 12]);
+    let mut in_flight = InFlight::default();
+    let mut read = records.iter();
+    let mut push = |in_flight: &mut InFlight, side| {
+        let slot = in_flight.push(side, read.next().unwrap());
+        in_flight.set_lanes(slot, vec![Some(LaneId(0))]);
+        InFlight::event_ref(slot, 0)
+    };
+    let mut tags = std::collections::HashSet::new();
+    for _ in 0..2 {
+        let first = push(&mut in_flight, Side::Backlog);
+        in_flight.begin_live();
+        let live = [push(&mut in_flight, Side::Live), push(&mut in_flight, Side::Live)];
+        // More of the backlog is read later, and comes before them all the same.
+        let second = push(&mut in_flight, Side::Backlog);
+        let in_order = [first, second, live[0], live[1]];
+        assert!(in_order.is_sorted());
+        let open: Vec<EventRef> = in_flight.open_events(|_| true).map(|(_, event)| event).collect();
+        assert_eq!(open, in_order);
+        for event in in_order {
+            let tag = in_flight.tag(event);
+            assert!(tags.insert(tag), "{event:?}");
+            assert_eq!(in_flight.by_tag(tag), event);
+        }
+        assert_eq!((in_flight.events(), in_flight.backlog_events(), in_flight.records()), (4, 2, 4));
+        assert!(
+            in_flight.is_backlog_full(BACKLOG_PART * 2 * 257) && !in_flight.is_backlog_full(BACKLOG_PART * 3 * 257)
+        );
+        in_flight.delivered(live[0], 1500);
+        let passed = in_flight.advance(Side::Live, |_| {});
+        assert_eq!((passed.end.is_some(), passed.delivered_events), (true, 1));
+        assert_eq!(in_flight.advance(Side::Backlog, |_| {}).end, None);
+        in_flight.delivered(second, 1500);
+        in_flight.delivered(first, 1500);
+        assert_eq!(in_flight.advance(Side::Backlog, |_| {}).delivered_events, 2);
+        in_flight.join();
+        assert!(!in_flight.is_backlog_full(0), "nothing goes ahead");
+        // What is left of the new records is what comes next in order.
+        assert_eq!(in_flight.by_tag(in_flight.tag(live[1])), live[1]);
+        in_flight.delivered(live[1], 1500);
+        assert_eq!(in_flight.advance(Side::Backlog, |_| {}).delivered_events, 1);
+        assert_eq!((in_flight.events(), in_flight.bytes(), in_flight.records()), (0, 0, 0));
+    }
+}
+
 proptest! {
     /// Whatever the order of the reports, every record passes once, in order, and all is released.
     #[test]

@@ -105,6 +105,8 @@ pub(super) struct Spill {
     changed: bool,
     /// The state could not be saved, or nobody knows whether it was.
     doubtful: bool,
+    /// What was there before was durable when the log was last about to be read.
+    durable_until: BlockPlace,
     /// The directory's own name is durable.
     directory_synced: bool,
     /// Files that the process before may not have made durable.
@@ -126,7 +128,7 @@ struct Topic {
     settled_end: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct BlockPlace {
     file: u64,
     offset: u64,
@@ -201,6 +203,7 @@ impl Spill {
             events: 0,
             changed: false,
             doubtful: false,
+            durable_until: BlockPlace { file: 0, offset: 0 },
             directory_synced: false,
             unsynced: Vec::new(),
             cache: None,
@@ -216,6 +219,7 @@ impl Spill {
         if let Some(state) = state {
             spill.next_number = spill.next_number.max(state.next_number);
             spill.settled_file = state.settled_file;
+            spill.durable_until = BlockPlace { file: state.durable_file, offset: state.durable_bytes };
             spill.next_file = spill.next_file.max(state.settled_file);
             for known in state.topics {
                 // All of it may be missing, or its begin, or its end.
@@ -322,6 +326,7 @@ impl Spill {
         self.topics.retain(|_, topic| topic.end > topic.consumed);
         self.topics.values_mut().for_each(|topic| topic.settled_end = topic.end);
         self.settled_file = self.next_file;
+        self.durable_until = BlockPlace { file: self.next_file, offset: 0 };
         self.changed = true;
         self.save()
     }
@@ -342,8 +347,8 @@ impl Spill {
                     .map_or(0, |at| at as u32 + 1)
             }
             Err(SpillError::Damaged { .. }) => match self.header(block.place)? {
-                // Not all of its events need be shown again.
-                _ if log.ahead.is_some() => block.events,
+                // Not torn by the last power cut, but damaged: not all of its events need be shown again.
+                _ if log.ahead.is_some() && block.place < self.durable_until => block.events,
                 Some(header) if log.contains(Sequence(header.first_sequence)) => 0,
                 Some(header) if log.contains(Sequence(header.new_sequence)) => {
                     (header.first + u64::from(header.copied)).saturating_sub(first) as u32

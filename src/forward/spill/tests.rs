@@ -559,3 +559,45 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_was_delivered_ahead_is_not_shown_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("spill");
+    let log =
+        Undelivered { ahead: Some(Sequence(50)..Sequence(60)), ..Undelivered::between(Sequence(10), Sequence(80)) };
+    let settled = |spill: &mut Spill, topic: &str| {
+        spill.settle(&log).unwrap();
+        contents(spill, topic).iter().map(|event| event.sequence).collect::<Vec<_>>()
+    };
+    let put_all = |spill: &mut Spill, topic: &str, sequences: &[u64]| {
+        put(spill, topic, sequences.iter().map(|at| event(*at, &payload(*at, 100))).collect())
+    };
+    let mut spill = Spill::open(&path).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
+    // Of the backlog and of new records, in turns: what the cursor or the stretch has passed stays, and what is before it.
+    put_all(&mut spill, "a", &[8, 9, 50, 51]);
+    put_all(&mut spill, "a", &[11, 59, 12, 60, 61]);
+    put_all(&mut spill, "b", &[11, 12, 60]);
+    put_all(&mut spill, "c", &[55]);
+    drop(spill);
+    let mut spill = Spill::open(&path).unwrap();
+    assert_eq!(settled(&mut spill, "a"), [8, 9, 50, 51, 11, 59]);
+    assert!(settled(&mut spill, "b").is_empty());
+    assert_eq!(settled(&mut spill, "c"), [55]);
+
+    // A block that was durable, and is damaged, is counted as lost, whatever of it the log may show again.
+    put_all(&mut spill, "d", &[13, 57]);
+    spill.consume("c", u64::MAX);
+    spill.save().unwrap();
+    let damaged = spill.topics["d"].blocks.first_key_value().unwrap().1.place;
+    drop(spill);
+    let file = path.join(format!("{:012}", damaged.file));
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let mut spill = Spill::open(&path).unwrap();
+    spill.settle(&log).unwrap();
+    assert_eq!(spill.numbers("d").count(), 2);
+    assert!(matches!(spill.event("d", spill.numbers("d").start), Err(SpillError::Damaged { .. })));
+}

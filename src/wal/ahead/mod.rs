@@ -27,6 +27,7 @@ use super::error::StoreError;
 use super::log::{Log, Position, Segment};
 use super::record::Totals;
 use super::store::StateDb;
+use super::{Reader, Wal, WalStatus};
 use crate::batch::Sequence;
 use crate::kill_point;
 
@@ -90,6 +91,55 @@ impl Undelivered {
     /// Whether the record at `sequence` was delivered ahead of the first of them.
     pub fn is_ahead(&self, sequence: Sequence) -> bool {
         self.ahead.as_ref().is_some_and(|ahead| ahead.contains(&sequence))
+    }
+}
+
+/// Records that were delivered ahead of the cursor (`forward.live_first`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DeliveredAhead {
+    /// The first of them.
+    pub first_sequence: u64,
+    /// The one after the last.
+    pub end_sequence: u64,
+    /// Events in them.
+    pub events: u64,
+}
+
+impl WalStatus {
+    /// The records that are not delivered yet.
+    pub fn undelivered(&self) -> Undelivered {
+        let ahead = self.delivered_ahead.map(|ahead| Sequence(ahead.first_sequence)..Sequence(ahead.end_sequence));
+        Undelivered { cursor: Sequence(self.cursor_sequence), tail: Sequence(self.next_sequence), ahead }
+    }
+}
+
+impl Wal {
+    /// From now on, what is committed is delivered ahead of the cursor: [`Wal::reader`]'s stops where the log ends now, and
+    /// [`Wal::ahead_reader`]'s begins there. False if that cannot be now, or is so already.
+    pub fn begin_ahead(&self) -> bool {
+        self.shared.log().begin_ahead()
+    }
+
+    /// A reader of what is delivered ahead of the cursor, from the first record on that is not; none if nothing is delivered
+    /// ahead. That is also saved with the cursor.
+    pub fn ahead_reader(&self) -> Option<Reader> {
+        Reader::ahead(self.shared.clone())
+    }
+
+    /// As [`Wal::deliver`], for a record of [`Wal::ahead_reader`]'s. The cursor goes to the last such `position` as soon as
+    /// everything before the first is delivered.
+    pub fn deliver_ahead(&self, position: Position) {
+        self.move_cursor(|log| log.deliver_ahead(position));
+    }
+
+    /// Whether something is, or may be, delivered ahead of the cursor: the cursor's reader does not come to the end of the log.
+    pub fn is_ahead(&self) -> bool {
+        self.shared.log().ahead.is_some()
+    }
+
+    /// The records that are not delivered yet.
+    pub fn undelivered(&self) -> Undelivered {
+        self.shared.log().undelivered()
     }
 }
 
@@ -170,6 +220,13 @@ impl Log {
             events: to.totals.events - from.totals.events,
             bytes: to.totals.bytes - from.totals.bytes,
         }
+    }
+
+    /// The same for people.
+    pub fn delivered_ahead_status(&self) -> Option<DeliveredAhead> {
+        let Range { start, end } = self.undelivered().ahead?;
+        let events = self.delivered_ahead().events;
+        Some(DeliveredAhead { first_sequence: start.0, end_sequence: end.0, events })
     }
 
     /// Notes when the records from `sequence` on, which were just committed, were received, if nothing older is pending there.
