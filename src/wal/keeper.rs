@@ -341,4 +341,35 @@ mod tests {
         drop(reader);
         wal.close();
     }
+
+    #[test]
+    fn no_segment_goes_before_it_is_durable_that_it_was_delivered_ahead() {
+        let store = MemoryStore::default();
+        let (config, opened) = (WalConfig::default(), Arc::new(store.clone()));
+        let wal = Wal::open_in(&config, 1 << 20, small_shape(), opened, Metrics::new(), None).unwrap();
+        wait(wal.append(batch(1, 300)).unwrap()).unwrap();
+        assert!(wal.begin_ahead());
+        for number in 2..=80 {
+            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+        }
+        wal.close();
+        let wal = Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store.clone()), Metrics::new(), None).unwrap();
+        store.set_faults(Faults { put_fails: true, ..Faults::default() });
+        let before = store.segments().unwrap();
+        let mut reader = wal.ahead_reader().unwrap();
+        while let Some(record) = reader.next_record().unwrap() {
+            wal.deliver_ahead(record.end);
+        }
+        let mut keeper = Keeper::new(wal.shared.clone(), SavedWindow::default());
+        assert!(keeper.save_and_trim().is_err(), "it was saved");
+        keeper.trim(u64::MAX).unwrap();
+        assert!(store.segments().unwrap().starts_with(&before[..3]), "trimmed, and it is not saved");
+        store.set_faults(Faults::default());
+        keeper.save_cursor().unwrap();
+        keeper.trim(u64::MAX).unwrap();
+        assert_eq!(store.segments().unwrap()[0], before[0], "the backlog is in it");
+        assert!(!store.segments().unwrap().contains(&before[1]));
+        drop(reader);
+        wal.close();
+    }
 }

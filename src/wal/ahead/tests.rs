@@ -171,6 +171,7 @@ fn damage_on_both_sides_is_counted_once() {
         live.rewind();
         backlog.rewind();
         pass(&mut live, 20, |end| wal.deliver_ahead(end));
+        assert_eq!(wal.status().pending_events, 20, "{lost:?}");
         pass(&mut backlog, 20, |end| wal.deliver(end));
         // At the end of the log, and of the backlog, nothing follows a loss that would tell of it.
         while wal.is_ahead() {
