@@ -4,15 +4,16 @@
 //! The log is a row of **segments**, each a sled database of its own (see `store/mod.rs` for why, and how sled is kept
 //! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, unless `dedup.rs` knows it as a
 //! retry, and writes them as **chunks** (`record.rs`). `syncer.rs` makes them durable and completes every waiter. `reader.rs`
-//! reads in order; what it misses goes into the ledger of `losses.rs`. [`Wal::deliver`] moves the **cursor**; `keeper.rs`
-//! saves it and removes whole segments that it has left, and prepares spare ones ahead of need. `recovery.rs` finds the
+//! reads in order; what it misses goes into the ledger of `losses.rs`. [`Wal::deliver`] moves the **cursor**; `ahead/` keeps what
+//! is delivered ahead of it; `keeper.rs` saves it and removes whole segments that it has left, and prepares spare ones ahead of need. `recovery.rs` finds the
 //! state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `salvage.rs`, `check/` and `repair.rs` are
 //! for the tools that look after it.
 //!
 //! # Invariants
 //! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
 //! - Sequences are handed out in the order of [`Wal::append`], without gaps, and never reused.
-//! - A segment is removed only when the durable cursor has left it.
+//! - A segment is removed only when the durable cursor has left it, or when it is durable that all of it was delivered ahead of
+//!   the cursor (`ahead/mod.rs`).
 //! - After an error while committing nothing is acked any more: [`Wal::failed`] fires and the process must end. What was
 //!   refused then may still turn up after the restart.
 //!

@@ -6,7 +6,7 @@
 //! before it is delivered, the second reader is the only one again. There are never more than two: during another outage the
 //! second one waits, and goes on where it was.
 //!
-//! The backlog gets an eighth of what may be in flight, and is all that `forward.pace` holds back: new records count for its
+//! The backlog gets an eighth of what may be in flight, the first look at room that is short every eighth time, and is all that `forward.pace` holds back: new records count for its
 //! limits, but do not wait.
 
 use std::time::{Duration, Instant};
@@ -25,6 +25,9 @@ const BACKLOG_AGE_MIN: Duration = Duration::from_secs(5);
 /// How long there must be one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Every so many turns the backlog is read first: it goes on even if there are more new records than Kafka takes.
+const BACKLOG_TURN: u32 = 8;
+
 /// How often that is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -35,6 +38,7 @@ pub(super) struct LiveFirst {
     reader: Option<Reader>,
     /// The log has a stretch that was delivered ahead, and which the other reader does not enter.
     is_split: bool,
+    turn: u32,
     look: Every,
     behind_since: Option<Instant>,
     began: Instant,
@@ -51,6 +55,7 @@ impl LiveFirst {
             is_on,
             reader: if is_on { wal.ahead_reader() } else { None },
             is_split: wal.is_ahead(),
+            turn: 0,
             look: Every::new(LOOK_INTERVAL),
             behind_since: None,
             began: now,
@@ -62,6 +67,15 @@ impl LiveFirst {
     /// The reader of new records, while they go ahead.
     pub(super) fn reader(&mut self) -> Option<&mut Reader> {
         self.reader.as_mut()
+    }
+
+    /// What is read in this turn, in order.
+    pub(super) fn turn(&mut self) -> &'static [Side] {
+        if self.reader.is_none() {
+            return &[Side::Backlog];
+        }
+        self.turn = (self.turn + 1) % BACKLOG_TURN;
+        if self.turn == 0 { &[Side::Backlog, Side::Live] } else { &[Side::Live, Side::Backlog] }
     }
 
     /// The reader whose next record may be one that is committed now; none if that is not read.

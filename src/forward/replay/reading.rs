@@ -45,10 +45,12 @@ impl Replay {
             return false;
         }
         self.begin_live(now);
-        let more_live = self.is_live() && self.read(Side::Live, now, worked);
-        // One that fails does not end the failure of the other.
-        let more = self.reading.due(now).is_none() && self.read(Side::Backlog, now, worked);
-        more_live || more
+        let mut more = false;
+        for side in self.live_first.turn() {
+            // One that fails does not end the failure of the other.
+            more |= self.reading.due(now).is_none() && self.read(*side, now, worked);
+        }
+        more
     }
 
     fn read(&mut self, side: Side, now: Instant, worked: &mut bool) -> bool {
