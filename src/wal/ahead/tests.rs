@@ -148,7 +148,12 @@ fn places(wal: &Wal) -> Vec<(u64, u32)> {
 
 #[test]
 fn damage_on_both_sides_is_counted_once() {
-    for lost in [vec![105..110], vec![118..120, 120..123], vec![125..127], vec![107..108, 119..121, 128..130]] {
+    for lost in [
+        vec![105..108, 108..110],
+        vec![118..120, 120..123],
+        vec![125..126, 126..127],
+        vec![107..108, 119..121, 128..130],
+    ] {
         let store = MemoryStore::default();
         let wal = open_memory(&store);
         append(&wal, 100..=119);
