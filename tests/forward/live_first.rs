@@ -128,18 +128,21 @@ fn new_events_go_ahead_of_a_backlog_and_all_arrive_once_in_order_each() {
 
 #[test]
 fn without_it_everything_waits_and_goes_in_order() {
-    let mut setup = Setup::with_backlog(0..80);
+    let mut setup = Setup::with_backlog(0..200);
     setup.config.live_first = false;
     setup.config.pace.windows.clear();
-    // Twenty at once, and then there is a backlog for three seconds.
+    // Twenty at once, and then there is a backlog for nine seconds.
     setup.config.pace.events_per_second_max = 20;
     let forwarder = setup.start();
-    wait_until("new events would go ahead by now", || setup.delivered() >= 55);
-    setup.send_all("click", now_ms(), 80..110);
-    assert_in_order(&by_key(setup.consume("click", 4, 110)), 0..110);
+    wait_until("new events would go ahead by now", || setup.delivered() >= 100);
+    setup.send_all("click", now_ms(), 200..230);
+    wait_until("more is delivered", || setup.delivered() >= 110);
+    setup.config.pace.events_per_second_max = 0;
+    forwarder.reload(&setup.config);
+    assert_in_order(&by_key(setup.consume("click", 4, 230)), 0..230);
     assert!(!forwarder.status().live_first);
     setup.wait_for_empty_log(&forwarder);
-    setup.assert_books_balance(110);
+    setup.assert_books_balance(230);
 }
 
 #[test]
