@@ -35,6 +35,8 @@ pub const ALL: &[&str] = &[
     "cursor.begin",
     "cursor.written",
     "cursor.synced",
+    // What was delivered ahead of it: written before the cursor, durable with it.
+    "ahead.written",
     // The ledger of losses: written before the cursor, durable with it.
     "losses.written",
     // A delivered segment: whole; without its marker; without its marker and its log; gone.

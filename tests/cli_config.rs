@@ -55,6 +55,11 @@ fn a_bad_configuration_exits_with_64_and_names_every_problem() {
     for expected in ["wal.segment_bytes", "256MiB", "RINGTAIL_WAL__DIRECTRY", "RINGTAIL_WAL__DIRECTORY"] {
         assert!(message.contains(expected), "{expected} in {message}");
     }
+    let both = [("RINGTAIL_FORWARD__DELIVERY", "exactly_once"), ("RINGTAIL_FORWARD__LIVE_FIRST", "true")];
+    let checked = ringtail(&["config", "check"], &both);
+    assert_eq!(checked.status.code(), Some(64));
+    let message = text(&checked.stderr);
+    assert!(message.contains("cannot be used with forward.delivery = \"exactly_once\""), "{message}");
     assert_eq!(ringtail(&["config", "check", "--config", "/nonexistent"], &[]).status.code(), Some(64));
     assert_eq!(ringtail(&["config", "nonsense"], &[]).status.code(), Some(64));
 }

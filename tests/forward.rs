@@ -1,6 +1,8 @@
 //! The forwarder against librdkafka's in-process mock cluster. The mock keeps 5 MiB a partition and no more, so the data
 //! sets are small.
 
+#[path = "forward/live_first.rs"]
+mod live_first;
 #[path = "support/small_log.rs"]
 mod small_log;
 

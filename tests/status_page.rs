@@ -184,6 +184,7 @@ async fn each_state_has_its_sentence() {
             "Catching up: drained in about 2 h 2 min | busy | idle | idle",
         ),
         (&format!("{old} forecast.drain_seconds = 9e6"), "Kafka is reachable, but events wait | warn | idle | idle"),
+        (&format!("{old} forward.live_first = true"), "New events go ahead of the backlog | busy | idle | idle"),
         (old, "Kafka is reachable, but events wait | warn | idle | idle"),
         ("wal.quarantined_segments = 2", "2 damaged segments are set aside | warn | idle | idle"),
         ("s.parked.events = 1", "1 event is parked | warn | idle | idle"),

@@ -226,9 +226,10 @@ impl Admin {
                 format!("backlog {events} events, {bytes}, the oldest {}", age(wal.oldest_pending_received_at_ms))
             }
         };
+        let ahead = if forward["live_first"] == true { ", new events go ahead" } else { "" };
         let restart = source.reload().filter(|reload| !reload.restart.is_empty());
         let restart = restart.map_or(String::new(), |reload| format!("; restart for {}", reload.restart.join(", ")));
-        format!("{state}, {:.0} events/s; {kafka}; {backlog}{restart}", rates.committed_events)
+        format!("{state}, {:.0} events/s; {kafka}; {backlog}{ahead}{restart}", rates.committed_events)
     }
 
     /// Takes note of how things are now.

@@ -222,6 +222,9 @@ pub struct ForwardConfig {
     /// Topic for what can never be delivered to its own: sent there with the reason in headers, and parked only if that
     /// fails as well. Empty: parked at once.
     pub dead_letter_topic: String,
+    /// New events do not wait for a backlog, and not for `pace`: events older than 5 s are a backlog, which drains beside them.
+    /// Gives up the order between the two, also per key. Not with `exactly_once`.
+    pub live_first: bool,
     /// How fast, and when.
     pub pace: PaceConfig,
     /// How long a clean stop waits for events that Kafka has not yet acked. They stay in the log.
@@ -408,6 +411,7 @@ impl Default for ForwardConfig {
             retry_delay_max: Duration::from_secs(5),
             topic_grace: Duration::from_secs(24 * 60 * 60),
             dead_letter_topic: String::new(),
+            live_first: false,
             pace: PaceConfig::default(),
             stop_timeout: Duration::from_secs(10),
             parked: ParkedConfig::default(),

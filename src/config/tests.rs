@@ -234,6 +234,7 @@ fn limits() {
         ("[forward]\nin_flight_bytes_max = \"1023KiB\"", "in_flight_bytes_max = \"1MiB\""),
         ("[forward]\nretry_delay_min = \"0s\"", "retry_delay_min = \"1ms\""),
         ("[forward]\nretry_delay_max = \"99ms\"", "retry_delay_max = \"100ms\""),
+        ("[forward]\ndelivery = \"exactly_once\"\nlive_first = true", "live_first = true"),
         ("[log]\nlevel = \"inof\"", "level = \"info,ringtail::wal=debug\""),
     ];
     for (refused, taken) in cases {

@@ -40,6 +40,7 @@ impl From<ForwardConfigError> for Violation {
             ForwardConfigError::Broker { .. } => ("forward.brokers".into(), error.to_string()),
             ForwardConfigError::Topic { .. } => ("forward.topic".into(), error.to_string()),
             ForwardConfigError::InFlight { .. } => ("forward.in_flight_bytes_max".into(), error.to_string()),
+            ForwardConfigError::LiveFirst => ("forward.live_first".into(), error.to_string()),
             ForwardConfigError::CommitInterval => ("forward.commit_interval".into(), error.to_string()),
             ForwardConfigError::DeadLetterTopic { .. } => ("forward.dead_letter_topic".into(), error.to_string()),
             ForwardConfigError::PasswordFile { .. } => ("forward.kafka_password_file".into(), error.to_string()),

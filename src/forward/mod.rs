@@ -8,7 +8,8 @@
 //! - The cursor never passes an event that is neither acked by all in-sync replicas nor durably parked or spilled.
 //! - Nothing is dropped but by a policy that the operator chose (`discard.rs`). What may succeed is retried for ever, what
 //!   never can is parked.
-//! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes/mod.rs` states.
+//! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes/mod.rs` states; with
+//!   `forward.live_first` so do those of a backlog, and those that go ahead of it (`replay/live.rs`).
 //! - What is parked has been counted as that. If it is dropped later, that is counted apart (`parked/removal.rs`).
 //! - Every event is counted once, when the watermark passes it, however often it was sent; one of the spill when it is
 //!   delivered from there, and once more if the producer breaks before the watermark has passed it.
@@ -66,7 +67,6 @@ pub use spill::SpillContents;
 pub use spill::SpillError;
 pub use status::{ForwardStatus, LastError};
 
-use crate::batch::Sequence;
 use crate::config::{Delivery, ForwardConfig};
 use crate::metrics::Metrics;
 use crate::wal::Wal;
@@ -250,9 +250,8 @@ impl Drop for Forwarder {
 /// [`SpillError::Io`]
 #[doc(hidden)]
 pub fn spill_contents(wal: &Wal) -> Result<SpillContents, SpillError> {
-    let status = wal.status();
     let mut spill = spill::Spill::open(&wal.config().directory.join(SPILL))?;
-    spill.settle(Sequence(status.cursor_sequence), Sequence(status.next_sequence))?;
+    spill.settle(&wal.undelivered())?;
     let mut events = Vec::new();
     let lost = spill.for_each(|topic, event| {
         events.push((topic.to_owned(), event.payload.clone()));

@@ -15,16 +15,19 @@ pub(super) struct Pace {
     events: Budget,
     bytes: Budget,
     windows: Vec<TimeWindow>,
+    /// New events do not wait (`forward.live_first`).
+    live_first: bool,
     looked_at: Option<Instant>,
     is_open: bool,
 }
 
 impl Pace {
-    pub(super) fn new(config: &PaceConfig, now: Instant) -> Pace {
+    pub(super) fn new(config: &PaceConfig, live_first: bool, now: Instant) -> Pace {
         Pace {
             events: Budget::new(config.events_per_second_max, now),
             bytes: Budget::new(config.bytes_per_second_max.as_u64(), now),
             windows: config.windows.clone(),
+            live_first,
             looked_at: None,
             is_open: true,
         }
@@ -41,7 +44,11 @@ impl Pace {
         let time = jiff::Zoned::now().time();
         let is_open = self.windows.iter().any(|window| window.contains(time));
         if is_open != self.is_open {
-            let what = if is_open { "begins" } else { "ends, until the next one nothing is forwarded" };
+            let what = match (is_open, self.live_first) {
+                (true, _) => "begins",
+                (false, true) => "ends, until the next one only new events are forwarded",
+                (false, false) => "ends, until the next one nothing is forwarded",
+            };
             tracing::info!(at = %time.strftime("%H:%M"), "a time window of forward.pace {what}");
         }
         self.is_open = is_open;
@@ -118,7 +125,7 @@ mod tests {
             events_per_second_max: 1_000_000,
             windows: Vec::new(),
         };
-        let mut pace = Pace::new(&config, start);
+        let mut pace = Pace::new(&config, false, start);
         let (mut now, mut sent) = (start, 0);
         while now < start + Duration::from_secs(60) {
             pace.tick(now);
@@ -137,7 +144,7 @@ mod tests {
     #[test]
     fn without_limits_nothing_is_held_back() {
         let now = Instant::now();
-        let mut pace = Pace::new(&PaceConfig::default(), now);
+        let mut pace = Pace::new(&PaceConfig::default(), false, now);
         pace.spent(1 << 40, 1 << 50);
         pace.tick(now);
         assert!(pace.may_send() && pace.due(now).is_none());

@@ -20,6 +20,7 @@ use super::spilling::Spilling;
 use crate::batch::{Sequence, now_ms};
 use crate::kill_point;
 use crate::metrics::Metrics;
+use crate::wal::Undelivered;
 
 /// Most events parked with one sync.
 const EVENTS_MAX: usize = 1024;
@@ -77,13 +78,12 @@ impl Parking {
         self.store.last_id()
     }
 
-    /// Takes back what was parked after `id` of batches that the log, from `cursor` to `tail`, shows again: it is parked again
-    /// then.
+    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then.
     ///
     /// # Errors
     /// [`ParkedError`]: worth a retry.
-    pub(super) fn take_back(&self, id: u64, cursor: Sequence, tail: Sequence) -> Result<(), ParkedError> {
-        let shown_again = |event: &ParkedEvent| (cursor.0..tail.0).contains(&event.about.sequence.0);
+    pub(super) fn take_back(&self, id: u64, undelivered: &Undelivered) -> Result<(), ParkedError> {
+        let shown_again = |event: &ParkedEvent| undelivered.contains(event.about.sequence);
         let mut ids = Vec::new();
         for event in self.store.events(id + 1) {
             match event {
@@ -275,6 +275,7 @@ mod tests {
 
     use super::super::ParkReason;
     use super::super::backoff::Backoff;
+    use super::super::in_flight::Side;
     use super::super::in_flight::tests::{open_events, records};
     use super::super::lanes::RetryLimits;
     use super::super::parked_tests::MemoryDb;
@@ -330,7 +331,7 @@ mod tests {
         db.sync_fails.store(false, Ordering::SeqCst);
         assert!(parking.run(&mut origin!(), now + second * 2));
         assert_eq!((in_flight.events(), store.count()), (0, 2));
-        assert_eq!(in_flight.advance(|_| {}).parked[reason as usize], 2);
+        assert_eq!(in_flight.advance(Side::Backlog, |_| {}).parked[reason as usize], 2);
         assert_eq!(parking.due(now), None);
         let parked: Vec<_> = store.events(0).map(Result::unwrap).collect();
         assert_eq!(parked.iter().map(|event| event.about.topic.as_str()).collect::<Vec<_>>(), ["t-0", "t-1"]);

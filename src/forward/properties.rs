@@ -96,6 +96,11 @@ pub enum ForwardConfigError {
     /// The retry delays make no range.
     #[error("forward.retry_delay_min must be at least 1ms and at most forward.retry_delay_max")]
     RetryDelay,
+    /// A transaction has one cursor.
+    #[error(
+        "forward.live_first cannot be used with forward.delivery = \"exactly_once\": its cursor in Kafka knows one place only"
+    )]
+    LiveFirst,
     /// Transactions would be too short or too long.
     #[error("forward.commit_interval must be 10ms to 30s")]
     CommitInterval,
@@ -165,6 +170,9 @@ pub fn validate(config: &ForwardConfig) -> Result<(), ForwardConfigError> {
     }
     if config.retry_delay_min.as_millis() == 0 || config.retry_delay_min > config.retry_delay_max {
         return Err(ForwardConfigError::RetryDelay);
+    }
+    if config.live_first && config.delivery == Delivery::ExactlyOnce {
+        return Err(ForwardConfigError::LiveFirst);
     }
     if !(COMMIT_INTERVAL_MIN..=COMMIT_INTERVAL_MAX).contains(&config.commit_interval) {
         return Err(ForwardConfigError::CommitInterval);

@@ -17,6 +17,7 @@ use super::router::is_topic_name;
 use super::spill::{Spill, SpillError, SpilledEvent};
 use crate::batch::{Batch, Client, Request, Sequence};
 use crate::proto::{Event, SendEventRequest};
+use crate::wal::Undelivered;
 use crate::wal::Wal;
 
 /// Longest wait for the forward thread.
@@ -104,19 +105,18 @@ impl OfflineSpill {
     }
 
     /// Gives each event to `take`, topic by topic and in order, as a batch of its own with the sequence that its batch had in
-    /// the log; but for those that the log, from `cursor` to `tail`, shows as well. How many cannot be read.
+    /// the log; but for those that the log shows as well. How many cannot be read.
     ///
     /// # Errors
     /// Those of `take`, and [`SpillError::Io`].
     pub fn read<E: From<SpillError>>(
         &self,
-        cursor: Sequence,
-        tail: Sequence,
+        undelivered: &Undelivered,
         mut take: impl FnMut(Sequence, Batch) -> Result<(), E>,
     ) -> Result<u64, E> {
         let mut spill = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         spill.for_each(|_, event| {
-            let is_in_log = (cursor.0..tail.0).contains(&event.log_sequence());
+            let is_in_log = undelivered.contains(Sequence(event.log_sequence()));
             if is_in_log { Ok(()) } else { take(Sequence(event.sequence), batch(event.clone())) }
         })
     }

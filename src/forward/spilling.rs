@@ -13,7 +13,7 @@ use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
 use super::backoff::{Every, LogLimit, Retry};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, InFlight, Live, RECORDS_MAX, Walk};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
 use super::router::Router;
 use super::spill::{FoundEvent, Spill, SpillError, SpilledEvent};
@@ -117,9 +117,7 @@ impl Spilling {
         if self.settled || self.storing.due(now).is_some() {
             return;
         }
-        let status = wal.status();
-        let cursor = Sequence(status.cursor_sequence).max(delivered_before);
-        let result = self.spill.settle(cursor, Sequence(status.next_sequence));
+        let result = self.spill.settle(&wal.undelivered().since(delivered_before));
         if !self.succeeded(result, now) {
             return;
         }
@@ -135,14 +133,16 @@ impl Spilling {
     /// Whether it is time to move events of held topics.
     pub(super) fn is_time(&self, in_flight: &InFlight, lanes: &Lanes, now: Instant) -> bool {
         let taken = in_flight.bytes() + lanes.spilled_client_bytes();
-        let is_short = taken >= self.in_flight_bytes_max / 4 * 3;
+        let is_backlog_full = in_flight.is_backlog_full(self.in_flight_bytes_max);
+        let is_short = taken >= self.in_flight_bytes_max / 4 * 3 || is_backlog_full;
         let far_behind =
             in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
         if lanes.held() == 0 || !(far_behind || is_short) {
             return false;
         }
         let held = lanes.held_log_events();
-        if held == 0 || (!far_behind && held * 4 < in_flight.events()) {
+        let events = if is_backlog_full { in_flight.backlog_events() } else { in_flight.events() };
+        if held == 0 || (!far_behind && held * 4 < events) {
             return false;
         }
         let is_blind = self.delivered_at.is_none_or(|at| now.saturating_duration_since(at) >= STALL_PATIENCE);
@@ -166,8 +166,8 @@ impl Spilling {
         for (lane, event) in in_flight.open_events(|lane| lanes.is_held(lane)) {
             let (live, found) = walk.find(event);
             let moving = events.entry(lane).or_default();
-            moving.refs.push(event);
-            moving.bytes.push(found.payload.len() as u64 + EVENT_OVERHEAD_BYTES);
+            let bytes = found.payload.len() as u64 + EVENT_OVERHEAD_BYTES;
+            moving.refs.push((event, in_flight.tag(event), bytes));
             moving.events.push(SpilledEvent::of(live, found, router));
         }
         if events.is_empty() {
@@ -184,9 +184,9 @@ impl Spilling {
         self.succeeded(Ok(()), now);
         self.blind_at = Some(now);
         for ((lane, moving), numbers) in events.into_iter().zip(numbers) {
-            lanes.moved(lane, &moving.refs, numbers, &moving.bytes, now);
-            for (event, bytes) in moving.refs.iter().zip(&moving.bytes) {
-                in_flight.spilled(*event, bytes - EVENT_OVERHEAD_BYTES, now_ms());
+            lanes.moved(lane, &moving.refs, numbers, now);
+            for (event, _, bytes) in &moving.refs {
+                in_flight.spilled(*event, *bytes - EVENT_OVERHEAD_BYTES, now_ms());
             }
         }
         true
@@ -279,8 +279,7 @@ impl SpilledEvent {
 /// Events of one lane on their way into the spill.
 #[derive(Default)]
 struct Moving {
-    refs: Vec<super::in_flight::EventRef>,
-    /// What each is charged in the client.
-    bytes: Vec<u64>,
+    /// With its tag, and what it is charged in the client.
+    refs: Vec<(EventRef, usize, u64)>,
     events: Vec<SpilledEvent>,
 }

@@ -34,6 +34,8 @@ pub struct ForwardStatus {
     pub brokers: u32,
     /// Since when there is none, milliseconds since the Unix epoch; none while connected.
     pub disconnected_since_ms: Option<u64>,
+    /// New events go ahead of a backlog (`forward.live_first`).
+    pub live_first: bool,
     /// Events read from the log and neither delivered nor parked.
     pub in_flight_events: u64,
     /// What they count for against `forward.in_flight_bytes_max`.

@@ -11,7 +11,7 @@ use super::appender::FailOnPanic;
 use super::dedup::SavedWindow;
 use super::error::StoreError;
 use super::log::{Log, Segment, Shared};
-use super::{cursor, losses};
+use super::{ahead, cursor, losses};
 use crate::config::WhenFull;
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
@@ -232,33 +232,34 @@ impl Keeper {
     }
 
     fn save_cursor(&mut self) -> Result<(), StoreError> {
-        let (cursor, tail, saved, losses, parked) = {
+        let (cursor, tail, saved, losses, parked, stretch) = {
             let log = self.shared.log();
-            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone(), log.parked_events)
+            let stretch = log.ahead.as_ref().map(|ahead| ahead.stretch).filter(|ahead| log.saved_ahead != Some(*ahead));
+            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone(), log.parked_events, stretch)
         };
-        if cursor == saved && tail.sequence == self.saved_tail && losses.is_empty() && parked == self.saved_parked {
+        let is_saved = cursor == saved && tail.sequence == self.saved_tail && stretch.is_none();
+        if is_saved && losses.is_empty() && parked == self.saved_parked {
             return Ok(());
         }
         let meta = &*self.shared.meta;
         // Before the cursor, which may pass them: a loss that nobody can look up later would be a silent one.
         losses.iter().try_for_each(|loss| losses::put(meta, loss))?;
         cursor::put_parked(meta, parked)?;
+        stretch.map_or(Ok(()), |stretch| ahead::put(meta, stretch))?;
         cursor::save(meta, cursor, tail)?;
         self.saved_parked = parked;
         self.saved_tail = tail.sequence;
         let mut log = self.shared.log();
         log.saved_cursor = cursor;
+        log.saved_ahead = stretch.or(log.saved_ahead);
         log.unsaved_losses.drain(..losses.len());
         Ok(())
     }
 
-    /// Removes the segments before the saved cursor, and before `window_end`.
+    /// Removes the segments that nobody needs, and that are before `window_end`.
     fn trim(&self, window_end: u64) -> Result<(), StoreError> {
         loop {
-            let first = {
-                let log = self.shared.log();
-                log.segments.range(..log.saved_cursor.segment).next().map(|(id, segment)| (*id, *segment))
-            };
+            let first = self.shared.log().first_delivered_segment();
             let Some((id, segment)) = first else { return Ok(()) };
             // Its batches are not known again before they are saved. Segments from before the start were saved first of all.
             if self.shared.dedup && segment.end.is_some_and(|end| end.sequence > window_end) {
@@ -337,6 +338,37 @@ mod tests {
         keeper.save_cursor().unwrap();
         keeper.trim(u64::MAX).unwrap();
         assert!(!store.segments().unwrap().contains(&before[0]));
+        drop(reader);
+        wal.close();
+    }
+
+    #[test]
+    fn no_segment_goes_before_it_is_durable_that_it_was_delivered_ahead() {
+        let store = MemoryStore::default();
+        let (config, opened) = (WalConfig::default(), Arc::new(store.clone()));
+        let wal = Wal::open_in(&config, 1 << 20, small_shape(), opened, Metrics::new(), None).unwrap();
+        wait(wal.append(batch(1, 300)).unwrap()).unwrap();
+        assert!(wal.begin_ahead());
+        for number in 2..=80 {
+            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+        }
+        wal.close();
+        let wal = Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store.clone()), Metrics::new(), None).unwrap();
+        store.set_faults(Faults { put_fails: true, ..Faults::default() });
+        let before = store.segments().unwrap();
+        let mut reader = wal.ahead_reader().unwrap();
+        while let Some(record) = reader.next_record().unwrap() {
+            wal.deliver_ahead(record.end);
+        }
+        let mut keeper = Keeper::new(wal.shared.clone(), SavedWindow::default());
+        assert!(keeper.save_and_trim().is_err(), "it was saved");
+        keeper.trim(u64::MAX).unwrap();
+        assert!(store.segments().unwrap().starts_with(&before[..3]), "trimmed, and it is not saved");
+        store.set_faults(Faults::default());
+        keeper.save_cursor().unwrap();
+        keeper.trim(u64::MAX).unwrap();
+        assert_eq!(store.segments().unwrap()[0], before[0], "the backlog is in it");
+        assert!(!store.segments().unwrap().contains(&before[1]));
         drop(reader);
         wal.close();
     }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
+use super::ahead::{Ahead, Received, Stretch};
 use super::appender::{Queue, refuse_all};
 use super::dedup::Window;
 use super::error::StoreError;
@@ -65,8 +66,12 @@ pub(super) struct Log {
     pub cursor: Position,
     /// The cursor as it is on disk: segments before it may go.
     pub saved_cursor: Position,
-    /// When chunks not yet delivered were received: (first sequence, ms since the epoch), ascending.
-    pub received: VecDeque<(u64, u64)>,
+    /// What is delivered ahead of the cursor.
+    pub ahead: Option<Ahead>,
+    /// The same as it is on disk, where it stays until there is another one.
+    pub saved_ahead: Option<Stretch>,
+    /// When chunks not yet delivered were received.
+    pub received: Received,
     /// Committed records that are missing, by their first sequence.
     pub losses: BTreeMap<u64, Loss>,
     /// Losses that are not in the ledger yet.
@@ -90,10 +95,11 @@ pub(super) struct Log {
 impl Log {
     /// Events, bytes and records committed and not yet delivered.
     pub fn pending(&self) -> Totals {
+        let (cursor, ahead) = (self.cursor.totals, self.delivered_ahead());
         Totals {
-            sequence: self.tail.sequence.saturating_sub(self.cursor.totals.sequence),
-            events: self.tail.events.saturating_sub(self.cursor.totals.events),
-            bytes: self.tail.bytes.saturating_sub(self.cursor.totals.bytes),
+            sequence: self.tail.sequence.saturating_sub(cursor.sequence + ahead.sequence),
+            events: self.tail.events.saturating_sub(cursor.events + ahead.events),
+            bytes: self.tail.bytes.saturating_sub(cursor.bytes + ahead.bytes),
         }
     }
 
@@ -103,10 +109,9 @@ impl Log {
             return;
         }
         self.cursor = position;
+        self.pass_ahead();
         self.leave_delivered_segments();
-        while self.received.get(1).is_some_and(|(sequence, _)| *sequence <= self.cursor.totals.sequence) {
-            self.received.pop_front();
-        }
+        self.received.pass(self.cursor.totals.sequence);
     }
 
     /// A cursor at the end of a segment that takes no more records belongs to the next one.
@@ -118,13 +123,6 @@ impl Log {
                 return;
             }
             (self.cursor.segment, self.cursor.slot) = (*id + 1, 0);
-        }
-    }
-
-    /// Notes when the records from `sequence` on were received.
-    pub fn note_received(&mut self, sequence: u64, received_at_ms: u64) {
-        if self.received.back().is_none_or(|(last, _)| *last < sequence) {
-            self.received.push_back((sequence, received_at_ms));
         }
     }
 
@@ -157,7 +155,7 @@ impl Log {
 
     /// When the oldest pending record was received, to within a chunk.
     pub fn oldest_received_at_ms(&self) -> Option<u64> {
-        if self.pending().sequence == 0 { None } else { self.received.front().map(|(_, at)| *at) }
+        if self.pending().sequence == 0 { None } else { self.received.oldest() }
     }
 
     /// The segments that take no more records, oldest first.

@@ -5,15 +5,16 @@
 //! honest). `appender.rs` is the one thread that writes: it takes every batch that waits, unless `dedup.rs` knows it as a
 //! retry, and writes them as **chunks** (`record.rs`). `syncer.rs` makes them durable and completes every waiter. `reader.rs`
 //! reads in order, segments that are full without sled (`closed.rs`, `search.rs`); what it misses goes into the ledger of
-//! `losses.rs`. [`Wal::deliver`] moves the **cursor**; `keeper.rs`
-//! saves it and removes whole segments that it has left, and prepares spare ones ahead of need. `recovery.rs` finds the
-//! state again at start. What is damaged is set aside; `offline.rs`, `carved.rs`, `check/` and `repair.rs` are for the tools that
-//! look after it.
+//! `losses.rs`. [`Wal::deliver`] moves the **cursor**; `ahead/` keeps what is delivered ahead of it; `keeper.rs` saves it and
+//! removes whole segments that it has left, and prepares spare ones ahead of need. `recovery.rs` finds the state again at
+//! start. What is damaged is set aside; `offline.rs`, `carved.rs`, `check/` and `repair.rs` are for the tools that look after
+//! it.
 //!
 //! # Invariants
 //! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
 //! - Sequences are handed out in the order of [`Wal::append`], without gaps, and never reused.
-//! - A segment is removed only when the durable cursor has left it.
+//! - A segment is removed only when the durable cursor has left it, or when it is durable that all of it was delivered ahead of
+//!   the cursor (`ahead/mod.rs`).
 //! - After an error while committing nothing is acked any more: [`Wal::failed`] fires and the process must end. What was
 //!   refused then may still turn up after the restart.
 //!
@@ -23,6 +24,7 @@
 //! a segment was delivered and trimmed, or, with `wal.when_full = "drop_oldest"`, until the forwarder has dropped what is in
 //! the oldest one. Restart time and memory do not grow with the backlog.
 
+mod ahead;
 mod appender;
 mod carved;
 mod check;
@@ -59,6 +61,7 @@ use std::thread::JoinHandle;
 
 use tokio_util::sync::CancellationToken;
 
+pub use ahead::{DeliveredAhead, Undelivered};
 pub use appender::{Commit, Stored};
 pub use carved::{CarvedRecord, CarvedRecords, Run};
 pub use check::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
@@ -75,7 +78,7 @@ use crate::batch::Batch;
 use crate::config::{DedupConfig, WalConfig};
 use crate::metrics::Metrics;
 use dedup::Window;
-use log::{Pool, Shared};
+use log::{Log, Pool, Shared};
 use recovery::Mode;
 use store::{SegmentShape, SledStore, Store};
 
@@ -106,6 +109,9 @@ pub struct WalStatus {
     pub next_sequence: u64,
     /// First record not yet delivered.
     pub cursor_sequence: u64,
+    /// Records after the cursor that were delivered before those in between; none if there are none.
+    #[serde(default)]
+    pub delivered_ahead: Option<DeliveredAhead>,
     /// Backlog in batches.
     pub pending_batches: u64,
     /// Backlog in events.
@@ -221,9 +227,13 @@ impl Wal {
     /// Everything before `position` is delivered or parked: moves the cursor, which frees segments. Never moves back.
     /// Durable within about a second; a stale cursor costs duplicates, never loss.
     pub fn deliver(&self, position: Position) {
+        self.move_cursor(|log| log.deliver(position));
+    }
+
+    fn move_cursor(&self, deliver: impl FnOnce(&mut Log)) {
         let mut log = self.shared.log();
         let before = log.cursor.segment;
-        log.deliver(position);
+        deliver(&mut log);
         if log.cursor.segment != before {
             self.shared.log_changed.notify_all();
         }
@@ -253,6 +263,7 @@ impl Wal {
         WalStatus {
             next_sequence: log.tail.sequence,
             cursor_sequence: log.cursor.totals.sequence,
+            delivered_ahead: log.delivered_ahead_status(),
             pending_batches: pending.sequence,
             pending_events: pending.events.saturating_add_signed(log.spilled_events),
             pending_bytes: pending.bytes,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
+use super::ahead::{self, Stretch, Undelivered};
 use super::carved::CarvedRecords;
 use super::error::{OpenError, StoreError};
 use super::log::Position;
@@ -16,6 +17,7 @@ use super::losses::{self, Loss};
 use super::record::Totals;
 use super::store::{StateDb, copy_directory, open_state, segment_directories};
 use super::{META, PARKED, cursor, lock_directory};
+use crate::batch::Sequence;
 use crate::config::WalConfig;
 
 /// The files of one segment.
@@ -68,6 +70,8 @@ pub struct OfflineLog {
 pub(super) struct Meta {
     /// The cursor and the tail as they were saved last; none in a new log.
     pub saved: Option<(Position, Totals)>,
+    /// What was delivered ahead of a cursor, perhaps of an earlier one.
+    pub ahead: Option<Stretch>,
     pub losses: Vec<Loss>,
 }
 
@@ -117,6 +121,12 @@ impl OfflineLog {
         self.meta.as_ref().ok().and_then(|meta| meta.saved).map_or(0, |(_, tail)| tail.sequence)
     }
 
+    /// The records not yet delivered, as far as that is known.
+    pub fn undelivered(&self) -> Undelivered {
+        let stretch = self.meta.as_ref().ok().and_then(|meta| meta.ahead);
+        Undelivered::new(Sequence(self.cursor_sequence()), Sequence(self.next_sequence()), stretch)
+    }
+
     /// The segment of the cursor: earlier ones are delivered. 0 if that is not known.
     pub fn cursor_segment(&self) -> u64 {
         self.meta.as_ref().ok().and_then(|meta| meta.saved).map_or(0, |(cursor, _)| cursor.segment)
@@ -146,5 +156,5 @@ impl OfflineLog {
 }
 
 fn read_meta(meta: &dyn StateDb) -> Result<Meta, StoreError> {
-    Ok(Meta { saved: cursor::load(meta)?, losses: losses::load(meta)? })
+    Ok(Meta { saved: cursor::load(meta)?, ahead: ahead::load(meta)?, losses: losses::load(meta)? })
 }

@@ -1,5 +1,5 @@
 //! Random histories on the store in memory, against a model: append, commit, read, deliver, trim, rotate, calls that fail,
-//! restarts, and power cuts at any sync. Every acked batch is there once, in order, under the sequence that its ack said,
+//! restarts, and power cuts at any sync; some of it ahead of the cursor. Every acked batch is there once, in order, under the sequence that its ack said,
 //! unless it was delivered before; and a retry of it is not stored again.
 //!
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the log's threads), `RINGTAIL_HISTORIES` sets their
@@ -100,6 +100,8 @@ struct Counts {
     failed_starts: u64,
     refused: u64,
     retried: u64,
+    /// Delivered ahead of the cursor, which then passed it.
+    passed_ahead: u64,
 }
 
 impl Counts {
@@ -112,11 +114,14 @@ impl Counts {
         self.failed_starts += other.failed_starts;
         self.refused += other.refused;
         self.retried += other.retried;
+        self.passed_ahead += other.passed_ahead;
     }
 
     fn covers_everything(&self) -> bool {
-        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried } = *self;
-        [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried].iter().all(|count| *count > 0)
+        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead } =
+            *self;
+        let counts = [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead];
+        counts.iter().all(|count| *count > 0)
     }
 }
 
@@ -190,7 +195,8 @@ impl History {
 
     fn work(&mut self, wal: &Wal) {
         let mut reader = wal.reader();
-        let (mut flying, mut last) = (Vec::new(), 0);
+        let mut live = wal.ahead_reader();
+        let (mut flying, mut passed) = (Vec::new(), BTreeSet::new());
         self.retry_refused(wal);
         for _ in 0..self.rng.random_range(0..80) {
             self.change_faults();
@@ -209,15 +215,29 @@ impl History {
             }
             self.land(&mut flying);
             while self.rng.random_bool(0.8) {
-                let Some(record) = reader.next_record().unwrap() else { break };
+                if live.is_none() && self.rng.random_bool(0.05) && wal.begin_ahead() {
+                    live = wal.ahead_reader();
+                }
+                let ahead = live.as_mut().filter(|_| self.rng.random_bool(0.4));
+                let is_ahead = ahead.is_some();
+                let Some(record) = ahead.unwrap_or(&mut reader).next_record().unwrap() else { break };
                 self.check_ack(record.sequence.0, number(&record.batch));
-                wal.deliver(record.end);
-                last = record.sequence.0;
+                if is_ahead {
+                    wal.deliver_ahead(record.end)
+                } else {
+                    wal.deliver(record.end)
+                }
+                assert!(passed.insert(record.sequence.0), "{}: {} twice", self.name, record.sequence.0);
                 self.delivered.insert(number(&record.batch));
+                if let Some(mut joined) = live.take_if(|_| !wal.is_ahead()) {
+                    joined.join();
+                    reader = joined;
+                    self.counts.passed_ahead += 1;
+                }
             }
         }
         self.land(&mut flying);
-        drop(reader);
+        drop((reader, live));
         let segments = wal.status().segments;
         self.counts.failed_logs += u64::from(wal.status().failed);
         let faults = self.store.faults();
@@ -226,8 +246,11 @@ impl History {
         if faults.is_none() && !wal.status().failed {
             // Everything was saved: not even a duplicate comes again.
             let again = self.open().unwrap();
-            let first = again.reader().next_record().unwrap().map(|record| record.sequence.0);
-            assert!(first.is_none_or(|first| first > last), "{}: {first:?} again", self.name);
+            let mut reader = again.peek();
+            while let Some(record) = reader.next_record().unwrap() {
+                assert!(!passed.contains(&record.sequence.0), "{}: {} again", self.name, record.sequence.0);
+            }
+            drop(reader);
             again.close();
         }
     }
@@ -284,9 +307,13 @@ impl History {
     /// Opens the log and looks for everything that was acked.
     fn check(&mut self) {
         let wal = self.open().unwrap();
-        let mut reader = wal.reader();
+        let (mut reader, mut live) = (wal.reader(), wal.ahead_reader());
         let (mut read, mut last) = (BTreeSet::new(), 0);
-        while let Some(record) = reader.next_record().unwrap() {
+        let mut next = || match reader.next_record().unwrap() {
+            None => live.as_mut().and_then(|live| live.next_record().unwrap()),
+            record => record,
+        };
+        while let Some(record) = next() {
             let (sequence, number) = (record.sequence.0, number(&record.batch));
             self.check_ack(sequence, number);
             assert!(sequence > last, "{}: {sequence} after {last}", self.name);
@@ -302,7 +329,7 @@ impl History {
             let retried = stored(&wal, self.batches[number].clone());
             assert_eq!(retried, Stored::Before, "{}: a retry of {number} was stored again", self.name);
         }
-        drop(reader);
+        drop((reader, live));
         wal.close();
     }
 }

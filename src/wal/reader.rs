@@ -6,12 +6,14 @@
 //! is trimmed.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::ahead::Stretch;
 use super::error::{ReadError, StoreError};
-use super::log::{Position, Shared};
+use super::log::{Log, Position, Shared};
 use super::losses::Loss;
 use super::record::{ChunkError, ChunkHeader, Totals, split_record};
 use super::slots::{Slot, read_slot};
@@ -47,6 +49,10 @@ pub struct Reader {
     failures: u32,
     /// The segment that it does not read as a whole.
     unreadable: Option<u64>,
+    /// It reads what is delivered ahead of the cursor.
+    ahead: bool,
+    /// Where it stops; none: at the end of the log.
+    limit: Option<Totals>,
 }
 
 /// So often the disk may fail at one place before what it does not read is given up, so that the rest can be delivered.
@@ -75,7 +81,15 @@ impl Reader {
             observer: false,
             failures: 0,
             unreadable: None,
+            ahead: false,
+            limit: None,
         }
+    }
+
+    /// A reader of what is delivered ahead of the cursor; none if nothing is.
+    pub(super) fn ahead(shared: Arc<Shared>) -> Option<Reader> {
+        let at = shared.log().ahead.as_ref()?.stretch.to;
+        Some(Reader { at, ahead: true, ..Reader::new(shared) })
     }
 
     /// A reader that sets nothing aside and accounts for no loss: another one does.
@@ -110,6 +124,23 @@ impl Reader {
         }
     }
 
+    /// When the next record was received, milliseconds since the Unix epoch; none at the end of the log.
+    ///
+    /// # Errors
+    /// [`ReadError`], as [`Reader::next_record`]
+    pub fn next_received_at_ms(&mut self) -> Result<Option<u64>, ReadError> {
+        if self.chunk.is_none() {
+            self.load_chunk().map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source })?;
+        }
+        let next = self.chunk.as_ref().and_then(|chunk| split_record(&mut chunk.body.clone()).ok());
+        Ok(next.map(|record| record.received_at_ms))
+    }
+
+    /// Whether the next record, if its chunk is loaded ([`Reader::next_received_at_ms`]), is in a segment that is given up.
+    pub fn is_given_up(&self) -> bool {
+        self.chunk.is_some() && self.at.segment <= self.shared.given_up.load(Ordering::Relaxed)
+    }
+
     /// Waits until there is a next record, [`super::Wal::wake_reader`] is called, or `timeout` has passed.
     pub fn wait(&self, timeout: Duration) {
         let log = self.shared.log();
@@ -122,7 +153,13 @@ impl Reader {
     pub fn rewind(&mut self) {
         (self.chunk, self.open) = (None, None);
         self.left.clear();
-        self.at = self.shared.log().cursor;
+        let log = self.shared.log();
+        self.at = log.ahead.as_ref().filter(|_| self.ahead).map_or(log.cursor, |ahead| ahead.stretch.to);
+    }
+
+    /// The cursor has come to what this one delivered ahead: from now on it reads from the cursor.
+    pub fn join(&mut self) {
+        self.ahead = false;
     }
 
     fn next_in_chunk(&mut self) -> Option<Record> {
@@ -157,8 +194,17 @@ impl Reader {
         loop {
             let (tail, next, active) = {
                 let log = self.shared.log();
+                let stretch = log.ahead.as_ref().filter(|_| !self.ahead).map(|ahead| ahead.stretch);
+                self.limit = stretch.map(|stretch| stretch.from.totals);
+                // Whoever only looks goes on behind what was delivered ahead.
+                if let Some(Stretch { from, to }) = stretch.filter(|_| self.observer)
+                    && self.at.totals.sequence >= from.totals.sequence
+                {
+                    self.limit = None;
+                    self.at = if self.at.totals.sequence < to.totals.sequence { to } else { self.at };
+                }
                 (
-                    log.tail,
+                    self.limit.unwrap_or(log.tail),
                     log.segments.range(self.at.segment..).next().map(|(id, segment)| (*id, *segment)),
                     log.active,
                 )
@@ -272,6 +318,10 @@ impl Reader {
     /// Begins a chunk, past the records in it that were read before.
     fn enter(&mut self, header: ChunkHeader, body: Bytes, next_slot: u32) -> bool {
         self.settle();
+        if header.before.sequence > self.at.totals.sequence {
+            // Another one reads from the limit on.
+            return true;
+        }
         let mut chunk = Chunk { body, records_left: header.records, next_slot };
         for _ in header.before.sequence..self.at.totals.sequence {
             if split_record(&mut chunk.body).is_err() {
@@ -282,7 +332,10 @@ impl Reader {
         if !self.observer
             && let Ok(record) = split_record(&mut chunk.body.clone())
         {
-            self.shared.log().note_received(self.at.totals.sequence, record.received_at_ms);
+            let mut log = self.shared.log();
+            let Log { received, ahead, .. } = &mut *log;
+            let received = ahead.as_mut().filter(|_| self.ahead).map_or(received, |ahead| &mut ahead.received);
+            received.note(self.at.totals.sequence, record.received_at_ms);
         }
         self.chunk = Some(chunk);
         true
@@ -320,6 +373,7 @@ impl Reader {
     /// The records from `self.at` up to `until` are not in the log any more.
     fn lose_until(&mut self, until: Totals) {
         let from = self.at.totals;
+        let until = self.limit.filter(|limit| limit.sequence < until.sequence).unwrap_or(until);
         if self.observer {
             self.at.totals = until;
             return;
@@ -364,8 +418,14 @@ impl Reader {
     /// At the end of the log no record follows a loss whose delivery would take the cursor past it.
     fn deliver_loss(&self) {
         let mut log = self.shared.log();
-        if !self.observer && log.cursor.totals.sequence == self.lost.0 && self.lost.1 == self.at.totals {
-            log.deliver(self.at);
+        if self.observer || self.lost.1 != self.at.totals {
+            return;
+        }
+        let ahead = log.ahead.as_ref().filter(|_| self.ahead).map(|ahead| ahead.stretch.to.totals.sequence);
+        match ahead {
+            Some(to) if to == self.lost.0 => log.deliver_ahead(self.at),
+            None if log.cursor.totals.sequence == self.lost.0 => log.deliver(self.at),
+            _ => {}
         }
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::ahead::{self, Ahead, Received};
 use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
 use super::log::{Log, Pool, Position, Segment};
@@ -26,7 +27,7 @@ pub(super) enum Mode {
 /// Recovers the state of the log.
 pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log, StoreError> {
     let store = pool.store();
-    let saved = cursor::load(meta)?;
+    let (saved, stretch) = (cursor::load(meta)?, ahead::load(meta)?);
     kill_point::pass("recover.cursor_loaded");
     if mode == Mode::Repair {
         store.remove_unfinished(saved.map_or(0, |(cursor, _)| cursor.segment))?;
@@ -37,7 +38,9 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     let used = ids.last().copied().max(store.quarantined()?.last().copied());
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
-    let found_tail = find_tail(pool, &mut segments, mode, saved.map(|(_, tail)| tail.sequence))?;
+    let ahead_to = stretch.map_or(Totals::ZERO, |stretch| stretch.to.totals);
+    let durable = saved.map(|(_, tail)| tail.sequence.max(ahead_to.sequence));
+    let found_tail = find_tail(pool, &mut segments, mode, durable)?;
     kill_point::pass("recover.tail_found");
     let oldest = if saved.is_some() { None } else { find_head(pool, &segments)? };
 
@@ -46,8 +49,8 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         (Position { segment, slot: 0, totals }, found_tail)
     });
     // Sequences are never reused, even if records at the end of the log are gone.
-    let tail = [found_tail, saved_tail, cursor.totals].into_iter().max_by_key(|totals| totals.sequence);
-    let tail = tail.expect("three are not none");
+    let tail = [found_tail, saved_tail, ahead_to, cursor.totals].into_iter().max_by_key(|totals| totals.sequence);
+    let tail = tail.expect("four are not none");
     if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
         let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
         tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
@@ -77,7 +80,9 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         tail,
         cursor,
         saved_cursor: cursor,
-        received: VecDeque::new(),
+        ahead: stretch.map(|stretch| Ahead { stretch, received: Received::default() }),
+        saved_ahead: stretch,
+        received: Received::default(),
         losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
         parked_events: cursor::load_parked(meta)?,
@@ -88,6 +93,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         reader_woken: false,
         closing: false,
     };
+    log.pass_ahead();
     log.leave_delivered_segments();
     note_oldest(pool, &mut log)?;
     kill_point::pass("recover.end");
@@ -195,7 +201,7 @@ fn note_oldest(pool: &Pool, log: &mut Log) -> Result<(), StoreError> {
     if let Ok(file) = pool.get(id)
         && let Some((_, received_at_ms)) = first_chunk(&*file, file.seek(from, log.cursor.totals.sequence))?
     {
-        log.note_received(log.cursor.totals.sequence, received_at_ms);
+        log.received.note(log.cursor.totals.sequence, received_at_ms);
     }
     Ok(())
 }

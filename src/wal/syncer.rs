@@ -149,10 +149,7 @@ fn publish(shared: &Shared, group: Group) {
     let Group { chunks, before, tail, segment, slots_used, began, .. } = group;
     {
         let mut log = shared.log();
-        if log.pending().sequence == 0 {
-            log.received.clear();
-            log.note_received(before.sequence, chunks[0][0].batch.received_at_ms);
-        }
+        log.note_committed(before.sequence, chunks[0][0].batch.received_at_ms);
         log.tail = tail;
         log.active = Some((segment, slots_used));
     }

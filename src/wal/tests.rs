@@ -32,7 +32,7 @@ pub(super) fn number(batch: &Batch) -> u64 {
     batch.request.req_guid().parse().unwrap()
 }
 
-fn open_memory(store: &MemoryStore) -> Wal {
+pub(super) fn open_memory(store: &MemoryStore) -> Wal {
     Wal::open_in(&WalConfig::default(), 1 << 20, small_shape(), Arc::new(store.clone()), Metrics::new(), None).unwrap()
 }
 
@@ -55,7 +55,7 @@ pub(super) fn wait(commit: Commit) -> Result<u64, CommitError> {
     })
 }
 
-fn drain(reader: &mut Reader) -> Vec<u64> {
+pub(super) fn drain(reader: &mut Reader) -> Vec<u64> {
     let mut numbers = Vec::new();
     while let Some(record) = reader.next_record().unwrap() {
         numbers.push(number(&record.batch));
@@ -63,7 +63,7 @@ fn drain(reader: &mut Reader) -> Vec<u64> {
     numbers
 }
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !condition() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");

@@ -32,6 +32,8 @@ pub struct Arrived {
     /// How often the order went back: at most once for each life, by the rewind to the cursor.
     pub rewinds: u64,
     newest: Place,
+    /// The same of a backlog that new events went ahead of.
+    newest_behind: Option<Place>,
     last: Place,
     partition: Option<i32>,
 }
@@ -41,6 +43,8 @@ pub struct Arrived {
 pub struct Seen {
     pub clients: HashMap<(u32, &'static str), Arrived>,
     positions: HashMap<(&'static str, i32), i64>,
+    /// New events may go ahead of a backlog: each of the two comes in order.
+    live_first: bool,
 }
 
 /// The mock and its readers.
@@ -64,13 +68,13 @@ struct Reader {
 impl Destination {
     /// Starts all. When this returns, the readers are reading every partition: they could not catch up with a mock that
     /// had dropped records before.
-    pub fn start(load: &Arc<Load>) -> Destination {
+    pub fn start(load: &Arc<Load>, live_first: bool) -> Destination {
         let cluster = MockCluster::new(1).expect("start a mock cluster");
         for topic in [EVENT_TYPE, HELD_TYPE] {
             cluster.create_topic(topic, PARTITIONS, 1).expect("make the topic");
             mark(&cluster, topic);
         }
-        let seen = Arc::default();
+        let seen = Arc::new(Mutex::new(Seen { live_first, ..Seen::default() }));
         let flowing = Reader::start(&cluster, EVENT_TYPE, load, &seen);
         let mut destination = Destination { cluster, load: load.clone(), seen, flowing, held: None };
         destination.open();
@@ -193,18 +197,24 @@ fn read(consumer: &BaseConsumer, topic: &'static str, seen: &Mutex<Seen>, stop: 
         // Kafka's offsets have no gaps here, but the mock drops what it has no room for.
         assert_eq!(*position, message.offset(), "the mock has dropped records: read faster");
         *position += 1;
-        seen.clients.entry((client, topic)).or_default().arrive(client, place, message.partition());
+        let live_first = seen.live_first;
+        seen.clients.entry((client, topic)).or_default().arrive(client, place, message.partition(), live_first);
     }
 }
 
 impl Arrived {
-    fn arrive(&mut self, client: u32, place: Place, partition: i32) {
+    fn arrive(&mut self, client: u32, place: Place, partition: i32, live_first: bool) {
         assert_eq!(*self.partition.get_or_insert(partition), partition, "one client, one partition");
         self.rewinds += u64::from(place < self.last);
         if self.events.insert(place) {
             // A rewind repeats what came before it. What comes for the first time comes in order.
-            assert!(place > self.newest || self.events.len() == 1, "{client}: {place:?} after {:?}", self.newest);
-            self.newest = place;
+            let is_behind = live_first && place < self.newest && self.newest_behind.is_none_or(|newest| place > newest);
+            if is_behind {
+                self.newest_behind = Some(place);
+            } else {
+                assert!(place > self.newest || self.events.len() == 1, "{client}: {place:?} after {:?}", self.newest);
+                self.newest = place;
+            }
         } else {
             self.duplicates += 1;
         }

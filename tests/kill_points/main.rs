@@ -17,6 +17,7 @@ mod environment;
 mod http;
 #[path = "../support/kept.rs"]
 mod kept;
+mod live_first;
 #[path = "../kill/load.rs"]
 mod load;
 mod oracle;
@@ -69,19 +70,25 @@ fn needs_damage(point: &str) -> bool {
     point.starts_with("quarantine.") || point.starts_with("losses.")
 }
 
+/// Points that are only passed where new events go ahead of a backlog.
+fn needs_live_first(point: &str) -> bool {
+    point.starts_with("ahead.")
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_acked_event_survives_a_kill_at_every_point() {
     let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(|| rand::rng().random());
-    let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(kill_point::ALL.len() as u64);
+    let points: Vec<&str> = kill_point::ALL.iter().copied().filter(|point| !needs_live_first(point)).collect();
+    let kills = number_from_environment("RINGTAIL_KILLS").unwrap_or(points.len() as u64);
     println!("RINGTAIL_SEED={seed} RINGTAIL_KILLS={kills}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut test = Test::new(&mut rng);
+    let mut test = Test::new(&mut rng, false);
     let began = Instant::now();
     let mut hits: BTreeMap<&str, u64> = BTreeMap::new();
     let mut turns = Vec::new();
     for life in 1..=kills {
         if turns.is_empty() {
-            turns = kill_point::ALL.to_vec();
+            turns = points.clone();
             turns.shuffle(&mut rng);
         }
         let point = turns.pop().expect("filled above");
@@ -113,11 +120,8 @@ async fn every_acked_event_survives_a_kill_at_every_point() {
     );
     println!("{} spilled events drained", test.spilled);
     println!("{}, in {:?}", test.arrived(life_count(kills)), began.elapsed());
-    assert!(kills < kill_point::ALL.len() as u64 || test.spilled > 0, "hardly anything was spilled");
-    assert!(
-        kills < kill_point::ALL.len() as u64 || hits.len() == kill_point::ALL.len(),
-        "not every point had its turn"
-    );
+    assert!(kills < points.len() as u64 || test.spilled > 0, "hardly anything was spilled");
+    assert!(kills < points.len() as u64 || hits.len() == points.len(), "not every point had its turn");
     assert!(acked > kills && settled > 0 && parked > 0, "there was hardly any load");
 }
 
@@ -140,11 +144,11 @@ struct Test {
 }
 
 impl Test {
-    fn new(rng: &mut StdRng) -> Test {
+    fn new(rng: &mut StdRng, live_first: bool) -> Test {
         let directory = KeptOnPanic(tempfile::tempdir().unwrap());
         let load = Load::new(rng, PAYLOAD_BYTES_MAX, true);
         let oracle = Arc::new(Mutex::new(Oracle::default()));
-        let destination = Destination::start(&load);
+        let destination = Destination::start(&load, live_first);
         let mut options = Options::small(&directory.0.path().join("wal"));
         options.brokers = destination.brokers();
         options.settings.extend(

@@ -68,10 +68,16 @@ impl Oracle {
 
     /// The log is about to be damaged, whole as it is: gives back the names of what is pending in it.
     pub fn note_risk(&mut self, directory: &Path, load: &Load) -> Vec<Name> {
+        let pending = self.pending(directory, load);
+        self.at_risk.extend(&pending);
+        pending
+    }
+
+    /// The names of what is pending in the log.
+    pub fn pending(&mut self, directory: &Path, load: &Load) -> Vec<Name> {
         let wal = open(directory);
         let pending = self.read(&wal, load);
         wal.close();
-        self.at_risk.extend(&pending);
         pending
     }
 
@@ -137,9 +143,13 @@ impl Oracle {
     fn read(&mut self, wal: &Wal, load: &Load) -> Vec<Name> {
         let mut newest: HashMap<u32, u64> = HashMap::new();
         let mut expected = wal.status().cursor_sequence;
-        let mut reader = wal.reader();
+        let (mut reader, mut ahead) = (wal.reader(), wal.ahead_reader());
         let mut names = Vec::new();
-        while let Some(record) = reader.next_record().expect("the log is readable") {
+        while let Some(record) = reader.next_record().expect("the log is readable").or_else(|| {
+            // What was delivered ahead of the cursor is not missed.
+            expected = wal.status().delivered_ahead.map_or(expected, |ahead| ahead.end_sequence.max(expected));
+            ahead.as_mut()?.next_record().expect("the log is readable")
+        }) {
             let sequence = record.sequence.0;
             let losses = wal.losses();
             while expected < sequence {

@@ -47,7 +47,11 @@ function judge(status) {
   // What takes longer than days is no catching up.
   if (pending > 0 && waited(status) > 5 && isNumber(forecast.drain_seconds) && forecast.drain_seconds < 7 * DAY) {
     return ["busy", `Catching up: drained in about ${duration(Math.max(1, forecast.drain_seconds))}`,
-      `${plural(pending, "event waits", "events wait")} on disk, and more goes out than comes in.`];
+      `${plural(pending, "event waits", "events wait")} on disk, and ` +
+      (forward.live_first ? "new events go ahead of them." : "more goes out than comes in.")];
+  }
+  if (pending > 0 && forward.live_first) {
+    return ["busy", "New events go ahead of the backlog", `The oldest of it has waited for ${duration(waited(status))}. ${full}`];
   }
   if (pending > 0 && waited(status) > 60) {
     return ["warn", "Kafka is reachable, but events wait",
@@ -119,7 +123,7 @@ function showKafka(status) {
   const connected = Boolean(forward && forward.connected);
   const cut = Boolean(forward) && !connected && !isConnecting(status);
   show("connected", !forward ? "Not configured" : connected ? "Connected" : cut ? "Unreachable" : "Connecting");
-  show("note-out", !forward ? "no brokers configured" : cut ? "waits on disk" : "in order, until acked");
+  show("note-out", !forward ? "no brokers configured" : cut ? "waits on disk" : forward.live_first ? "new events first" : "in order, until acked");
   mark("pipe-out", "flow", cut ? "blocked" : rates.delivered_events >= 0.1 ? "flows" : "idle");
   mark("kafka", "state", cut ? "warn" : "ok");
   show("drain", drainText(status, connected));

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -148,6 +149,9 @@ impl Export<'_> {
         let wanted = |segment: &&SegmentFiles| {
             args.quarantined || args.filter.from_sequence.is_some() || segment.id >= log.cursor_segment()
         };
+        // Whoever says where to begin wants all from there on.
+        let ahead = log.undelivered().ahead.filter(|_| args.filter.from_sequence.is_none());
+        let ahead = ahead.map_or(0..0, |ahead| ahead.start.0..ahead.end.0);
         let segments: Vec<&SegmentFiles> = segments.iter().filter(wanted).collect();
         let bytes = segments.iter().map(|segment| segment.bytes()).sum();
         let progress = progress_bar(bytes, "{wide_bar} {bytes}/{total_bytes} read, {eta} left");
@@ -166,9 +170,10 @@ impl Export<'_> {
                     if args.lost && !is_lost(log, &record) {
                         continue;
                     }
-                } else if record.sequence.0 < from_sequence {
+                } else if record.sequence.0 < from_sequence || ahead.contains(&record.sequence.0) {
                     continue;
                 } else {
+                    self.summary.missing += pass_ahead(&args.filter, &mut next, &ahead, record.sequence.0);
                     self.summary.missing += gap(&args.filter, &mut next, record.sequence.0);
                 }
                 self.write(record.sequence, &record.batch)?;
@@ -176,6 +181,7 @@ impl Export<'_> {
             progress.inc(segment.bytes());
         }
         if !args.quarantined {
+            self.summary.missing += pass_ahead(&args.filter, &mut next, &ahead, log.next_sequence());
             self.summary.missing += gap(&args.filter, &mut next, log.next_sequence());
         }
         progress.finish_and_clear();
@@ -185,8 +191,7 @@ impl Export<'_> {
     /// The pending events that are not in the log any more, each as a batch of its own.
     fn spilled(&mut self, directory: &Path) -> anyhow::Result<()> {
         let spill = OfflineSpill::open(directory).context("open the spill")?;
-        let (cursor, tail) = (Sequence(self.log.cursor_sequence()), Sequence(self.log.next_sequence()));
-        let damaged = spill.read(cursor, tail, |sequence, batch| self.write(sequence, &batch))?;
+        let damaged = spill.read(&self.log.undelivered(), |sequence, batch| self.write(sequence, &batch))?;
         if damaged > 0 {
             eprintln!("{} of held topics cannot be read", count(damaged, "event"));
             self.summary.unreadable = true;
@@ -207,6 +212,16 @@ impl Export<'_> {
 
 fn is_lost(log: &OfflineLog, record: &CarvedRecord) -> bool {
     log.losses().iter().any(|loss| (loss.first_sequence..loss.end_sequence).contains(&record.sequence.0))
+}
+
+/// Goes on behind what was delivered ahead, if `sequence` is there. How many wanted records are missing before that.
+fn pass_ahead(filter: &FilterArgs, next: &mut Option<u64>, ahead: &Range<u64>, sequence: u64) -> u64 {
+    if ahead.is_empty() || sequence < ahead.end || next.is_none_or(|next| next >= ahead.end) {
+        return 0;
+    }
+    let missing = gap(filter, next, ahead.start);
+    *next = Some(ahead.end);
+    missing
 }
 
 /// How many wanted records are missing before `sequence`, after the one before it.

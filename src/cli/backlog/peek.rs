@@ -81,11 +81,12 @@ fn offline(
 ) -> anyhow::Result<()> {
     let log = alone(OfflineLog::open(&config.wal))?;
     let topics = Topics::new(&config.forward.topic);
+    let undelivered = log.undelivered();
     let mut left = filter.limit;
     for segment in log.segments()?.iter().filter(|segment| segment.id >= log.cursor_segment()) {
         for record in segment.records()? {
             let record = record?;
-            if record.sequence.0 < log.cursor_sequence() {
+            if record.sequence < undelivered.cursor || undelivered.is_ahead(record.sequence) {
                 continue;
             }
             if left == 0 {

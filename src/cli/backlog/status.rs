@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use ringtail::admin::control;
-use ringtail::batch::{Sequence, now_ms};
+use ringtail::batch::now_ms;
 use ringtail::config::WalConfig;
 use ringtail::forward::{OfflineSpill, SpillError};
 use ringtail::wal::{self, WalStatus};
@@ -53,9 +53,8 @@ async fn read(config: &WalConfig) -> anyhow::Result<WalStatus> {
     eprintln!("no service runs on {}, reading the log itself", directory.display());
     let mut status = wal::inspect(config).context("read the log")?;
     let spill = OfflineSpill::open(directory).context("open the spill")?;
-    let (cursor, tail) = (Sequence(status.cursor_sequence), Sequence(status.next_sequence));
     let mut spilled = 0;
-    spill.read(cursor, tail, |_, _| {
+    spill.read(&status.undelivered(), |_, _| {
         spilled += 1;
         Ok::<(), SpillError>(())
     })?;
@@ -86,6 +85,9 @@ fn describe(backlog: &WalStatus) -> String {
         backlog.segments,
         backlog.quarantined_segments,
     );
+    if let Some(ahead) = backlog.delivered_ahead {
+        text += &format!("ahead        {} delivered ahead of it\n", count(ahead.events, "event"));
+    }
     if backlog.lost_batches > 0 {
         let (batches, events) = (count(backlog.lost_batches, "batch"), count(backlog.lost_events, "event"));
         text += &format!("LOST         {batches} with {events}, by damage\n");

@@ -91,6 +91,7 @@ pub struct Forward {
     pub disconnected_since_ms: Option<u64>,
     pub in_flight_events: u64,
     pub held_topics: u64,
+    pub live_first: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]

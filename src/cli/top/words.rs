@@ -108,7 +108,13 @@ pub fn judge(status: &Status) -> (State, String, String) {
     let drain = status.forecast.drain_seconds.filter(|seconds| *seconds < 7.0 * DAY);
     if let (true, true, Some(seconds)) = (pending > 0, status.waited() > 5.0, drain) {
         let headline = format!("Catching up: drained in about {}", duration(seconds.max(1.0)));
-        return say(State::Busy, &headline, "More goes out than comes in.");
+        let ahead =
+            if forward.live_first { "New events go ahead of the backlog." } else { "More goes out than comes in." };
+        return say(State::Busy, &headline, ahead);
+    }
+    if pending > 0 && forward.live_first {
+        let explanation = format!("The oldest of it has waited for {}. {full}", duration(status.waited()));
+        return say(State::Busy, "New events go ahead of the backlog", &explanation);
     }
     if pending > 0 && status.waited() > 60.0 {
         let explanation = format!("The oldest for {}. {full}", duration(status.waited()));
@@ -165,7 +171,11 @@ mod tests {
             ..Status::default()
         };
         assert_eq!(judge(&well).0, State::Good);
-        let cut = Status { forward: Some(Forward::default()), ..well };
+        let ahead = Forward { connected: true, live_first: true, ..Forward::default() };
+        let pending = Log { pending_events: 1, ..Log::default() };
+        let ahead = Status { wal: Some(pending), forward: Some(ahead), ..well };
+        assert_eq!(judge(&ahead).1, "New events go ahead of the backlog");
+        let cut = Status { forward: Some(Forward::default()), ..ahead };
         assert_eq!(judge(&cut).1, "Kafka is unreachable");
         let full = Status { wal: Some(Log { full: true, ..Log::default() }), ..cut };
         assert_eq!(judge(&full).0, State::Bad);

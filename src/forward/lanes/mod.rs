@@ -542,13 +542,14 @@ impl Lanes {
         self.held.iter().map(held).sum()
     }
 
-    /// Open events of a held lane, all of the log, in order, are in the spill now: as `numbers`. The client still has some.
-    pub(super) fn moved(&mut self, id: LaneId, events: &[EventRef], numbers: Range<u64>, bytes: &[u64], now: Instant) {
+    /// Open events of a held lane, all of the log, in order, with their tags and bytes, are in the spill now: as `numbers`. The
+    /// client still has some.
+    pub(super) fn moved(&mut self, id: LaneId, events: &[(EventRef, usize, u64)], numbers: Range<u64>, now: Instant) {
         let lane = &mut self.lanes[id.0 as usize];
         let hold = lane.hold.as_mut().expect("only held lanes spill");
-        for ((event, number), bytes) in events.iter().zip(numbers.clone()).zip(bytes) {
+        for ((event, tag, bytes), number) in events.iter().zip(numbers.clone()) {
             if !hold.has(*event) {
-                self.moved.insert(event.tag(), (id, EventRef::spilled(number)));
+                self.moved.insert(*tag, (id, EventRef::spilled(number)));
                 self.spilled_client_bytes += bytes;
             }
         }

@@ -39,7 +39,7 @@ impl Replay {
 
     /// There is room, and it is time.
     pub(super) fn may_send_spilled(&self) -> bool {
-        self.pace.may_send() && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
+        self.is_time_for_held() && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
     }
 
     /// Sends events of a held lane up to the first that the client refuses, and keeps the rest.
@@ -86,7 +86,7 @@ impl Replay {
             } else {
                 let (live, found) = walk.find(event);
                 let key = self.router.key(&live.batch.client, &live.batch.request, found.event_type);
-                (producer.send(topic, key, found.payload, event.tag()), found.payload.len())
+                (producer.send(topic, key, found.payload, self.in_flight.tag(event)), found.payload.len())
             };
             match result {
                 Ok(()) => {

@@ -5,8 +5,11 @@
 //! [`TURN_MAX`], so that a heartbeat that stands still means trouble.
 
 mod held;
+mod live;
+mod reading;
 mod renewal;
 mod transaction;
+mod watermark;
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -16,9 +19,10 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
+use super::FailureReason;
 use super::backoff::{Backoff, Every, LogLimit, Retry};
-use super::discard::{Discard, Verdict};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Passed, RECORDS_MAX};
+use super::discard::Discard;
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Side};
 use super::kafka::{Failure, Inbox, Producer, Properties, Reported};
 use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
 use super::pace::Pace;
@@ -28,12 +32,12 @@ use super::requeue::Requested;
 use super::router::Router;
 use super::spilling::{STALL_PATIENCE, Spilling};
 use super::status::{Connection, Drain, NO_BROKER, Shared};
-use super::{FailureReason, ParkReason};
 use crate::batch::{Sequence, now_ms};
 use crate::config::{Delivery, ForwardConfig};
 use crate::kill_point;
 use crate::metrics::Metrics;
 use crate::wal::{Reader, Record, Wal};
+use live::LiveFirst;
 pub(super) use renewal::Renewal;
 use transaction::ExactlyOnce;
 pub(super) use transaction::transactional_id;
@@ -93,6 +97,7 @@ pub(super) struct Replay {
     renewal: Renewal,
     wal: Wal,
     reader: Reader,
+    live_first: LiveFirst,
     /// Read, and to be worked on later: if nothing is forwarded it is not to be discarded, or no transaction could be begun.
     held_back: Option<Record>,
     metrics: Arc<Metrics>,
@@ -167,12 +172,14 @@ impl Replay {
         let exactly_once = limits.exactly_once.then(|| ExactlyOnce::new(&config, &wal));
         let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
         let now = Instant::now();
-        Replay {
+        let live_first = LiveFirst::new(config.live_first && exactly_once.is_none() && producer.is_some(), &wal, now);
+        let mut replay = Replay {
             router: Router::new(&config.topic, config.record_key),
             in_flight_bytes_max: config.in_flight_bytes_max.as_u64(),
             properties,
             renewal,
             reader: wal.reader(),
+            live_first,
             held_back: None,
             metrics,
             shared,
@@ -186,7 +193,7 @@ impl Replay {
             to_park: Vec::new(),
             parking: Parking::new(parked, Retry::new(backoff.clone()), SmallRng::seed_from_u64(seed)),
             spilling,
-            pace: Pace::new(&config.pace, now),
+            pace: Pace::new(&config.pace, config.live_first, now),
             dead_letter_topic: (!config.dead_letter_topic.is_empty()).then(|| config.dead_letter_topic.as_str().into()),
             requeued,
             full_lane: None,
@@ -204,7 +211,12 @@ impl Replay {
             drain: Drain::default(),
             report_at: now,
             wal,
+        };
+        if replay.is_live() {
+            replay.in_flight.begin_live();
+            replay.shared.status().live_first = true;
         }
+        replay
     }
 
     /// Runs until the handle asks for the end. When it returns, the log knows of everything that was delivered.
@@ -241,7 +253,7 @@ impl Replay {
     /// Takes over what the handle was given.
     fn reload(&mut self, now: Instant) {
         let Some(config) = self.shared.take_reload() else { return };
-        self.pace = Pace::new(&config.pace, now);
+        self.pace = Pace::new(&config.pace, config.live_first, now);
         self.router = Router::new(&config.topic, config.record_key);
         self.lanes.forget_names();
     }
@@ -422,7 +434,7 @@ impl Replay {
         self.parking.clear();
         self.failures.newest = None;
         self.held_back = None;
-        self.reader.rewind();
+        self.rewind_readers(now);
     }
 
     /// Takes back what is to be discarded and does not get away.
@@ -473,7 +485,7 @@ impl Replay {
             // A transaction moves them when it ends.
             return false;
         }
-        if !self.has_room() && self.stalled.is_due(now) {
+        if !self.has_room_for(Side::Backlog) && self.stalled.is_due(now) {
             self.lanes.hold_stalled(now, STALL_PATIENCE, connected_since);
         }
         self.make_room_in_client(now);
@@ -503,140 +515,6 @@ impl Replay {
         self.parking.due(now).is_some() || !self.to_park.is_empty()
     }
 
-    /// Tells the log how far everything is delivered or parked, and counts what that passed.
-    fn move_watermark(&mut self, now: Instant) {
-        let metrics = &self.metrics.forward;
-        let may_pass = self.exactly_once.as_ref().is_none_or(ExactlyOnce::may_pass);
-        let passed = if may_pass {
-            self.in_flight.advance(|delay_ms| metrics.delivery_delay.record(delay_ms as f64 / 1000.0))
-        } else {
-            Passed::default()
-        };
-        if passed.end.is_some() {
-            metrics.delivered_events.increment(passed.delivered_events);
-            metrics.delivered_bytes.increment(passed.delivered_bytes);
-            for (reason, count) in ParkReason::ALL.into_iter().zip(passed.parked) {
-                metrics.parked_events_total(reason).increment(count);
-            }
-            for dropped in &passed.dropped {
-                for (topic, count) in &dropped.topics {
-                    self.metrics.count_dropped_events(dropped.reason, topic, *count);
-                }
-            }
-            self.discard.report(&passed.dropped, now);
-        }
-        metrics.in_flight_events.set(self.in_flight.events() as f64);
-        metrics.in_flight_bytes.set(self.in_flight.bytes() as f64);
-        metrics.spilled_events.set(self.spilling.count() as f64);
-        metrics.spilled_bytes.set(self.spilling.bytes() as f64);
-        metrics.held_topics.set(self.lanes.held() as f64);
-        let mut status = self.shared.status();
-        status.delivered_events += passed.delivered_events;
-        status.in_flight_events = self.in_flight.events();
-        status.in_flight_bytes = self.in_flight.bytes();
-        status.parked_events = self.parking.count();
-        status.held_topics = self.lanes.held() as u64;
-        status.spilled_events = self.spilling.count();
-        drop(status);
-        // Until the watermark passes them, the log counts them.
-        self.wal.note_spilled(self.spilling.count() as i64 - self.in_flight.spilled_events() as i64);
-        // Last, so that whoever sees an empty backlog finds everything counted.
-        if let Some(end) = passed.end {
-            self.wal.deliver(end);
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        let taken = self.in_flight.bytes() + self.lanes.spilled_client_bytes();
-        let lane_has_room =
-            |lane: &LaneId| self.lanes.client_bytes(*lane) < self.lane_bytes_max() || self.lanes.is_held(*lane);
-        taken < self.in_flight_bytes_max
-            && self.in_flight.records() < RECORDS_MAX
-            && self.full_lane.as_ref().is_none_or(lane_has_room)
-    }
-
-    /// What one lane may have in the client: never all that there may be.
-    fn lane_bytes_max(&self) -> u64 {
-        self.in_flight_bytes_max.saturating_sub(self.lanes.spilled_client_bytes()) / 4
-    }
-
-    /// Reads records while there is room, and sends their events. True: there may be more to read at once.
-    fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
-        let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle
-            || self.renewal.is_draining()
-            || !self.may_read(now)
-            || !self.spilling.is_settled()
-            || self.reading.due(now).is_some()
-        {
-            return false;
-        }
-        let (mut bytes, now_ms) = (0, now_ms());
-        while bytes < READ_BYTES && self.has_room() && self.pace.may_send() && self.may_read(now) {
-            let held_back = self.held_back.take().map(Some);
-            let next = match held_back.map_or_else(|| self.reader.next_record(), Ok) {
-                Ok(next) => next,
-                Err(error) => {
-                    if !self.reading.is_failing() {
-                        error!(error = &error as &dyn std::error::Error, "the log cannot be read on, retrying");
-                    }
-                    self.shared.set_last_error(error.to_string(), None);
-                    self.reading.failed(now, &mut self.rng);
-                    break;
-                }
-            };
-            if self.reading.is_failing() {
-                info!("the log can be read again");
-                self.reading.succeeded();
-            }
-            let Some(record) = next else { break };
-            if !self.begin_transaction(now) {
-                self.held_back = Some(record);
-                break;
-            }
-            // An empty record counts too, so that a turn ends.
-            bytes += 1 + record.batch.request.as_bytes().len() as u64;
-            if self.exactly_once.as_ref().is_some_and(|once| record.sequence < once.delivered_before()) {
-                self.in_flight.push_delivered(&record);
-                continue;
-            }
-            match self.discard.verdict(&record, &self.wal, now_ms) {
-                Verdict::Deliver if !self.forwards => {
-                    self.held_back = Some(record);
-                    return false;
-                }
-                Verdict::Deliver => self.send_record(&record, now),
-                Verdict::Park => self.park_record(&record),
-                Verdict::Drop(reason) => {
-                    let dropped = self.discard.count(&record.batch, reason, &self.router);
-                    self.in_flight.push_dropped(record.end, dropped);
-                }
-            }
-        }
-        *worked |= bytes > 0;
-        bytes >= READ_BYTES
-    }
-
-    /// Whether the oldest record may be one to be discarded.
-    fn has_discarded(&self) -> bool {
-        let status = self.wal.status();
-        let aged = status.oldest_pending_received_at_ms.is_none_or(|at| self.discard.is_aged(at, now_ms()));
-        self.wal.has_given_up() || (aged && status.pending_batches > 0)
-    }
-
-    fn park_record(&mut self, record: &Record) {
-        let slot = self.in_flight.push(record);
-        let events = record.batch.request.event_count() as usize;
-        self.in_flight.set_lanes(slot, vec![None; events]);
-        let to_park = |index| ToPark {
-            event: InFlight::event_ref(slot, index),
-            lane: None,
-            reason: ParkReason::Expired,
-            failure: None,
-        };
-        self.to_park.extend((0..events).map(to_park));
-    }
-
     /// Takes out of the spill what the log shows again, once it is known from where on; with exactly-once delivery also out of
     /// the parked store.
     fn settle_spill(&mut self, now: Instant) {
@@ -647,9 +525,8 @@ impl Replay {
             None => Sequence::FIRST,
             Some(once) if !once.is_started() => return,
             Some(once) => {
-                let status = self.wal.status();
-                let cursor = once.delivered_before().max(Sequence(status.cursor_sequence));
-                let taken_back = self.parking.take_back(once.parked_before(), cursor, Sequence(status.next_sequence));
+                let undelivered = self.wal.undelivered().since(once.delivered_before());
+                let taken_back = self.parking.take_back(once.parked_before(), &undelivered);
                 if let Err(error) = taken_back {
                     self.shared.set_last_error(error.to_string(), None);
                     return;
@@ -658,48 +535,6 @@ impl Replay {
             }
         };
         self.spilling.settle(&self.wal, delivered_before, &mut self.lanes, now);
-    }
-
-    fn send_record(&mut self, record: &Record, now: Instant) {
-        let Some(producer) = &self.producer else { return };
-        let lane_bytes_max = self.lane_bytes_max();
-        let slot = self.in_flight.push(record);
-        let batch = &record.batch;
-        let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
-        self.pace.spent(u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64);
-        for (index, event) in batch.request.events().enumerate() {
-            let event_ref = InFlight::event_ref(slot, index);
-            let lane = self.lanes.route(&self.router, event.event_type);
-            lanes.push(lane);
-            let Some(lane) = lane else {
-                let reason = ParkReason::InvalidTopic;
-                self.to_park.push(ToPark { event: event_ref, lane: None, reason, failure: None });
-                continue;
-            };
-            if self.lanes.is_held(lane) {
-                self.lanes.hold(lane, event_ref);
-                continue;
-            }
-            let key = self.router.key(&batch.client, &batch.request, event.event_type);
-            match producer.send(self.lanes.topic(lane), key, event.payload, event_ref.tag()) {
-                Ok(()) => {
-                    self.lanes.sent(lane, event_ref, charge(event.payload.len()), now);
-                    if self.lanes.client_bytes(lane) >= lane_bytes_max {
-                        self.full_lane = Some(lane);
-                    }
-                }
-                Err(failure) if self.exactly_once.is_some() && failure.is_consequence() => {
-                    // The transaction is aborted, and the record read again.
-                    self.exactly_once.iter_mut().for_each(ExactlyOnce::failed);
-                }
-                Err(failure) => {
-                    self.lanes.refused(lane, event_ref, failure, now, &mut self.to_park);
-                    self.lanes.settle(lane, now, &mut self.to_park);
-                    self.failures.count(lane, failure, &self.metrics);
-                }
-            }
-        }
-        self.in_flight.set_lanes(slot, lanes);
     }
 
     /// Brings up to date what is only for people.
@@ -745,9 +580,12 @@ impl Replay {
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
         let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
         let can_read = can_read && !self.renewal.is_draining() && self.may_read(now);
-        let can_read = can_read && self.spilling.is_settled() && self.pace.may_send();
-        if can_read && self.lanes.in_client() == 0 {
-            self.reader.wait(wait);
+        let can_read = can_read && self.spilling.is_settled() && (self.is_live() || self.pace.may_send());
+        if can_read
+            && self.lanes.in_client() == 0
+            && let Some(reader) = self.live_first.newest_reader(&self.reader)
+        {
+            reader.wait(wait);
             return;
         }
         let longest = if self.connection.is_up() { POLL_MAX } else { POLL_DISCONNECTED };

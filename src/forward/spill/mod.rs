@@ -45,6 +45,7 @@ use state::{State, TopicState};
 
 use crate::batch::Sequence;
 use crate::kill_point;
+use crate::wal::Undelivered;
 
 /// Files are left when they are larger.
 const FILE_BYTES_MAX: u64 = 32 << 20;
@@ -104,6 +105,8 @@ pub(super) struct Spill {
     changed: bool,
     /// The state could not be saved, or nobody knows whether it was.
     doubtful: bool,
+    /// What was there before was durable when the log was last about to be read.
+    durable_until: BlockPlace,
     /// The directory's own name is durable.
     directory_synced: bool,
     /// Files that the process before may not have made durable.
@@ -125,7 +128,7 @@ struct Topic {
     settled_end: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct BlockPlace {
     file: u64,
     offset: u64,
@@ -200,6 +203,7 @@ impl Spill {
             events: 0,
             changed: false,
             doubtful: false,
+            durable_until: BlockPlace { file: 0, offset: 0 },
             directory_synced: false,
             unsynced: Vec::new(),
             cache: None,
@@ -215,6 +219,7 @@ impl Spill {
         if let Some(state) = state {
             spill.next_number = spill.next_number.max(state.next_number);
             spill.settled_file = state.settled_file;
+            spill.durable_until = BlockPlace { file: state.durable_file, offset: state.durable_bytes };
             spill.next_file = spill.next_file.max(state.settled_file);
             for known in state.topics {
                 // All of it may be missing, or its begin, or its end.
@@ -291,21 +296,21 @@ impl Spill {
         self.files.entry(block.place.file).or_default().needed_bytes += block.bytes;
     }
 
-    /// Takes out what the log will show again: events of batches from `cursor` on that are still in the log, which ends
-    /// before `tail`. To be called when the log is about to be read from its cursor on.
+    /// Takes out what the log will show again: events of batches that are still in the log and not delivered. One that comes
+    /// before another of its topic which is not shown again stays, and is delivered twice: that takes records that went ahead,
+    /// and then a crash. To be called when the log is about to be read from its cursor on.
     ///
     /// # Errors
     /// [`SpillError::Io`]
-    pub(super) fn settle(&mut self, cursor: Sequence, tail: Sequence) -> Result<(), SpillError> {
+    pub(super) fn settle(&mut self, log: &Undelivered) -> Result<(), SpillError> {
         if self.files.is_empty() && self.topics.is_empty() {
             return Ok(());
         }
         self.current = None;
         self.make_durable().map_err(SpillError::io("sync the spill"))?;
-        let log = cursor.0..tail.0;
         let names: Vec<Box<str>> = self.topics.keys().cloned().collect();
         for name in names {
-            while let Some(kept) = self.last_kept(&name, &log)? {
+            while let Some(kept) = self.last_kept(&name, log)? {
                 let topic = self.topics.get_mut(&name).expect("its name was just listed");
                 let Some((first, block)) = topic.blocks.pop_last() else { break };
                 let end = (first + u64::from(kept)).max(topic.consumed);
@@ -321,13 +326,14 @@ impl Spill {
         self.topics.retain(|_, topic| topic.end > topic.consumed);
         self.topics.values_mut().for_each(|topic| topic.settled_end = topic.end);
         self.settled_file = self.next_file;
+        self.durable_until = BlockPlace { file: self.next_file, offset: 0 };
         self.changed = true;
         self.save()
     }
 
     /// How many events of a topic's last block stay when those go, from the end on, that are in `log`; none: all that count,
     /// and what is missing after them.
-    fn last_kept(&mut self, topic: &str, log: &std::ops::Range<u64>) -> Result<Option<u32>, SpillError> {
+    fn last_kept(&mut self, topic: &str, log: &Undelivered) -> Result<Option<u32>, SpillError> {
         let Some((first, block)) = self.topics[topic].blocks.last_key_value().map(|(first, block)| (*first, *block))
         else {
             return Ok(None);
@@ -335,11 +341,16 @@ impl Spill {
         let kept = match self.read(block.place) {
             Ok(events) => {
                 let counting = &events[..block.events as usize];
-                counting.iter().rposition(|event| !log.contains(&event.log_sequence())).map_or(0, |at| at as u32 + 1)
+                counting
+                    .iter()
+                    .rposition(|event| !log.contains(Sequence(event.log_sequence())))
+                    .map_or(0, |at| at as u32 + 1)
             }
             Err(SpillError::Damaged { .. }) => match self.header(block.place)? {
-                Some(header) if log.contains(&header.first_sequence) => 0,
-                Some(header) if log.contains(&header.new_sequence) => {
+                // Not torn by the last power cut, but damaged: not all of its events need be shown again.
+                _ if log.ahead.is_some() && block.place < self.durable_until => block.events,
+                Some(header) if log.contains(Sequence(header.first_sequence)) => 0,
+                Some(header) if log.contains(Sequence(header.new_sequence)) => {
                     (header.first + u64::from(header.copied)).saturating_sub(first) as u32
                 }
                 _ => block.events,

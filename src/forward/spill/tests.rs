@@ -41,7 +41,7 @@ fn topics_are_worked_off_one_by_one_and_files_go() {
     let path = directory.path().join("spill");
     let mut spill = Spill::open(&path).unwrap();
     assert!(!path.exists(), "nothing is made before it is needed");
-    spill.settle(Sequence(1), Sequence(1)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
     let a: Vec<_> = (0..100).map(|at| event(at, &payload(at, 1000))).collect();
     let b: Vec<_> = (0..10).map(|at| event(at, &payload(at, 10))).collect();
     let firsts = spill.put(vec![("a", a.clone()), ("b", b.clone())]).unwrap();
@@ -52,7 +52,7 @@ fn topics_are_worked_off_one_by_one_and_files_go() {
     drop(spill);
 
     let mut spill = Spill::open(&path).unwrap();
-    spill.settle(Sequence(1000), Sequence(1000)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1000), Sequence(1000))).unwrap();
     assert_eq!(spill.count(), 50);
     assert_eq!(contents(&mut spill, "a"), a[60..]);
     assert_eq!(contents(&mut spill, "b"), b);
@@ -77,9 +77,9 @@ fn what_another_log_has_left_is_not_taken_out() {
     drop(spill);
     // The log was removed, and a new one begins at 1.
     let mut spill = Spill::open(&directory.path().join("spill")).unwrap();
-    spill.settle(Sequence(1), Sequence(1)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
     put(&mut spill, "a", (1..3).map(|at| event(at, &payload(at, 10))).collect());
-    spill.settle(Sequence(1), Sequence(1000)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1000))).unwrap();
     let left: Vec<u64> = contents(&mut spill, "a").iter().map(|event| event.sequence).collect();
     assert_eq!(left, (50..60).collect::<Vec<_>>());
 }
@@ -157,7 +157,7 @@ fn a_damaged_header_is_noticed_as_missing_numbers() {
     let path = directory.path().join("spill");
     let mut spill = Spill::open(&path).unwrap();
     put(&mut spill, "a", (0..20).map(|at| event(at, &payload(at, 30_000))).collect());
-    spill.settle(Sequence(100), Sequence(100)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(100), Sequence(100))).unwrap();
     // In a file of its own.
     put(&mut spill, "a", (20..40).map(|at| event(at, &payload(at, 30_000))).collect());
     drop(spill);
@@ -196,7 +196,7 @@ fn a_block_torn_by_a_power_cut_costs_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("spill");
     let mut spill = Spill::open(&path).unwrap();
-    spill.settle(Sequence(1), Sequence(1)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
     // Small blocks: the second put copies the first one's events, and is torn in its body. The log has its own ones still.
     put(&mut spill, "a", (0..10).map(|at| event(at, &payload(at, 100))).collect());
     put(&mut spill, "b", (10..11).map(|at| event(at, &payload(at, 100))).collect());
@@ -209,7 +209,7 @@ fn a_block_torn_by_a_power_cut_costs_nothing() {
     bytes[(torn.place.offset + torn.bytes - 1) as usize] ^= 1;
     fs::write(&file, bytes).unwrap();
     let mut spill = Spill::open(&path).unwrap();
-    spill.settle(Sequence(20), Sequence(40)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(20), Sequence(40))).unwrap();
     assert_eq!((spill.numbers("a"), spill.count()), (0..10, 11));
     assert_eq!(contents(&mut spill, "a").len(), 10);
     put(&mut spill, "a", (20..30).map(|at| event(at, &payload(at, 100))).collect());
@@ -308,14 +308,14 @@ fn what_is_missing_at_the_end_of_a_topic_is_noticed() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("spill");
     let mut spill = Spill::open(&path).unwrap();
-    spill.settle(Sequence(1), Sequence(1)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
     put(&mut spill, "a", (0..20).map(|at| event(at, &payload(at, 30_000))).collect());
     put(&mut spill, "b", (20..25).map(|at| event(at, &payload(at, 30_000))).collect());
     spill.save().unwrap();
     drop(spill);
     fs::remove_file(path.join(format!("{:012}", 1))).unwrap();
     let mut spill = Spill::open(&path).unwrap();
-    spill.settle(Sequence(50), Sequence(60)).unwrap();
+    spill.settle(&Undelivered::between(Sequence(50), Sequence(60))).unwrap();
     assert_eq!(spill.count(), 25);
     // Something new behind what is missing, which then is worked off.
     let first = put(&mut spill, "a", vec![event(50, &payload(50, 10))]);
@@ -401,7 +401,7 @@ proptest! {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spill");
         let mut spill = Spill::open(&path).unwrap();
-        spill.settle(Sequence(1), Sequence(1)).unwrap();
+        spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
         let mut tail = 1;
         let mut wanted: [Vec<u64>; 3] = Default::default();
         for ((topic, events, bytes), settle) in puts.into_iter().zip(settles) {
@@ -411,7 +411,7 @@ proptest! {
             wanted[topic].extend(sequences);
             if settle {
                 // In another file; nothing is in the log any more.
-                spill.settle(Sequence(tail), Sequence(tail)).unwrap();
+                spill.settle(&Undelivered::between(Sequence(tail), Sequence(tail))).unwrap();
             }
         }
         for (topic, consumed) in consumed.into_iter().enumerate() {
@@ -427,7 +427,7 @@ proptest! {
             fs::write(path.join("state"), b"nonsense").unwrap();
         }
         let mut spill = Spill::open(&path).unwrap();
-        spill.settle(Sequence(tail), Sequence(tail)).unwrap();
+        spill.settle(&Undelivered::between(Sequence(tail), Sequence(tail))).unwrap();
         for (topic, wanted) in wanted.iter().enumerate() {
             let (mut found, mut lost) = (Vec::new(), 0);
             for number in spill.numbers(TOPICS[topic]) {
@@ -515,7 +515,7 @@ proptest! {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spill");
         let mut spill = Spill::open(&path).unwrap();
-        spill.settle(Sequence(1), Sequence(1)).unwrap();
+        spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
         let mut model = Model { tail: 1, cursor: 1, ..Model::default() };
         for step in steps {
             match step {
@@ -540,7 +540,7 @@ proptest! {
                 Step::Pass => model.cursor = model.tail,
                 Step::Restart => {
                     spill = Spill::open(&path).unwrap();
-                    spill.settle(Sequence(model.cursor), Sequence(model.tail)).unwrap();
+                    spill.settle(&Undelivered::between(Sequence(model.cursor), Sequence(model.tail))).unwrap();
                     for (topic, unsaved) in std::mem::take(&mut model.unsaved) {
                         model.topics.entry(topic).or_default().splice(..0, unsaved);
                     }
@@ -558,4 +558,46 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_was_delivered_ahead_is_not_shown_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("spill");
+    let log =
+        Undelivered { ahead: Some(Sequence(50)..Sequence(60)), ..Undelivered::between(Sequence(10), Sequence(80)) };
+    let settled = |spill: &mut Spill, topic: &str| {
+        spill.settle(&log).unwrap();
+        contents(spill, topic).iter().map(|event| event.sequence).collect::<Vec<_>>()
+    };
+    let put_all = |spill: &mut Spill, topic: &str, sequences: &[u64]| {
+        put(spill, topic, sequences.iter().map(|at| event(*at, &payload(*at, 100))).collect())
+    };
+    let mut spill = Spill::open(&path).unwrap();
+    spill.settle(&Undelivered::between(Sequence(1), Sequence(1))).unwrap();
+    // Of the backlog and of new records, in turns: what the cursor or the stretch has passed stays, and what is before it.
+    put_all(&mut spill, "a", &[8, 9, 50, 51]);
+    put_all(&mut spill, "a", &[11, 59, 12, 60, 61]);
+    put_all(&mut spill, "b", &[11, 12, 60]);
+    put_all(&mut spill, "c", &[55]);
+    drop(spill);
+    let mut spill = Spill::open(&path).unwrap();
+    assert_eq!(settled(&mut spill, "a"), [8, 9, 50, 51, 11, 59]);
+    assert!(settled(&mut spill, "b").is_empty());
+    assert_eq!(settled(&mut spill, "c"), [55]);
+
+    // A block that was durable, and is damaged, is counted as lost, whatever of it the log may show again.
+    put_all(&mut spill, "d", &[13, 57]);
+    spill.consume("c", u64::MAX);
+    spill.save().unwrap();
+    let damaged = spill.topics["d"].blocks.first_key_value().unwrap().1.place;
+    drop(spill);
+    let file = path.join(format!("{:012}", damaged.file));
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let mut spill = Spill::open(&path).unwrap();
+    spill.settle(&log).unwrap();
+    assert_eq!(spill.numbers("d").count(), 2);
+    assert!(matches!(spill.event("d", spill.numbers("d").start), Err(SpillError::Damaged { .. })));
 }

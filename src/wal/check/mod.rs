@@ -10,6 +10,7 @@ use std::fs;
 
 pub use report::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
 
+use super::ahead::Stretch;
 use super::carved::Runs;
 use super::closed::ClosedSegment;
 use super::error::StoreError;
@@ -174,6 +175,21 @@ impl<'a> Check<'a> {
     /// There is no good chunk between two places, the second one in segment `to_segment`.
     fn gap(&mut self, from: Totals, to: Totals, to_segment: u64) -> Result<(), StoreError> {
         let since = std::mem::replace(&mut self.unplaced, self.report.problems.len());
+        let [before, after] = self.undelivered_parts(from, to);
+        self.gap_part(before, to_segment, since)?;
+        self.gap_part(after, to_segment, since)
+    }
+
+    /// What of it was not delivered ahead of the cursor, before and after what was.
+    fn undelivered_parts(&self, from: Totals, to: Totals) -> [(Totals, Totals); 2] {
+        let ahead = self.log.meta.as_ref().ok().and_then(|meta| meta.ahead);
+        let Some(Stretch { from: begin, to: end }) = ahead else { return [(from, to), (to, to)] };
+        let least = |one: Totals, other: Totals| if one.sequence <= other.sequence { one } else { other };
+        let most = |one: Totals, other: Totals| if one.sequence >= other.sequence { one } else { other };
+        [(from, least(to, begin.totals)), (most(from, end.totals), to)]
+    }
+
+    fn gap_part(&mut self, (from, to): (Totals, Totals), to_segment: u64, since: usize) -> Result<(), StoreError> {
         if to.sequence <= from.sequence {
             return Ok(());
         }

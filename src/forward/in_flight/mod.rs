@@ -3,6 +3,9 @@
 //! Delivery reports come back in any order. A record is done once each of its events is delivered, parked or spilled; the
 //! contiguous done records at the front move the *watermark*, and only the watermark moves the log's cursor.
 //!
+//! While new records go ahead of a backlog, there are two rows of records, each with a watermark of its own ([`Side`]). The
+//! slots of new records have higher numbers than those of the backlog, however many of these are still to come.
+//!
 //! - A record is counted (delivered, parked, delay) when the watermark passes it, hence exactly once, however often its
 //!   events were sent.
 //! - A record is copied out of what the log's reader returned, so that one slow record pins its own bytes and no more.
@@ -10,6 +13,9 @@
 //!   event for what the Kafka client keeps. That client's copy of the payloads comes on top, so memory is about twice
 //!   the charge.
 //! - A done record behind the watermark keeps only a slot of about 130 bytes; there are at most [`RECORDS_MAX`] slots.
+
+#[cfg(test)]
+pub(super) mod tests;
 
 use std::collections::VecDeque;
 
@@ -30,14 +36,32 @@ pub(super) const RECORDS_MAX: usize = 1 << 18;
 /// The first slot. What is below is the number of an event in the spill.
 const FRONT: u64 = 1 << 62;
 
-// A tag is, for an event of the log, the low bits of its slot and its index; for one of the spill, SPILLED, its lane, and the
-// low bits of its number.
+// A tag is, for an event of the log, its row, the low bits of its slot and its index; for one of the spill, SPILLED, its lane,
+// and the low bits of its number.
 const _: () = assert!(usize::BITS >= 64, "tags need 64 bits");
 /// A request of 16 MiB has no more events: each takes two bytes.
 const INDEX_BITS: u32 = 23;
-const SLOT_BITS: u32 = 40;
+const SLOT_BITS: u32 = 39;
+const ROW: u64 = 1 << (INDEX_BITS + SLOT_BITS);
 const NUMBER_BITS: u32 = 40;
 const SPILLED: u64 = 1 << 63;
+
+/// So far from the backlog's slots are those of new records, so that neither they nor their low bits meet. New records would
+/// have to begin to go ahead twelve million times for the numbers to run out.
+const SIDE_DISTANCE: u64 = (1 << 40) + (1 << 32);
+
+/// Of what may be in flight, a backlog may take one such part while new records go ahead of it. Less than a lane may have, so
+/// that they find room even in a topic's lane.
+const BACKLOG_PART: u64 = 8;
+
+/// Where a record in flight was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// At the log's cursor.
+    Backlog,
+    /// Ahead of it.
+    Live,
+}
 
 /// One event: of a record in flight, or of the spill. Sorts in the order of its topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,12 +71,6 @@ pub(super) struct EventRef {
 }
 
 impl EventRef {
-    /// What goes through the Kafka client and comes back with the delivery report, for an event of the log.
-    pub(super) fn tag(self) -> usize {
-        debug_assert!(!self.is_spilled());
-        (((self.slot & ((1 << SLOT_BITS) - 1)) << INDEX_BITS) | u64::from(self.index)) as usize
-    }
-
     /// The event of the spill with that number in its lane.
     pub(super) fn spilled(number: u64) -> EventRef {
         EventRef { slot: number, index: 0 }
@@ -98,15 +116,24 @@ impl EventRef {
 
 /// The records in flight.
 pub(super) struct InFlight {
+    rows: [Row; 2],
+    /// Which row is the backlog's.
+    backlog: usize,
+    /// The other one is in use.
+    is_live: bool,
+    /// Charges of all records that the watermark has not passed, done or not.
+    span_bytes: u64,
+    /// Events that are in the spill, and of which the watermark has not passed the record.
+    spilled: u64,
+}
+
+/// The records of one side.
+struct Row {
     slots: VecDeque<Slot>,
     /// Number of the front slot; numbers count up and are never reused.
     front: u64,
     bytes: u64,
     events: u64,
-    /// Charges of all records that the watermark has not passed, done or not.
-    span_bytes: u64,
-    /// Events that are in the spill, and of which the watermark has not passed the record.
-    spilled: u64,
 }
 
 struct Slot {
@@ -157,22 +184,23 @@ pub(super) struct Passed {
 
 impl Default for InFlight {
     fn default() -> InFlight {
-        InFlight { slots: VecDeque::new(), front: FRONT, bytes: 0, events: 0, span_bytes: 0, spilled: 0 }
+        let row = || Row { slots: VecDeque::new(), front: FRONT, bytes: 0, events: 0 };
+        InFlight { rows: [row(), row()], backlog: 0, is_live: false, span_bytes: 0, spilled: 0 }
     }
 }
 
 impl InFlight {
     /// Takes in a record, with all its events open. [`InFlight::set_lanes`] must follow before the next call.
-    pub(super) fn push(&mut self, record: &Record) -> u64 {
-        let slot = self.front + self.slots.len() as u64;
+    pub(super) fn push(&mut self, side: Side, record: &Record) -> u64 {
+        let row = self.row_mut(side);
+        let slot = row.front + row.slots.len() as u64;
         let request = &record.batch.request;
         let events = request.event_count();
         let charge = request.as_bytes().len() as u64 + EVENT_OVERHEAD_BYTES * u64::from(events);
-        self.bytes += charge;
-        self.span_bytes += charge;
-        self.events += u64::from(events);
         let live = Live { sequence: record.sequence, batch: copy(&record.batch), lanes: Vec::new() };
-        self.slots.push_back(Slot {
+        row.bytes += charge;
+        row.events += u64::from(events);
+        row.slots.push_back(Slot {
             end: record.end,
             remaining: events,
             events,
@@ -184,14 +212,15 @@ impl InFlight {
             dropped: None,
             live: Some(Box::new(live)),
         });
+        self.span_bytes += charge;
         self.finish_if_done(slot, 0);
         slot
     }
 
-    /// Takes in a record of which everything was delivered by an earlier process.
+    /// Takes in a record of the backlog of which everything was delivered by an earlier process.
     pub(super) fn push_delivered(&mut self, record: &Record) {
         let request = &record.batch.request;
-        self.slots.push_back(Slot {
+        self.row_mut(Side::Backlog).slots.push_back(Slot {
             end: record.end,
             remaining: 0,
             events: request.event_count(),
@@ -205,14 +234,14 @@ impl InFlight {
         });
     }
 
-    /// Where the newest record ends.
+    /// Where the newest record of the backlog ends.
     pub(super) fn end(&self) -> Option<Position> {
-        self.slots.back().map(|slot| slot.end)
+        self.rows[self.backlog].slots.back().map(|slot| slot.end)
     }
 
     /// Takes in a record that is given up: nothing of it is open.
-    pub(super) fn push_dropped(&mut self, end: Position, dropped: Dropped) {
-        self.slots.push_back(Slot {
+    pub(super) fn push_dropped(&mut self, side: Side, end: Position, dropped: Dropped) {
+        self.row_mut(side).slots.push_back(Slot {
             end,
             remaining: 0,
             events: 0,
@@ -229,7 +258,7 @@ impl InFlight {
     /// The end of the oldest record with an open event that has a topic, and when it was received. Those without one are
     /// being parked.
     pub(super) fn oldest(&self) -> Option<(Position, u64)> {
-        let slot = self.slots.front()?;
+        let slot = self.in_order().find_map(|row| row.slots.front())?;
         let live = slot.live.as_ref()?;
         live.lanes.iter().any(Option::is_some).then_some((slot.end, live.batch.received_at_ms))
     }
@@ -246,10 +275,36 @@ impl InFlight {
         EventRef { slot, index: u32::try_from(index).expect("a request counts its events in 32 bits") }
     }
 
-    /// The event that [`EventRef::tag`] was made from. It must still be open.
+    /// What goes through the Kafka client and comes back with the delivery report, for an event of the log.
+    pub(super) fn tag(&self, event: EventRef) -> usize {
+        debug_assert!(!event.is_spilled());
+        let row = ROW * self.row_of(event.slot) as u64;
+        (row | ((event.slot & ((1 << SLOT_BITS) - 1)) << INDEX_BITS) | u64::from(event.index)) as usize
+    }
+
+    /// The event that [`InFlight::tag`] was made from. It must still be open.
     pub(super) fn by_tag(&self, tag: usize) -> EventRef {
-        let distance = (tag as u64 >> INDEX_BITS).wrapping_sub(self.front) & ((1 << SLOT_BITS) - 1);
-        EventRef { slot: self.front + distance, index: (tag & ((1 << INDEX_BITS) - 1)) as u32 }
+        let front = self.rows[usize::from(tag as u64 & ROW != 0)].front;
+        let distance = (tag as u64 >> INDEX_BITS).wrapping_sub(front) & ((1 << SLOT_BITS) - 1);
+        EventRef { slot: front + distance, index: (tag & ((1 << INDEX_BITS) - 1)) as u32 }
+    }
+
+    /// From now on new records are taken in ahead of those that are there, and of those still to come before them.
+    pub(super) fn begin_live(&mut self) {
+        let backlog = &self.rows[self.backlog];
+        let front = backlog.front + SIDE_DISTANCE;
+        let live = &mut self.rows[1 - self.backlog];
+        debug_assert!(live.slots.is_empty() && !self.is_live);
+        live.front = front;
+        self.is_live = true;
+    }
+
+    /// The backlog is done: what was ahead of it is the backlog now.
+    pub(super) fn join(&mut self) {
+        debug_assert!(self.rows[self.backlog].slots.is_empty());
+        if std::mem::take(&mut self.is_live) {
+            self.backlog = 1 - self.backlog;
+        }
     }
 
     /// The lane of an open event.
@@ -281,7 +336,7 @@ impl InFlight {
 
     /// The open events of the lanes that `wanted` names, in the order of the log.
     pub(super) fn open_events(&self, wanted: impl Fn(LaneId) -> bool) -> impl Iterator<Item = (LaneId, EventRef)> {
-        let numbered = self.slots.iter().zip(self.front..);
+        let numbered = self.in_order().flat_map(|row| row.slots.iter().zip(row.front..));
         let lanes = numbered.filter_map(|(slot, number)| Some((&slot.live.as_ref()?.lanes, number)));
         lanes.flat_map(move |(lanes, slot)| {
             let open =
@@ -290,13 +345,17 @@ impl InFlight {
         })
     }
 
-    /// Moves the watermark over the done records at the front. `delay` gets the milliseconds from received to
+    /// Moves the watermark of one side over the done records at its front. `delay` gets the milliseconds from received to
     /// delivered, once for each record that had an event delivered.
-    pub(super) fn advance(&mut self, mut delay: impl FnMut(u64)) -> Passed {
+    pub(super) fn advance(&mut self, side: Side, mut delay: impl FnMut(u64)) -> Passed {
         let mut passed = Passed::default();
-        while self.slots.front().is_some_and(|slot| slot.remaining == 0) {
-            let Some(slot) = self.slots.pop_front() else { break };
-            self.front += 1;
+        loop {
+            let row = self.row_mut(side);
+            if row.slots.front().is_none_or(|slot| slot.remaining > 0) {
+                break;
+            }
+            let Some(slot) = row.slots.pop_front() else { break };
+            row.front += 1;
             let counts = slot.parked.map_or([0; ParkReason::ALL.len()], |counts| *counts);
             let parked: u64 = counts.iter().sum();
             let delivered = u64::from(slot.events) - parked - u64::from(slot.spilled);
@@ -316,19 +375,32 @@ impl InFlight {
 
     /// Forgets everything that the watermark has not passed.
     pub(super) fn clear(&mut self) {
-        self.front += self.slots.len() as u64;
-        self.slots.clear();
-        (self.bytes, self.events, self.span_bytes, self.spilled) = (0, 0, 0, 0);
+        for row in &mut self.rows {
+            row.front += row.slots.len() as u64;
+            row.slots.clear();
+            (row.bytes, row.events) = (0, 0);
+        }
+        (self.span_bytes, self.spilled) = (0, 0);
     }
 
     /// Bytes charged now.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+        self.rows.iter().map(|row| row.bytes).sum()
+    }
+
+    /// Whether the backlog has its part of `bytes_max`, while new records go ahead.
+    pub(super) fn is_backlog_full(&self, bytes_max: u64) -> bool {
+        self.is_live && self.rows[self.backlog].bytes >= bytes_max / BACKLOG_PART
     }
 
     /// Open events.
     pub(super) fn events(&self) -> u64 {
-        self.events
+        self.rows.iter().map(|row| row.events).sum()
+    }
+
+    /// Those of the backlog.
+    pub(super) fn backlog_events(&self) -> u64 {
+        self.rows[self.backlog].events
     }
 
     /// Bytes charged for all records that the watermark has not passed.
@@ -343,11 +415,12 @@ impl InFlight {
 
     /// Records that the watermark has not passed.
     pub(super) fn records(&self) -> usize {
-        self.slots.len()
+        self.rows.iter().map(|row| row.slots.len()).sum()
     }
 
     fn close_one(&mut self, event: EventRef, now_ms: u64) {
-        self.events -= 1;
+        let row = self.row_of(event.slot);
+        self.rows[row].events -= 1;
         let slot = self.slot_mut(event.slot);
         slot.remaining -= 1;
         if let Some(live) = &mut slot.live {
@@ -359,24 +432,42 @@ impl InFlight {
         }
     }
 
-    fn finish_if_done(&mut self, slot: u64, delay_ms: u64) {
-        let slot = self.slot_mut(slot);
+    fn finish_if_done(&mut self, number: u64, delay_ms: u64) {
+        let slot = self.slot_mut(number);
         if slot.remaining == 0 {
             slot.live = None;
             slot.delay_ms = delay_ms;
-            let charge = slot.charge;
-            self.bytes -= charge;
+            let (charge, row) = (slot.charge, self.row_of(number));
+            self.rows[row].bytes -= charge;
         }
     }
 
+    fn row_mut(&mut self, side: Side) -> &mut Row {
+        &mut self.rows[if side == Side::Live { 1 - self.backlog } else { self.backlog }]
+    }
+
+    /// The index of the row that holds `slot`.
+    fn row_of(&self, slot: u64) -> usize {
+        let live = 1 - self.backlog;
+        if self.is_live && slot >= self.rows[live].front { live } else { self.backlog }
+    }
+
+    /// The rows, in the order of the log.
+    fn in_order(&self) -> impl Iterator<Item = &Row> {
+        [self.backlog, 1 - self.backlog].into_iter().map(|row| &self.rows[row])
+    }
+
     fn slot_mut(&mut self, slot: u64) -> &mut Slot {
-        let at = usize::try_from(slot - self.front).expect("slots fit in memory");
-        &mut self.slots[at]
+        let row = self.row_of(slot);
+        let row = &mut self.rows[row];
+        let at = usize::try_from(slot - row.front).expect("slots fit in memory");
+        &mut row.slots[at]
     }
 
     fn live(&self, slot: u64) -> &Live {
-        let at = usize::try_from(slot - self.front).expect("slots fit in memory");
-        self.slots[at].live.as_deref().expect("a record with an open event is live")
+        let row = &self.rows[self.row_of(slot)];
+        let at = usize::try_from(slot - row.front).expect("slots fit in memory");
+        row.slots[at].live.as_deref().expect("a record with an open event is live")
     }
 }
 
@@ -408,160 +499,5 @@ impl<'a> Walk<'a> {
         let event = events.nth(skip as usize).expect("a reference names an event of its record");
         self.at = Some((EventRef { index: wanted.index + 1, ..wanted }, events));
         (live, event)
-    }
-}
-
-#[cfg(test)]
-pub(super) mod tests {
-    use std::sync::OnceLock;
-
-    use super::*;
-    use crate::batch::Client;
-    use crate::proto;
-    use crate::wal::Wal;
-    use proptest::prelude::*;
-    use prost::Message;
-
-    /// Most records of a test.
-    const RECORDS: usize = 20;
-
-    /// Places in the order of a log. Only a log can make them.
-    fn positions() -> &'static [Position] {
-        static POSITIONS: OnceLock<Vec<Position>> = OnceLock::new();
-        POSITIONS.get_or_init(|| {
-            let directory = tempfile::tempdir().unwrap();
-            let config = crate::config::WalConfig {
-                directory: directory.path().into(),
-                segment_bytes: bytesize::ByteSize::mib(8),
-                free_bytes_min: bytesize::ByteSize::b(0),
-                ..Default::default()
-            };
-            let wal = Wal::open(&config, 1 << 20, crate::metrics::Metrics::new()).unwrap();
-            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-            for _ in 0..RECORDS {
-                runtime.block_on(wal.append(batch(&[])).unwrap()).unwrap();
-            }
-            let mut reader = wal.reader();
-            std::iter::from_fn(|| reader.next_record().unwrap()).map(|record| record.end).collect()
-        })
-    }
-
-    /// A batch received at 1000: one event for each payload size, its number for a type.
-    fn batch(sizes: &[usize]) -> Batch {
-        let event = |(at, size): (usize, &usize)| proto::Event {
-            r#type: at.to_string(),
-            event_bytes: vec![at as u8; *size].into(),
-        };
-        let events = sizes.iter().enumerate().map(event).collect();
-        let request = proto::SendEventRequest { events, ..Default::default() };
-        Batch {
-            received_at_ms: 1000,
-            client: Client { group: "g".into(), id: "i".into() },
-            request: Request::parse(request.encode_to_vec().into()).unwrap(),
-        }
-    }
-
-    /// A record for each list of payload sizes, as the log's reader returns them.
-    pub(in crate::forward) fn records(sizes: &[Vec<usize>]) -> Vec<Record> {
-        let record = |(at, sizes): (usize, &Vec<usize>)| Record {
-            sequence: Sequence(at as u64 + 1),
-            batch: batch(sizes),
-            end: positions()[at],
-        };
-        sizes.iter().enumerate().map(record).collect()
-    }
-
-    /// Takes `record` in.
-    pub(in crate::forward) fn open_events(in_flight: &mut InFlight, record: &Record) -> Vec<EventRef> {
-        let slot = in_flight.push(record);
-        let count = record.batch.request.event_count() as usize;
-        in_flight.set_lanes(slot, vec![None; count]);
-        (0..count).map(|index| InFlight::event_ref(slot, index)).collect()
-    }
-
-    #[test]
-    fn the_watermark_waits_for_the_oldest() {
-        let records = records(&[vec![1, 2], vec![3], vec![], vec![4]]);
-        let mut in_flight = InFlight::default();
-        let events: Vec<_> = records.iter().map(|record| open_events(&mut in_flight, record)).collect();
-        assert_eq!(in_flight.events(), 4);
-        in_flight.delivered(events[1][0], 1500);
-        in_flight.delivered(events[0][1], 1500);
-        assert_eq!(in_flight.advance(|_| unreachable!()).end, None);
-        in_flight.parked(events[0][0], ParkReason::TooLarge, 1, 1700);
-        let mut delays = Vec::new();
-        let passed = in_flight.advance(|delay| delays.push(delay));
-        assert_eq!(passed.end, Some(records[2].end));
-        assert_eq!((passed.delivered_events, passed.delivered_bytes), (2, 5));
-        assert_eq!(passed.parked[ParkReason::TooLarge as usize], 1);
-        assert_eq!(delays, [700, 500]);
-        assert_eq!((in_flight.events(), in_flight.records()), (1, 1));
-        in_flight.clear();
-        assert_eq!((in_flight.events(), in_flight.bytes(), in_flight.records()), (0, 0, 0));
-    }
-
-    #[test]
-    fn tags_survive_the_wrap_of_their_slot() {
-        let mut in_flight = InFlight { front: FRONT + (1 << SLOT_BITS) - 2, ..InFlight::default() };
-        let records = records(&[vec![1], vec![1, 1], vec![1], vec![1]]);
-        let events: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
-        for event in events {
-            assert_eq!(in_flight.by_tag(event.tag()), event);
-        }
-    }
-
-    proptest! {
-        /// Whatever the order of the reports, every record passes once, in order, and all is released.
-        #[test]
-        fn reports_in_any_order(
-            sizes in proptest::collection::vec(proptest::collection::vec(0usize..40, 0..5), 1..RECORDS),
-            shuffle in any::<u64>(),
-        ) {
-            let records = records(&sizes);
-            let mut in_flight = InFlight::default();
-            let mut open: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
-            let (total, mut passed_events, mut parked_events, mut bytes) = (open.len() as u64, 0, 0, 0);
-            let mut end = None;
-            let mut state = shuffle | 1;
-            while !open.is_empty() {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let event = open.swap_remove((state >> 33) as usize % open.len());
-                let payload = Walk::new(&in_flight).find(event).1.payload;
-                prop_assert_eq!(payload.len(), sizes[(event.slot - FRONT) as usize][event.index as usize]);
-                if state >> 62 == 0 {
-                    let length = payload.len() as u64;
-                    in_flight.parked(event, ParkReason::TooLarge, length, 2000);
-                } else {
-                    bytes += payload.len() as u64;
-                    in_flight.delivered(in_flight.by_tag(event.tag()), 2000);
-                }
-                let passed = in_flight.advance(|_| {});
-                passed_events += passed.delivered_events;
-                parked_events += passed.parked.iter().sum::<u64>();
-                bytes -= passed.delivered_bytes;
-                end = passed.end.or(end);
-                let oldest = open.iter().min().map_or(FRONT + records.len() as u64, |event| event.slot);
-                prop_assert!(in_flight.front <= oldest && (open.is_empty() || in_flight.front == oldest));
-                prop_assert_eq!(in_flight.events(), open.len() as u64);
-            }
-            in_flight.advance(|_| {});
-            prop_assert_eq!(passed_events + parked_events, total);
-            prop_assert_eq!((in_flight.bytes(), in_flight.records(), bytes), (0, 0, 0));
-            if total > 0 && !sizes.last().unwrap().is_empty() {
-                prop_assert_eq!(end, records.last().map(|record| record.end));
-            }
-        }
-
-        /// Found in order, in reverse, or twice: always the same event.
-        #[test]
-        fn a_walk_finds_each_event(picks in proptest::collection::vec(0usize..9, 1..40)) {
-            let records = records(&[vec![1, 2, 3], vec![4, 5], vec![6, 7, 8, 9]]);
-            let mut in_flight = InFlight::default();
-            let events: Vec<_> = records.iter().flat_map(|record| open_events(&mut in_flight, record)).collect();
-            let mut walk = Walk::new(&in_flight);
-            for pick in picks {
-                prop_assert_eq!(walk.find(events[pick]).1.payload.len(), pick + 1);
-            }
-        }
     }
 }
