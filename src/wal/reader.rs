@@ -106,20 +106,8 @@ impl Reader {
             if let Some(record) = self.next_in_chunk() {
                 return Ok(Some(record));
             }
-            match self.load_chunk() {
-                Ok(found) => {
-                    self.failures = 0;
-                    if !found {
-                        return Ok(None);
-                    }
-                }
-                Err(source) => {
-                    self.failures += 1;
-                    if self.failures >= FAILURES_MAX {
-                        (self.unreadable, self.open) = (Some(self.at.segment), None);
-                    }
-                    return Err(ReadError::Store { at: Sequence(self.at.totals.sequence), source });
-                }
+            if !self.try_chunk()? {
+                return Ok(None);
             }
         }
     }
@@ -130,7 +118,7 @@ impl Reader {
     /// [`ReadError`], as [`Reader::next_record`]
     pub fn next_received_at_ms(&mut self) -> Result<Option<u64>, ReadError> {
         if self.chunk.is_none() {
-            self.load_chunk().map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source })?;
+            self.try_chunk()?;
         }
         let next = self.chunk.as_ref().and_then(|chunk| split_record(&mut chunk.body.clone()).ok());
         Ok(next.map(|record| record.received_at_ms))
@@ -189,11 +177,26 @@ impl Reader {
         None
     }
 
+    /// As [`Reader::load_chunk`]. After too many failures the next call does without what cannot be read.
+    fn try_chunk(&mut self) -> Result<bool, ReadError> {
+        let found = self.load_chunk();
+        self.failures = if found.is_ok() { 0 } else { self.failures + 1 };
+        if self.failures >= FAILURES_MAX {
+            (self.unreadable, self.open) = (Some(self.at.segment), None);
+        }
+        found.map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source })
+    }
+
     /// Finds the chunk that holds the record at `self.at`. False: there is none yet.
     fn load_chunk(&mut self) -> Result<bool, StoreError> {
         loop {
             let (tail, next, active) = {
                 let log = self.shared.log();
+                // The cursor has gone on behind what another reader delivered: nobody keeps what is before it.
+                if !self.observer && !self.ahead && self.at.totals.sequence < log.cursor.totals.sequence {
+                    self.at = log.cursor;
+                    self.left.clear();
+                }
                 let stretch = log.ahead.as_ref().filter(|_| !self.ahead).map(|ahead| ahead.stretch);
                 self.limit = stretch.map(|stretch| stretch.from.totals);
                 // Whoever only looks goes on behind what was delivered ahead.
