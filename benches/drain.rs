@@ -5,6 +5,7 @@
 //! cargo bench --bench drain                                        # into the in-process mock
 //! RINGTAIL_BENCH_BROKERS=127.0.0.1:9092 cargo bench --bench drain  # into a real Kafka, which makes topics by itself
 //! RINGTAIL_BENCH_EVENTS=25000000 RINGTAIL_BENCH_DIRECTORY=/mnt/disk cargo bench --bench drain
+//! RINGTAIL_BENCH_IN_FLIGHT_MIB=64 cargo bench --bench drain        # another forward.in_flight_bytes_max
 //! ```
 //!
 //! All run in turn, several times, on the same broker: the ratios of one run can be compared, the figures of two runs cannot.
@@ -31,6 +32,8 @@ use ringtail::wal::{Commit, Wal};
 const ROUNDS: usize = 3;
 const EVENTS_PER_BATCH: u64 = 20;
 const CLIENTS: u64 = 100;
+/// Payloads that differ.
+const PAYLOADS: u64 = 4096;
 
 /// How big, and where.
 struct Bench {
@@ -40,6 +43,7 @@ struct Bench {
     payload_bytes: usize,
     directory: PathBuf,
     compression: &'static str,
+    in_flight_bytes_max: ByteSize,
 }
 
 fn main() {
@@ -58,6 +62,7 @@ fn main() {
             payload_bytes,
             directory: directory.clone(),
             compression,
+            in_flight_bytes_max: ByteSize::mib(number("RINGTAIL_BENCH_IN_FLIGHT_MIB", 16)),
         };
         bench.run();
     }
@@ -91,14 +96,15 @@ impl Bench {
         config.set("linger.ms", "5").set("partitioner", "murmur2_random").set("compression.type", self.compression);
         config.set("queue.buffering.max.messages", "0").set("queue.buffering.max.kbytes", "65536");
         let producer: BaseProducer = config.create().expect("make a producer");
-        let payload = self.payload(0);
+        let payloads: Vec<Vec<u8>> = (0..PAYLOADS).map(|number| self.payload(number)).collect();
         let keys: Vec<String> = (0..CLIENTS).map(client).collect();
         // The topic is made by its first record.
-        send(&producer, &keys[0], &payload);
+        send(&producer, &keys[0], &payloads[0]);
         producer.flush(Duration::from_secs(60)).expect("reach kafka");
         let began = Instant::now();
         for at in 0..self.events {
-            send(&producer, &keys[(at / EVENTS_PER_BATCH % CLIENTS) as usize], &payload);
+            let number = at / EVENTS_PER_BATCH;
+            send(&producer, &keys[(number % CLIENTS) as usize], &payloads[(number % PAYLOADS) as usize]);
         }
         producer.flush(Duration::from_secs(600)).expect("deliver");
         self.events as f64 / began.elapsed().as_secs_f64()
@@ -125,6 +131,7 @@ impl Bench {
             brokers: vec![self.brokers.clone()],
             topic: "bench-%s".into(),
             delivery,
+            in_flight_bytes_max: self.in_flight_bytes_max,
             kafka: [("compression.type".to_owned(), KafkaProperty::Text(self.compression.into()))].into(),
             ..ForwardConfig::default()
         };
@@ -146,7 +153,7 @@ impl Bench {
         };
         let mut commits = Vec::new();
         for number in 0..self.events / EVENTS_PER_BATCH {
-            let event = proto::Event { r#type: "drain".into(), event_bytes: self.payload(number).into() };
+            let event = proto::Event { r#type: "drain".into(), event_bytes: self.payload(number % PAYLOADS).into() };
             let request = proto::SendEventRequest {
                 req_guid: number.to_string(),
                 events: vec![event; EVENTS_PER_BATCH as usize],
