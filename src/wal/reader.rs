@@ -102,7 +102,7 @@ impl Reader {
                 Err(source) => {
                     self.failures += 1;
                     if self.failures >= FAILURES_MAX {
-                        (self.unreadable, self.open) = (Some(self.at.segment), None);
+                        (self.unreadable, self.open, self.failures) = (Some(self.at.segment), None, 0);
                     }
                     return Err(ReadError::Store { at: Sequence(self.at.totals.sequence), source });
                 }
