@@ -2,6 +2,8 @@
 //!
 //! Runs the binary under `strace`, which must be installed: part of the feature `real-kafka`, whose tools `.ci/run` installs.
 
+#[path = "support/chunks.rs"]
+mod chunks;
 #[path = "support/process.rs"]
 mod process;
 #[path = "support/trace.rs"]

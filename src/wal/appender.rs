@@ -268,7 +268,7 @@ impl Appender {
         let mut tail = self.tail;
         for chunk in chunks {
             let before = tail;
-            let unsynced = u16::try_from(before.sequence.saturating_sub(durable)).unwrap_or(u16::MAX);
+            let unsynced = u32::try_from(before.sequence - durable).expect("waiting batches are limited in bytes");
             self.body.clear();
             for waiting in chunk {
                 encode_record(&waiting.batch, &mut self.body);

@@ -182,7 +182,7 @@ impl Reader {
         let found = self.load_chunk();
         self.failures = if found.is_ok() { 0 } else { self.failures + 1 };
         if self.failures >= FAILURES_MAX {
-            (self.unreadable, self.open) = (Some(self.at.segment), None);
+            (self.unreadable, self.open, self.failures) = (Some(self.at.segment), None, 0);
         }
         found.map_err(|source| ReadError::Store { at: Sequence(self.at.totals.sequence), source })
     }

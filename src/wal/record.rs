@@ -5,16 +5,20 @@
 //! trusting sled, that bytes are right, that no record is missing, and otherwise how many events are.
 //!
 //! ```text
-//! chunk   magic u32 │ version u8 │ 0 u8 │ part u16 │ parts u16 │ unsynced u16 │ first sequence u64 │ records u32 │
-//!         body bytes u32 │ events before u64 │ bytes before u64 │ crc32c u32 │ body
+//! chunk   magic u32 │ version u8 │ 0 u8 │ part u16 │ parts u16 │ unsynced u32 │ first sequence u64 │ records u32 │
+//!         body bytes u32 │ events before u64 │ bytes before u64 │ mask u64 │ crc32c u32 │ body, masked
 //! record  length u32 │ received at ms u64 │ events u32 │ group bytes u16 │ id bytes u16 │ group │ id │ request
 //! ```
 //!
 //! Integers are little-endian. The checksum covers the header before it and the body. A batch larger than a slot may
 //! hold makes a chunk of several **parts**, in consecutive slots, each with the same header but for `part` and the length
 //! and checksum of its own piece of the body. The request is the client's `SendEventRequest`, as it came.
+//!
+//! A chunk is searched for by its magic (`search.rs`), also in what is left of a damaged one, and whoever sends a request could
+//! put a chunk into it. So every 8 bytes of the body are XORed with the mask, a random number that no client knows: nothing
+//! in a body looks like a chunk.
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::checksum::crc32c;
 use crate::batch::{Batch, Client, Request, Sequence};
@@ -24,9 +28,10 @@ pub(super) const MAGIC_BYTES: [u8; 4] = *b"RTC1";
 const MAGIC: u32 = u32::from_le_bytes(MAGIC_BYTES);
 const VERSION: u8 = 1;
 /// Bytes of a chunk's header.
-pub(super) const HEADER_BYTES: usize = 48;
+pub(super) const HEADER_BYTES: usize = 58;
+const CRC_BYTES: usize = 4;
 /// Where in a header the length of the body stands.
-const BODY_BYTES_AT: usize = 24;
+const BODY_BYTES_AT: usize = 26;
 /// Most bytes of a slot's value.
 pub(super) const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Bytes of a record before its group, id and request.
@@ -68,9 +73,8 @@ pub(super) struct ChunkHeader {
     pub part: u16,
     /// Parts of the chunk. At least 1.
     pub parts: u16,
-    /// How many records right before it were not durable yet when it was written: all others were. `u16::MAX`: that many or
-    /// more.
-    pub unsynced: u16,
+    /// How many records right before it were not durable yet when it was written: all others were.
+    pub unsynced: u32,
 }
 
 impl ChunkHeader {
@@ -79,10 +83,9 @@ impl ChunkHeader {
         self.before.sequence.saturating_add(u64::from(self.records))
     }
 
-    /// Every record before this sequence was durable when the chunk was written. None: that is not known.
-    pub fn durable_sequence(&self) -> Option<u64> {
-        let known = self.unsynced < u16::MAX;
-        known.then(|| self.before.sequence.saturating_sub(u64::from(self.unsynced)))
+    /// Every record before this sequence was durable when the chunk was written.
+    pub fn durable_sequence(&self) -> u64 {
+        self.before.sequence.saturating_sub(u64::from(self.unsynced))
     }
 }
 
@@ -183,48 +186,71 @@ pub(super) fn encode_chunk(header: &ChunkHeader, body: &[u8], value: &mut Vec<u8
     value.put_u8(0);
     value.put_u16_le(header.part);
     value.put_u16_le(header.parts);
-    value.put_u16_le(header.unsynced);
+    value.put_u32_le(header.unsynced);
     value.put_u64_le(header.before.sequence);
     value.put_u32_le(header.records);
     value.put_u32_le(u32::try_from(body.len()).expect("a slot's value is limited to 1 MiB"));
     value.put_u64_le(header.before.events);
     value.put_u64_le(header.before.bytes);
-    value.put_u32_le(crc32c(&[value, body]));
+    let mask = rand::random::<u64>().to_le_bytes();
+    value.put_slice(&mask);
+    value.put_u32_le(0);
     value.put_slice(body);
+    let (covered, masked) = value.split_at_mut(HEADER_BYTES);
+    let (covered, crc) = covered.split_at_mut(HEADER_BYTES - CRC_BYTES);
+    apply_mask(mask, masked);
+    crc.copy_from_slice(&crc32c(&[covered, masked]).to_le_bytes());
+}
+
+/// Masks a body, or takes the mask off again.
+fn apply_mask(mask: [u8; 8], body: &mut [u8]) {
+    let (pieces, rest) = body.as_chunks_mut();
+    for piece in pieces {
+        *piece = (u64::from_ne_bytes(*piece) ^ u64::from_ne_bytes(mask)).to_ne_bytes();
+    }
+    rest.iter_mut().zip(mask).for_each(|(byte, mask)| *byte ^= mask);
 }
 
 /// Bytes of the chunk that begins with `header`, as far as that can be believed.
 pub(super) fn chunk_bytes(header: &[u8]) -> Option<usize> {
     let body_bytes = header.get(BODY_BYTES_AT..)?.first_chunk()?;
-    Some(HEADER_BYTES + u32::from_le_bytes(*body_bytes) as usize)
+    Some(HEADER_BYTES + u32::from_le_bytes(*body_bytes) as usize).filter(|bytes| *bytes <= CHUNK_BYTES_MAX)
 }
 
 /// Checks a slot's value and splits it into header and body.
 pub(super) fn decode_chunk(mut value: Bytes) -> Result<(ChunkHeader, Bytes), ChunkError> {
-    if value.len() < HEADER_BYTES {
-        return Err(ChunkError::Short);
-    }
-    let covered = value.slice(..HEADER_BYTES - 4);
-    if value.get_u32_le() != MAGIC || value.get_u8() != VERSION {
+    let (header, mask) = decode_header(&value)?;
+    value.advance(HEADER_BYTES);
+    // Copied only if sled or somebody else holds it.
+    let mut body = BytesMut::from(value);
+    apply_mask(mask, &mut body);
+    Ok((header, body.freeze()))
+}
+
+/// Checks a slot's value. Gives its header and the mask of its body.
+pub(super) fn decode_header(value: &[u8]) -> Result<(ChunkHeader, [u8; 8]), ChunkError> {
+    let (mut header, body) = value.split_at_checked(HEADER_BYTES).ok_or(ChunkError::Short)?;
+    let covered = &header[..HEADER_BYTES - CRC_BYTES];
+    if header.get_u32_le() != MAGIC || header.get_u8() != VERSION {
         return Err(ChunkError::Unknown);
     }
-    value.advance(1);
-    let (part, parts, unsynced) = (value.get_u16_le(), value.get_u16_le(), value.get_u16_le());
-    let sequence = value.get_u64_le();
-    let records = value.get_u32_le();
-    let body_bytes = value.get_u32_le() as usize;
-    let (events, bytes) = (value.get_u64_le(), value.get_u64_le());
-    let expected = value.get_u32_le();
-    if value.len() != body_bytes {
+    header.advance(1);
+    let (part, parts, unsynced) = (header.get_u16_le(), header.get_u16_le(), header.get_u32_le());
+    let sequence = header.get_u64_le();
+    let records = header.get_u32_le();
+    let body_bytes = header.get_u32_le() as usize;
+    let (events, bytes) = (header.get_u64_le(), header.get_u64_le());
+    let mask = header.get_u64_le().to_le_bytes();
+    if body.len() != body_bytes {
         return Err(ChunkError::Short);
     }
-    if crc32c(&[&covered, &value]) != expected {
+    if crc32c(&[covered, body]) != header.get_u32_le() {
         return Err(ChunkError::Checksum);
     }
     if part >= parts || records == 0 {
         return Err(ChunkError::Malformed);
     }
-    Ok((ChunkHeader { before: Totals { sequence, events, bytes }, records, part, parts, unsynced }, value))
+    Ok((ChunkHeader { before: Totals { sequence, events, bytes }, records, part, parts, unsynced }, mask))
 }
 
 #[cfg(test)]

@@ -108,6 +108,7 @@ fn find_tail(
     mode: Mode,
     saved_tail: Option<u64>,
 ) -> Result<Totals, StoreError> {
+    let (mut tail, mut damaged) = (Totals::ZERO, Vec::new());
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
         if mode == Mode::Repair {
             pool.store().settle(id)?;
@@ -124,13 +125,10 @@ fn find_tail(
         match content {
             Content::Records(totals) => {
                 segments.get_mut(&id).expect("it is the last").end = Some(totals);
-                return Ok(totals);
+                tail = totals;
+                break;
             }
-            Content::Damaged if mode == Mode::Repair => {
-                pool.close_unused();
-                pool.store().quarantine(id)?;
-                tracing::error!(segment = id, "segment holds no readable record, set aside");
-            }
+            Content::Damaged if mode == Mode::Repair => damaged.push(id),
             // A first batch that was cut short was never acked.
             Content::Torn if mode == Mode::Repair => {
                 pool.close_unused();
@@ -145,7 +143,20 @@ fn find_tail(
         }
         segments.remove(&id);
     }
-    Ok(Totals::ZERO)
+    pool.close_unused();
+    if let [id] = damaged[..]
+        && saved_tail.is_some_and(|saved_tail| saved_tail <= tail.sequence)
+    {
+        // All that is known to have been durable stands before it.
+        tracing::info!(segment = id, "unfinished chunk, never acked: the segment goes");
+        pool.store().remove(id)?;
+        return Ok(tail);
+    }
+    for id in damaged {
+        pool.store().quarantine(id)?;
+        tracing::error!(segment = id, "segment holds no readable record, set aside");
+    }
+    Ok(tail)
 }
 
 /// The end of a segment that the disk does not read as a whole. The sequences of all that may stand in the rest are passed over:

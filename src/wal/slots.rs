@@ -115,7 +115,7 @@ pub(super) fn unfinished_from(file: &dyn SegmentFile, durable_sequence: u64) -> 
                 slot += 1;
             }
             Slot::Chunk { header, next_slot, .. } => {
-                durable = durable.max(header.durable_sequence().unwrap_or(0));
+                durable = durable.max(header.durable_sequence());
                 chunks.push((slot, Some(header)));
                 slot = next_slot;
             }
@@ -123,13 +123,10 @@ pub(super) fn unfinished_from(file: &dyn SegmentFile, durable_sequence: u64) -> 
     }
     let mut end = None;
     for (slot, chunk) in chunks {
-        let follows = chunk.is_some_and(|header| {
-            // A segment begins behind records that are durable.
-            let end = end.or(header.durable_sequence()).unwrap_or(header.before.sequence);
-            header.before.sequence <= end
-        });
-        let end_before = end.or(chunk.and_then(|header| header.durable_sequence()));
-        if !follows && end_before.is_some_and(|end| end >= durable) {
+        // A segment begins behind records that are durable.
+        let before = end.or(chunk.map(|header| header.durable_sequence()));
+        let follows = chunk.is_some_and(|header| before.is_some_and(|before| header.before.sequence <= before));
+        if !follows && before.is_some_and(|before| before >= durable) {
             return Ok(Some(slot));
         }
         end = chunk.map(|header| header.end_sequence()).or(end);

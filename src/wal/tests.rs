@@ -575,3 +575,28 @@ fn what_sled_would_take_for_an_empty_log_is_read() {
     assert_eq!((wal.status().quarantined_segments, wal.status().lost_batches), (0, 0));
     wal.close();
 }
+
+#[test]
+fn a_first_chunk_that_the_power_tore_is_no_damage() {
+    let torn = || *b"RTC1 and no more";
+    for (begun, saved) in [(false, false), (true, false), (true, true)] {
+        let store = MemoryStore::default();
+        let wal = open_memory(&store);
+        if begun {
+            wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+        }
+        wal.close();
+        let wal = open_memory(&store);
+        store.set_faults(Faults { put_fails: !saved, ..Faults::default() });
+        let sequence = wait(wal.append(batch(2, 10)).unwrap()).unwrap();
+        let segment = wal.shared.log().active.unwrap().0;
+        wal.close();
+        store.set_faults(Faults::default());
+        store.damage(segment, 0, |value| *value = torn().into());
+        let wal = open_memory(&store);
+        // What was saved as durable is damaged; what was not was never acked, as far as anybody knows.
+        assert_eq!(store.quarantined().unwrap().len(), usize::from(saved), "begun: {begun}");
+        assert_eq!(wait(wal.append(batch(3, 10)).unwrap()), Ok(sequence + u64::from(saved)));
+        wal.close();
+    }
+}

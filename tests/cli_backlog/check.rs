@@ -2,6 +2,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
+use crate::chunks::unmasked;
 use crate::log::{LARGE, Log, assert_code, batch, text};
 
 /// Three segments of 136 batches each, or a little less, and one that is begun.
@@ -15,7 +16,7 @@ fn field(report: &Value, list: &str, field: &str) -> Vec<Value> {
 
 /// The segment and slot of batch `number`, one chunk and slot each.
 fn first_of(log: &Log, segment: u64) -> u64 {
-    let bytes = fs::read(log.segment(segment).join("db")).unwrap();
+    let bytes = unmasked(&fs::read(log.segment(segment).join("db")).unwrap());
     let at = memchr::memmem::find(&bytes, b"the batch number ").unwrap();
     text(&bytes[at + 17..at + 23]).parse().unwrap()
 }

@@ -16,6 +16,7 @@ use ringtail::wal::Wal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::chunks::unmasked;
 use super::parked::about;
 
 /// Bytes of a payload of which 136 fill a segment.
@@ -207,8 +208,8 @@ impl Log {
 
 /// Where the name of batch `number` stands: in its chunk, and nowhere else.
 fn position(bytes: &[u8], number: u64) -> usize {
-    let name = name(number);
-    let mut found = memmem::find_iter(bytes, &name);
+    let (bytes, name) = (unmasked(bytes), name(number));
+    let mut found = memmem::find_iter(&bytes, &name);
     let at = found.next().expect("the batch is in the segment");
     assert!(found.next().is_none(), "{name} is there twice");
     at

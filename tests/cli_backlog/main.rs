@@ -1,6 +1,8 @@
 //! `ringtail backlog` on logs that were built with the library and damaged on purpose, and on a running service.
 
 mod check;
+#[path = "../support/chunks.rs"]
+mod chunks;
 mod drain;
 mod export;
 mod import;

@@ -10,6 +10,8 @@
 //!
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the machine), `RINGTAIL_KILLS` sets their number.
 
+#[path = "../support/chunks.rs"]
+mod chunks;
 mod destination;
 #[path = "../support/environment.rs"]
 mod environment;
@@ -39,6 +41,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use ringtail::kill_point;
 
+use chunks::unmasked;
 use destination::Destination;
 use environment::number_from_environment;
 use http::{get, wait_until};
@@ -316,7 +319,7 @@ fn flip_bit_in(segments: &Path, needle: &[u8]) -> Vec<OsString> {
         let mut file = std::fs::File::options().read(true).write(true).open(db).unwrap();
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).unwrap();
-        let found: Vec<usize> = memchr::memmem::find_iter(&bytes, needle).collect();
+        let found: Vec<usize> = memchr::memmem::find_iter(&unmasked(&bytes), needle).collect();
         for at in &found {
             file.seek(SeekFrom::Start(*at as u64)).unwrap();
             file.write_all(&[bytes[*at] ^ 1]).unwrap();

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use super::chunks;
+
 /// A finished system call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
@@ -95,7 +97,10 @@ pub fn check(calls: &[Call], req_guid: &str) -> Result<Proof, Flaw> {
     let ack = ack.filter(|call| contains(&call.data, req_guid)).min_by_key(|call| call.began);
     let ack = ack.ok_or_else(|| missing("ack"))?;
     let write = calls.iter().filter(succeeded).find(|call| {
-        call.name == "pwrite64" && call.is_on_segment() && call.began > read.ended && contains(&call.data, req_guid)
+        call.name == "pwrite64"
+            && call.is_on_segment()
+            && call.began > read.ended
+            && contains(&chunks::unmasked(&call.data), req_guid)
     });
     let write = write.ok_or_else(|| missing("write of the batch to a segment"))?;
     let sync = calls.iter().find(|call| {

@@ -105,7 +105,8 @@ pub trait Store: Send + Sync {
     fn settle(&self, id: u64) -> Result<(), StoreError>;
     /// Opens a segment that takes no more records. Changes nothing in it.
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
-    /// The same, for what can be read of a segment that the disk does not read as a whole; and how many bytes are not.
+    /// The same, for what can be read of a segment that the disk does not read as a whole; and how many bytes are not. Fails
+    /// if that is all of them: then the disk is gone, perhaps for a moment.
     fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError>;
     /// Takes away what the slots from `from` on hold, of a segment that is not open: nobody got an ack for it. Durable when
     /// this returns.

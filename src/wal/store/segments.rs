@@ -139,9 +139,16 @@ impl Store for SledStore {
     }
 
     fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError> {
-        let segment = ClosedSegment::open(&self.file(id), Unreadable::Zeroes)?;
+        let path = self.file(id);
+        let segment = ClosedSegment::open(&path, Unreadable::Zeroes)?;
         let unread_bytes = segment.unread_bytes();
-        Ok((Arc::new(segment), unread_bytes))
+        let bytes = fs::metadata(path).map_err(StoreError::io("measure segment"))?.len();
+        // The disk may be back by now.
+        match self.open(id) {
+            Ok(segment) => Ok((segment, 0)),
+            Err(error) if unread_bytes >= bytes => Err(error),
+            Err(_) => Ok((Arc::new(segment), unread_bytes)),
+        }
     }
 
     fn cut(&self, id: u64, from: u32) -> Result<(), StoreError> {
