@@ -325,6 +325,7 @@ impl History {
         }
         let losses = wal.losses();
         assert!(losses.is_empty(), "{}: a power cut is no damage: {losses:?}", self.name);
+        assert_eq!(wal.status().quarantined_segments, 0, "{}: a power cut is no damage", self.name);
         for number in self.acked.values().chain(&self.retried) {
             let retried = stored(&wal, self.batches[number].clone());
             assert_eq!(retried, Stored::Before, "{}: a retry of {number} was stored again", self.name);

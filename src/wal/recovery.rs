@@ -96,6 +96,11 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     log.pass_ahead();
     log.leave_delivered_segments();
     note_oldest(pool, &mut log)?;
+    if mode == Mode::Repair && saved.is_none() {
+        // From now on a log without a cursor is one that has lost it. Should this fail, the keeper saves it.
+        let begun = cursor::save(meta, log.cursor, log.tail);
+        begun.unwrap_or_else(|error| tracing::warn!(%error, "the cursor cannot be saved yet"));
+    }
     kill_point::pass("recover.end");
     Ok(log)
 }
@@ -173,8 +178,8 @@ fn totals_of_readable(pool: &Pool, id: u64, error: StoreError) -> Result<Content
     Ok(Content::Records(Totals { sequence, ..totals }))
 }
 
-/// Takes away what the last process, or the power, left unfinished in the newest segment. Without a saved tail nothing says
-/// what is unfinished and what is damaged: everything stays.
+/// Takes away what the last process, or the power, left unfinished in the newest segment. Without a saved tail, which is
+/// lost then, nothing says what is unfinished and what is damaged: everything stays.
 fn cut_unfinished(pool: &Pool, id: u64, saved_tail: Option<u64>) -> Result<(), StoreError> {
     let Some(saved_tail) = saved_tail else { return Ok(()) };
     let Ok(file) = pool.get(id) else { return Ok(()) };
