@@ -893,6 +893,45 @@ fn outside_its_windows_nothing_is_forwarded() {
     setup.wait_for_empty_log(&forwarder);
 }
 
+/// A segment that the disk does not read, until this is dropped.
+struct BrokenSegment(std::path::PathBuf);
+
+impl BrokenSegment {
+    fn new(setup: &Setup, id: u64) -> BrokenSegment {
+        let path = setup._directory.path().join(format!("wal/{id:012}/db"));
+        std::fs::rename(&path, path.with_extension("whole")).unwrap();
+        // Too many symbolic links: no damage, and not missing.
+        std::os::unix::fs::symlink("db", &path).unwrap();
+        BrokenSegment(path)
+    }
+}
+
+impl Drop for BrokenSegment {
+    fn drop(&mut self) {
+        std::fs::rename(self.0.with_extension("whole"), &self.0).unwrap();
+    }
+}
+
+#[test]
+fn a_log_that_cannot_be_read_outside_its_windows_is_reported_and_retried_with_patience() {
+    let setup = Setup::new();
+    setup.topic("click", 1);
+    for at in 0..150 {
+        setup.send("a", &[("click", [number(at), vec![7; 100_000]].concat())]);
+    }
+    let mut setup = setup.restarted();
+    setup.config.pace.windows = vec![live_first::closed_window()];
+    let broken = BrokenSegment::new(&setup, 1);
+    let forwarder = setup.start();
+    wait_until("it is reported", || forwarder.status().last_error.is_some());
+    drop(broken);
+    setup.config.pace.windows.clear();
+    forwarder.reload(&setup.config);
+    setup.wait_for_empty_log(&forwarder);
+    assert_eq!(setup.metric("ringtail_forward_delivered_events_total"), 150);
+    forwarder.stop(DEADLINE);
+}
+
 #[test]
 fn what_is_spilled_is_part_of_an_export() {
     let mut setup = Setup::new();

@@ -1,7 +1,8 @@
 //! `[forward.pace]`: how fast, and at what times of day, events go out.
 //!
 //! A budget for each limit fills with time, up to what one second gives; whatever is sent takes from it, also more than there
-//! is, and nothing is sent while one is empty. So a record is never cut, and the limit holds on average.
+//! is, and nothing is sent while one is empty. So a record is never cut, and the limit holds on average. What does not wait
+//! (`forward.live_first`) takes from it too, down to what one second gives below nothing: what waits goes on soon after it.
 
 use std::time::{Duration, Instant};
 
@@ -68,10 +69,10 @@ impl Pace {
         [closed, self.events.due(), self.bytes.due()].into_iter().flatten().max()
     }
 
-    /// So much was sent.
-    pub(super) fn spent(&mut self, events: u64, bytes: u64) {
-        self.events.spend(events);
-        self.bytes.spend(bytes);
+    /// So much was sent; `in_time`: when [`Pace::may_send`] let it.
+    pub(super) fn spent(&mut self, events: u64, bytes: u64, in_time: bool) {
+        self.events.spend(events, in_time);
+        self.bytes.spend(bytes, in_time);
     }
 }
 
@@ -95,10 +96,10 @@ impl Budget {
         self.filled_at = now;
     }
 
-    fn spend(&mut self, amount: u64) {
-        if self.per_second.is_some() {
-            self.left -= amount as f64;
-        }
+    fn spend(&mut self, amount: u64, in_time: bool) {
+        let Some(per_second) = self.per_second else { return };
+        let least = if in_time { f64::NEG_INFINITY } else { self.left.min(-per_second) };
+        self.left = (self.left - amount as f64).max(least);
     }
 
     fn left(&self) -> bool {
@@ -130,7 +131,7 @@ mod tests {
         while now < start + Duration::from_secs(60) {
             pace.tick(now);
             while pace.may_send() {
-                pace.spent(10, 3_000);
+                pace.spent(10, 3_000, true);
                 sent += 3_000;
             }
             let due = pace.due(now).expect("the budget is used up");
@@ -145,8 +146,27 @@ mod tests {
     fn without_limits_nothing_is_held_back() {
         let now = Instant::now();
         let mut pace = Pace::new(&PaceConfig::default(), false, now);
-        pace.spent(1 << 40, 1 << 50);
+        pace.spent(1 << 40, 1 << 50, true);
         pace.tick(now);
         assert!(pace.may_send() && pace.due(now).is_none());
+    }
+    #[test]
+    fn what_does_not_wait_leaves_no_debt_for_what_does() {
+        let start = Instant::now();
+        let config =
+            PaceConfig { events_per_second_max: 10, bytes_per_second_max: ByteSize::b(1000), windows: Vec::new() };
+        let mut pace = Pace::new(&config, true, start);
+        let mut now = start;
+        // An hour of ten times as much.
+        for _ in 0..3600 {
+            now += Duration::from_secs(1);
+            pace.tick(now);
+            for _ in 0..10 {
+                let in_time = pace.may_send();
+                pace.spent(10, 1000, in_time);
+            }
+        }
+        let due = pace.due(now).expect("the budget is used up");
+        assert!(due <= now + Duration::from_secs(2), "{:?}", due - now);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::ahead::{self, Ahead, Received};
+use super::ahead::{self, Ahead, Received, Stretch};
 use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
 use super::log::{Log, Pool, Position, Segment};
@@ -34,11 +34,11 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         kill_point::pass("recover.unfinished_removed");
     }
     let ids = store.segments()?;
-    // Not one that was used before, even if it is gone: the cursor may still point into it.
+    // Not one that was used before, even if it is gone: the cursor, or what was delivered ahead of it, may still point into it.
     let used = ids.last().copied().max(store.quarantined()?.last().copied());
     let next_segment = used.map_or(1, |last| last + 1);
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
-    let ahead_to = stretch.map_or(Totals::ZERO, |stretch| stretch.to.totals);
+    let (ahead_segment, ahead_to) = stretch.map_or((0, Totals::ZERO), |Stretch { to, .. }| (to.segment, to.totals));
     let durable = saved.map(|(_, tail)| tail.sequence.max(ahead_to.sequence));
     let found_tail = find_tail(pool, &mut segments, mode, durable)?;
     kill_point::pass("recover.tail_found");
@@ -76,7 +76,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         segments,
         active: None,
         spares: VecDeque::new(),
-        next_segment: next_segment.max(cursor.segment + 1),
+        next_segment: next_segment.max(cursor.segment + 1).max(ahead_segment + 1),
         tail,
         cursor,
         saved_cursor: cursor,

@@ -6,7 +6,7 @@ use super::*;
 const OLD_MS: u64 = 60_000;
 
 /// A time window of `forward.pace` that is closed for hours.
-fn closed_window() -> ringtail::config::TimeWindow {
+pub(super) fn closed_window() -> ringtail::config::TimeWindow {
     let now = jiff::Zoned::now().time();
     let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
     format!("{}-{}", hours(2), hours(3)).parse().unwrap()
@@ -56,7 +56,7 @@ impl Setup {
         numbers
     }
 
-    fn restarted(self) -> Setup {
+    pub(super) fn restarted(self) -> Setup {
         self.wal.close();
         let Setup { cluster, config, wal, _directory, .. } = self;
         let wal_config = wal.config().clone();
@@ -353,6 +353,66 @@ fn a_full_log_drops_its_backlog_and_not_what_is_new() {
     setup.wait_for_empty_log(&forwarder);
     assert_eq!(setup.delivered() + setup.metric("ringtail_forward_dropped_events_total"), 1200);
     assert!(setup.delivered() >= 1000, "{} of 1000 new events", setup.delivered());
+}
+
+#[test]
+fn a_full_log_drops_its_backlog_also_when_new_events_take_all_the_room() {
+    let mut setup = Setup::with_log(|wal| {
+        (wal.bytes_max, wal.when_full) = (ByteSize::mib(48), WhenFull::DropOldest);
+    });
+    setup.config.live_first = true;
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.config.pace.windows = vec![closed_window()];
+    setup.topic("click", 4);
+    let send = |received_at_ms, numbers: std::ops::Range<u64>| {
+        for at in numbers {
+            setup.send_received_at(received_at_ms, "a", &[("click", [number(at), vec![7; 100_000]].concat())]);
+        }
+    };
+    send(now_ms() - OLD_MS, 0..200);
+    let forwarder = setup.start();
+    wait_for_live(&forwarder);
+    setup.cluster.broker_down(1).unwrap();
+    wait_until("the broker is missed", || !forwarder.status().connected);
+    send(now_ms(), 200..220);
+    // One topic may have a quarter.
+    wait_until("there is no more room", || forwarder.status().in_flight_bytes >= 1 << 18);
+    // Twice what fits. No commit is refused, `send` checks that.
+    send(now_ms(), 220..1000);
+    setup.cluster.broker_up(1).unwrap();
+    setup.config.pace.windows.clear();
+    forwarder.reload(&setup.config);
+    setup.wait_for_empty_log(&forwarder);
+    assert_eq!(setup.delivered() + setup.metric("ringtail_forward_dropped_events_total"), 1000);
+    forwarder.stop(DEADLINE);
+}
+
+#[test]
+fn a_backlog_that_cannot_be_read_does_not_hold_up_what_is_new() {
+    let mut setup = Setup::new();
+    setup.config.live_first = true;
+    setup.config.pace.windows = vec![closed_window()];
+    setup.topic("click", 4);
+    for at in 0..200 {
+        setup.send_received_at(now_ms() - OLD_MS, "a", &[("click", [number(at), vec![7; 100_000]].concat())]);
+    }
+    let mut setup = setup.restarted();
+    let (retry_delay_min, retry_delay_max) = (setup.config.retry_delay_min, setup.config.retry_delay_max);
+    (setup.config.retry_delay_min, setup.config.retry_delay_max) = (DEADLINE * 4, DEADLINE * 4);
+    let forwarder = setup.start();
+    wait_for_live(&forwarder);
+    let broken = BrokenSegment::new(&setup, 2);
+    setup.open_window(&forwarder);
+    wait_until("it cannot be read", || forwarder.status().last_error.is_some());
+    setup.send_all("click", now_ms(), 200..210);
+    wait_until("the new events are delivered", || setup.wal.status().delivered_ahead.is_some_and(|it| it.events == 10));
+    forwarder.stop(DEADLINE);
+    drop((forwarder, broken));
+    (setup.config.retry_delay_min, setup.config.retry_delay_max) = (retry_delay_min, retry_delay_max);
+    let forwarder = setup.start();
+    setup.wait_for_empty_log(&forwarder);
+    assert_eq!(setup.delivered(), 210);
+    forwarder.stop(DEADLINE);
 }
 
 #[test]

@@ -60,6 +60,7 @@ impl Replay {
         let producer = if by_side { side } else { self.producer.as_ref() };
         let mut walk = Walk::new(&self.in_flight);
         let (mut sent, mut refusal, mut bytes, mut is_over) = (Vec::new(), None, 0, false);
+        let in_time = self.pace.may_send();
         for event in round {
             let Some(producer) = producer.filter(|_| !is_over) else {
                 self.lanes.hold(lane, event);
@@ -92,7 +93,7 @@ impl Replay {
                 Ok(()) => {
                     self.lanes.sent(lane, event, charge(payload_bytes), now);
                     sent.push((event, charge(payload_bytes)));
-                    self.pace.spent(1, payload_bytes as u64);
+                    self.pace.spent(1, payload_bytes as u64, in_time);
                     bytes += charge(payload_bytes);
                     is_over = bytes >= ROUND_BYTES_MAX;
                 }

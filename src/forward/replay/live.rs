@@ -17,7 +17,7 @@ use super::super::backoff::Every;
 use super::super::in_flight::{Passed, Side};
 use super::Replay;
 use crate::batch::now_ms;
-use crate::wal::{Reader, Wal};
+use crate::wal::{ReadError, Reader, Wal};
 
 /// Records received longer ago are a backlog.
 const BACKLOG_AGE_MIN: Duration = Duration::from_secs(5);
@@ -97,8 +97,8 @@ impl Replay {
     }
 
     /// Whether `forward.pace` lets the next record of a side go.
-    pub(super) fn is_time_for(&mut self, side: Side, now_ms: u64) -> bool {
-        side == Side::Live || self.pace.may_send() || self.does_next_not_wait(now_ms)
+    pub(super) fn is_time_for(&mut self, side: Side, now_ms: u64) -> Result<bool, ReadError> {
+        Ok(side == Side::Live || self.pace.may_send() || self.does_next_not_wait(now_ms)?)
     }
 
     /// Whether held topics may go on: what is new does not wait.
@@ -106,16 +106,26 @@ impl Replay {
         self.pace.may_send() || self.live_first.is_on
     }
 
-    /// Whether the next record is given up, or is no backlog and need not be one. What cannot be read waits.
-    fn does_next_not_wait(&mut self, now_ms: u64) -> bool {
-        let Ok(Some(received_at_ms)) = self.reader.next_received_at_ms() else { return false };
+    /// Whether the next record is given up, or is no backlog and need not be one.
+    fn does_next_not_wait(&mut self, now_ms: u64) -> Result<bool, ReadError> {
+        if let Some(record) = &self.held_back {
+            return Ok(self.wal.is_given_up(record.end));
+        }
+        let Some(received_at_ms) = self.reader.next_received_at_ms()? else { return Ok(false) };
         let is_new = self.live_first.is_on && !self.is_live() && !is_backlog(received_at_ms, now_ms);
-        is_new || self.reader.is_given_up()
+        Ok(is_new || self.reader.is_given_up())
+    }
+
+    /// Whether the next record of the backlog is given up.
+    pub(super) fn is_next_given_up(&mut self) -> Result<bool, ReadError> {
+        Ok(self.reader.next_received_at_ms()?.is_some() && self.reader.is_given_up())
     }
 
     /// Lets new records go ahead, if there has been a backlog for long enough.
     pub(super) fn begin_live(&mut self, now: Instant) {
-        if !self.live_first.is_on || self.is_live() || !self.live_first.look.is_due(now) {
+        // A failed attempt to read counts: there are no more of them than the backoff lets.
+        let is_failing = self.reading[Side::Backlog as usize].is_failing();
+        if !self.live_first.is_on || self.is_live() || is_failing || !self.live_first.look.is_due(now) {
             return;
         }
         let next = self.reader.next_received_at_ms();
@@ -155,6 +165,7 @@ impl Replay {
         reader.join();
         self.reader = reader;
         self.in_flight.join();
+        self.reading.swap(Side::Backlog as usize, Side::Live as usize);
         self.shared.status().live_first = false;
         let LiveFirst { began, backlog_events, live_events, .. } = self.live_first;
         let seconds = now.saturating_duration_since(began).as_secs_f64();

@@ -127,7 +127,8 @@ pub(super) struct Replay {
     exactly_once: Option<ExactlyOnce>,
     failures: Failures,
 
-    reading: Retry,
+    /// Of each side.
+    reading: [Retry; 2],
     rebuilding: Retry,
     broken: LogLimit,
     /// How long the next poll may wait.
@@ -201,7 +202,7 @@ impl Replay {
             crowded_since: None,
             exactly_once,
             failures: Failures::default(),
-            reading: Retry::new(backoff.clone()),
+            reading: [Retry::new(backoff.clone()), Retry::new(backoff.clone())],
             rebuilding: Retry::new(backoff),
             broken: LogLimit::new(LOG_INTERVAL),
             poll_wait: Duration::ZERO,
@@ -571,14 +572,16 @@ impl Replay {
             round_due,
             self.transaction_due(now),
             self.parking.due(now),
-            self.reading.due(now),
+            self.reading[Side::Backlog as usize].due(now),
+            self.reading[Side::Live as usize].due(now),
             self.rebuilding.due(now),
             self.spilling.due(now),
             self.pace.due(now),
         ];
         let due = dues.into_iter().flatten().min().map(|due| due.saturating_duration_since(now));
         let wait = due.unwrap_or(TURN_MAX).clamp(POLL_MIN, TURN_MAX);
-        let can_read = self.producer.is_some() && self.reading.due(now).is_none() && self.has_room();
+        let newest = if self.is_live() { Side::Live } else { Side::Backlog };
+        let can_read = self.producer.is_some() && self.reading[newest as usize].due(now).is_none() && self.has_room();
         let can_read = can_read && !self.renewal.is_draining() && self.may_read(now);
         let can_read = can_read && self.spilling.is_settled() && (self.is_live() || self.pace.may_send());
         if can_read

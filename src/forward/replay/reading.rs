@@ -36,42 +36,38 @@ impl Replay {
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.
     pub(super) fn read_on(&mut self, now: Instant, worked: &mut bool) -> bool {
         let idle = if self.forwards { self.producer.is_none() } else { !self.has_discarded() };
-        if idle
-            || self.renewal.is_draining()
-            || !self.may_read(now)
-            || !self.spilling.is_settled()
-            || self.reading.due(now).is_some()
-        {
+        if idle || self.renewal.is_draining() || !self.may_read(now) || !self.spilling.is_settled() {
             return false;
         }
         self.begin_live(now);
         let mut more = false;
         for side in self.live_first.turn() {
-            // One that fails does not end the failure of the other.
-            more |= self.reading.due(now).is_none() && self.read(*side, now, worked);
+            more |= self.reading[*side as usize].due(now).is_none() && self.read(*side, now, worked);
         }
         more
     }
 
     fn read(&mut self, side: Side, now: Instant, worked: &mut bool) -> bool {
         let (mut bytes, now_ms) = (0, now_ms());
-        while bytes < READ_BYTES && self.has_room_for(side) && self.is_time_for(side, now_ms) && self.may_read(now) {
-            let next = match self.next_record(side) {
+        while bytes < READ_BYTES && self.may_read(now) {
+            let next = match self.next_in_turn(side, now_ms) {
                 Ok(next) => next,
                 Err(error) => {
-                    if !self.reading.is_failing() {
+                    let reading = &mut self.reading[side as usize];
+                    if !reading.is_failing() {
                         error!(error = &error as &dyn std::error::Error, "the log cannot be read on, retrying");
                     }
                     self.shared.set_last_error(error.to_string(), None);
-                    self.reading.failed(now, &mut self.rng);
+                    reading.failed(now, &mut self.rng);
                     break;
                 }
             };
-            if self.reading.is_failing() {
+            // Without room nothing may have been tried.
+            if self.reading[side as usize].is_failing() && (next.is_some() || self.has_room_for(side)) {
                 info!("the log can be read again");
-                self.reading.succeeded();
+                self.reading[side as usize].succeeded();
             }
-            let Some(record) = next else { break };
+            let Some(Some(record)) = next else { break };
             if !self.begin_transaction(now) {
                 self.held_back = Some(record);
                 break;
@@ -97,6 +93,18 @@ impl Replay {
         }
         *worked |= bytes > 0;
         bytes >= READ_BYTES
+    }
+
+    /// The next record of a side, or that there is none yet; none at all if there is no room for it, or it is not its time.
+    fn next_in_turn(&mut self, side: Side, now_ms: u64) -> Result<Option<Option<Record>>, ReadError> {
+        let goes = if self.has_room_for(side) {
+            self.is_time_for(side, now_ms)?
+        } else {
+            // New records may take all the room for long. What is given up takes next to none.
+            let may_take = side == Side::Backlog && self.is_live() && self.in_flight.records() < RECORDS_MAX;
+            may_take && self.wal.has_given_up() && self.is_next_given_up()?
+        };
+        if goes { self.next_record(side).map(Some) } else { Ok(None) }
     }
 
     fn next_record(&mut self, side: Side) -> Result<Option<Record>, ReadError> {
@@ -132,7 +140,8 @@ impl Replay {
         let slot = self.in_flight.push(side, record);
         let batch = &record.batch;
         let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
-        self.pace.spent(u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64);
+        let in_time = self.pace.may_send();
+        self.pace.spent(u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64, in_time);
         for (index, event) in batch.request.events().enumerate() {
             let event_ref = InFlight::event_ref(slot, index);
             let lane = self.lanes.route(&self.router, event.event_type);

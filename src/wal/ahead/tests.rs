@@ -214,3 +214,28 @@ fn a_damaged_stretch_is_not_believed() {
         assert_eq!(load(meta).unwrap(), None, "byte {at}");
     }
 }
+
+#[test]
+fn no_segment_is_made_anew_where_one_was_delivered_ahead() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    append(&wal, 100..=119);
+    assert!(wal.begin_ahead());
+    append(&wal, 120..=199);
+    pass(&mut wal.ahead_reader().unwrap(), 80, |end| wal.deliver_ahead(end));
+    let Stretch { from, to } = wal.shared.log().ahead.as_ref().unwrap().stretch;
+    assert!(to.segment > from.segment + 2, "{from:?} {to:?}");
+    wal.close();
+    drop(wal);
+    // What nobody needs is gone, and the newest segment is lost.
+    for id in store.segments().unwrap().into_iter().filter(|id| *id > from.segment) {
+        store.remove(id).unwrap();
+    }
+    let wal = open_memory(&store);
+    append(&wal, 200..=259);
+    wal.close();
+    drop(wal);
+    let wal = open_memory(&store);
+    assert_eq!(drain(&mut wal.ahead_reader().unwrap()), (200..=259).collect::<Vec<_>>());
+    wal.close();
+}
