@@ -40,7 +40,8 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     let mut segments: BTreeMap<u64, Segment> = ids.into_iter().map(|id| (id, Segment::default())).collect();
     let (ahead_segment, ahead_to) = stretch.map_or((0, Totals::ZERO), |Stretch { to, .. }| (to.segment, to.totals));
     let durable = saved.map(|(_, tail)| tail.sequence.max(ahead_to.sequence));
-    let found_tail = find_tail(pool, &mut segments, mode, durable)?;
+    let delivered = saved.map_or(0, |(cursor, _)| cursor.totals.sequence.max(ahead_to.sequence));
+    let found_tail = find_tail(pool, &mut segments, mode, durable, delivered)?;
     kill_point::pass("recover.tail_found");
     let oldest = if saved.is_some() { None } else { find_head(pool, &segments)? };
 
@@ -106,12 +107,13 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
 }
 
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
-/// `saved_tail`: the log reached that far.
+/// `saved_tail`: the log reached that far. `delivered`: records before it may be gone because they were delivered.
 fn find_tail(
     pool: &Pool,
     segments: &mut BTreeMap<u64, Segment>,
     mode: Mode,
     saved_tail: Option<u64>,
+    delivered: u64,
 ) -> Result<Totals, StoreError> {
     let (mut tail, mut damaged) = (Totals::ZERO, Vec::new());
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
@@ -150,9 +152,9 @@ fn find_tail(
     }
     pool.close_unused();
     if let [id] = damaged[..]
-        && saved_tail.is_some_and(|saved_tail| saved_tail <= tail.sequence)
+        && saved_tail.is_some_and(|saved_tail| saved_tail <= tail.sequence.max(delivered))
     {
-        // All that is known to have been durable stands before it.
+        // All that is known to have been durable stands before it, or was delivered.
         tracing::info!(segment = id, "unfinished chunk, never acked: the segment goes");
         pool.store().remove(id)?;
         return Ok(tail);
