@@ -26,13 +26,8 @@ const BYTES: usize = 1 + 8 + 4 + 24 + 24 + 4;
 pub(super) fn save(meta: &dyn StateDb, cursor: Position, tail: Totals) -> Result<(), StoreError> {
     let mut value = Vec::with_capacity(BYTES);
     value.put_u8(VERSION);
-    value.put_u64_le(cursor.segment);
-    value.put_u32_le(cursor.slot);
-    for totals in [cursor.totals, tail] {
-        value.put_u64_le(totals.sequence);
-        value.put_u64_le(totals.events);
-        value.put_u64_le(totals.bytes);
-    }
+    put_position(&mut value, cursor);
+    put_totals(&mut value, tail);
     append_checksum(&mut value);
     kill_point::pass("cursor.begin");
     meta.put(KEY, &value)?;
@@ -79,16 +74,34 @@ fn decode(value: &[u8]) -> Option<(Position, Totals)> {
         return None;
     }
     let mut rest = &strip_checksum(value)?[1..];
+    Some((get_position(&mut rest), get_totals(&mut rest)))
+}
+
+/// Appends the 36 bytes of a position.
+pub(super) fn put_position(value: &mut Vec<u8>, position: Position) {
+    value.put_u64_le(position.segment);
+    value.put_u32_le(position.slot);
+    put_totals(value, position.totals);
+}
+
+fn put_totals(value: &mut Vec<u8>, totals: Totals) {
+    [totals.sequence, totals.events, totals.bytes].into_iter().for_each(|number| value.put_u64_le(number));
+}
+
+/// Takes a position off the front of bytes that hold one.
+pub(super) fn get_position(rest: &mut &[u8]) -> Position {
     let (segment, slot) = (rest.get_u64_le(), rest.get_u32_le());
-    let mut totals = || Totals { sequence: rest.get_u64_le(), events: rest.get_u64_le(), bytes: rest.get_u64_le() };
-    let (cursor, tail) = (totals(), totals());
-    Some((Position { segment, slot, totals: cursor }, tail))
+    Position { segment, slot, totals: get_totals(rest) }
+}
+
+fn get_totals(rest: &mut &[u8]) -> Totals {
+    Totals { sequence: rest.get_u64_le(), events: rest.get_u64_le(), bytes: rest.get_u64_le() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wal::memory::MemoryStore;
+    use crate::wal::memory::{MemoryStore, for_each_flip};
     use crate::wal::store::Store;
 
     #[test]
@@ -100,12 +113,6 @@ mod tests {
         assert_eq!(load(meta).unwrap(), None);
         save(meta, cursor, tail).unwrap();
         assert_eq!(load(meta).unwrap(), Some((cursor, tail)));
-        let good = meta.get(KEY).unwrap().unwrap();
-        for at in 0..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 1;
-            meta.put(KEY, &bad).unwrap();
-            assert_eq!(load(meta).unwrap(), None, "byte {at}");
-        }
+        for_each_flip(meta, KEY, |at| assert_eq!(load(meta).unwrap(), None, "byte {at}"));
     }
 }

@@ -370,6 +370,17 @@ impl StateDb for MemoryState {
     }
 }
 
+/// Flips a bit of each byte of a value in turn, and shows which.
+pub(super) fn for_each_flip(state: &dyn StateDb, key: &[u8], check: impl Fn(usize)) {
+    let good = state.get(key).unwrap().unwrap();
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        state.put(key, &bad).unwrap();
+        check(at);
+    }
+}
+
 /// What is left of a write that the power cut: the front of it, or some of its sectors.
 fn torn(value: &Bytes, rng: &mut StdRng) -> Bytes {
     if rng.random() {

@@ -20,9 +20,10 @@ mod tests;
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use bytes::{Buf, BufMut};
+use bytes::BufMut;
 
 use super::checksum::{append_checksum, strip_checksum};
+use super::cursor::{get_position, put_position};
 use super::error::StoreError;
 use super::log::{Log, Position, Segment};
 use super::record::Totals;
@@ -255,13 +256,7 @@ impl Log {
 pub(super) fn put(meta: &dyn StateDb, stretch: Stretch) -> Result<(), StoreError> {
     let mut value = Vec::with_capacity(BYTES);
     value.put_u8(VERSION);
-    for Position { segment, slot, totals } in [stretch.from, stretch.to] {
-        value.put_u64_le(segment);
-        value.put_u32_le(slot);
-        for number in [totals.sequence, totals.events, totals.bytes] {
-            value.put_u64_le(number);
-        }
-    }
+    [stretch.from, stretch.to].into_iter().for_each(|position| put_position(&mut value, position));
     append_checksum(&mut value);
     meta.put(KEY, &value)?;
     kill_point::pass("ahead.written");
@@ -283,11 +278,5 @@ fn decode(value: &[u8]) -> Option<Stretch> {
         return None;
     }
     let mut rest = &strip_checksum(value)?[1..];
-    let mut position = || {
-        let (segment, slot) = (rest.get_u64_le(), rest.get_u32_le());
-        let totals = Totals { sequence: rest.get_u64_le(), events: rest.get_u64_le(), bytes: rest.get_u64_le() };
-        Position { segment, slot, totals }
-    };
-    let (from, to) = (position(), position());
-    Some(Stretch { from, to })
+    Some(Stretch { from: get_position(&mut rest), to: get_position(&mut rest) })
 }

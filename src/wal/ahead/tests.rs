@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::super::memory::{MemoryStore, small_shape};
+use super::super::memory::{MemoryStore, for_each_flip, small_shape};
 use super::super::store::Store;
 use super::super::tests::{batch, drain, number, open_memory, until, wait};
 use super::super::{Reader, Wal};
@@ -206,13 +206,7 @@ fn a_damaged_stretch_is_not_believed() {
     assert_eq!(load(meta).unwrap(), None);
     put(meta, stretch).unwrap();
     assert_eq!(load(meta).unwrap(), Some(stretch));
-    let good = meta.get(KEY).unwrap().unwrap();
-    for at in 0..good.len() {
-        let mut bad = good.clone();
-        bad[at] ^= 1;
-        meta.put(KEY, &bad).unwrap();
-        assert_eq!(load(meta).unwrap(), None, "byte {at}");
-    }
+    for_each_flip(meta, KEY, |at| assert_eq!(load(meta).unwrap(), None, "byte {at}"));
 }
 
 #[test]
