@@ -51,12 +51,13 @@ impl ClosedSegment {
             _ => StoreError::io("open segment file")(error),
         })?;
         let mut slots = Vec::new();
-        let mut chunks = chunks(path, unreadable).map_err(StoreError::io("open segment file"))?;
+        let mut chunks = chunks(&file, unreadable);
         for found in chunks.by_ref() {
             let Found { offset, bytes, header } = found.map_err(StoreError::io("read segment file"))?;
             slots.push(Slot { header, places: vec![(offset, bytes)] });
         }
-        Ok(ClosedSegment { file, unreadable, slots: in_order(slots), unread_bytes: chunks.unread_bytes() })
+        let unread_bytes = chunks.unread_bytes();
+        Ok(ClosedSegment { file, unreadable, slots: in_order(slots), unread_bytes })
     }
 
     /// Bytes of the file that count as zeroes because they could not be read.
@@ -231,6 +232,15 @@ mod tests {
         // The first one of the segment: what comes before a segment is durable.
         assert_eq!(unfinished(&whole[1..2], None, 11), Some(0));
         assert_eq!(unfinished(&whole[..1], None, 11), None);
+        // Rubbish before a chunk that follows: not a byte of the log is missing.
+        let (_directory, path, offsets) = segment(&[(11, 0, 1, 0), (13, 0, 1, 0), (11, 0, 1, 0)]);
+        spoil(&path, offsets[2]);
+        let file = ClosedSegment::open(&path, Unreadable::Fails).unwrap();
+        assert_eq!(unfinished_from(&file, 11).unwrap(), Some(2), "behind everything");
+        let (_directory, path, offsets) = segment(&[(11, 0, 1, 0), (11, 0, 1, 0), (13, 0, 1, 2)]);
+        spoil(&path, offsets[1]);
+        let file = ClosedSegment::open(&path, Unreadable::Fails).unwrap();
+        assert_eq!(unfinished_from(&file, 11).unwrap(), None, "the last one may have been acked");
         // A part is missing at the end.
         assert_eq!(unfinished(&[whole[0], (13, 0, 2, 0)], None, 11), Some(1));
     }

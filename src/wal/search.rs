@@ -39,8 +39,8 @@ pub(super) struct Found {
 }
 
 /// What begins like a chunk in a file, in the order of the offsets.
-pub(super) struct Chunks {
-    file: File,
+pub(super) struct Chunks<'a> {
+    file: &'a File,
     unreadable: Unreadable,
     window: Vec<u8>,
     /// Offset of the window in the file.
@@ -52,20 +52,12 @@ pub(super) struct Chunks {
     unread_bytes: u64,
 }
 
-/// Searches the file at `path` from its front.
-pub(super) fn chunks(path: &Path, unreadable: Unreadable) -> io::Result<Chunks> {
-    Ok(Chunks {
-        file: File::open(path)?,
-        unreadable,
-        window: Vec::new(),
-        offset: 0,
-        at: 0,
-        ended: false,
-        unread_bytes: 0,
-    })
+/// Searches `file` from its front.
+pub(super) fn chunks(file: &File, unreadable: Unreadable) -> Chunks<'_> {
+    Chunks { file, unreadable, window: Vec::new(), offset: 0, at: 0, ended: false, unread_bytes: 0 }
 }
 
-impl Chunks {
+impl Chunks<'_> {
     /// Bytes searched so far that count as zeroes because they could not be read.
     pub fn unread_bytes(&self) -> u64 {
         self.unread_bytes
@@ -79,7 +71,7 @@ impl Chunks {
         let wanted = WINDOW_BYTES - self.window.len();
         let next = self.offset + self.window.len() as u64;
         let left = usize::try_from(self.file.metadata()?.len().saturating_sub(next)).unwrap_or(usize::MAX);
-        let (read, unread_bytes) = read_at(&self.file, next, wanted.min(left), self.unreadable)?;
+        let (read, unread_bytes) = read_at(self.file, next, wanted.min(left), self.unreadable)?;
         self.window.extend(read);
         self.unread_bytes += unread_bytes;
         self.ended = left <= wanted;
@@ -87,7 +79,7 @@ impl Chunks {
     }
 }
 
-impl Iterator for Chunks {
+impl Iterator for Chunks<'_> {
     type Item = io::Result<Found>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -144,11 +136,11 @@ pub(super) fn read_at(file: &File, offset: u64, bytes: usize, unreadable: Unread
 
 /// Whether a file holds at least one chunk. A file that is not there holds none.
 pub(super) fn holds_chunks(path: &Path) -> Result<bool, StoreError> {
-    let found = match chunks(path, Unreadable::Fails) {
+    let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        found => found.map_err(StoreError::io("search segment"))?,
+        file => file.map_err(StoreError::io("search segment"))?,
     };
-    for found in found {
+    for found in chunks(&file, Unreadable::Fails) {
         if found.map_err(StoreError::io("search segment"))?.header.is_some() {
             return Ok(true);
         }
@@ -189,8 +181,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("db");
         std::fs::write(&path, &image).unwrap();
-        let found: Vec<_> = chunks(&path, Unreadable::Fails)
-            .unwrap()
+        let found: Vec<_> = chunks(&File::open(&path).unwrap(), Unreadable::Fails)
             .filter_map(|found| {
                 let found = found.unwrap();
                 Some((found.offset, found.header?.before.sequence, found.bytes))

@@ -101,37 +101,37 @@ pub(super) fn for_each_record(file: &dyn SegmentFile, mut each: impl FnMut(u64, 
     Ok(())
 }
 
-/// Where in the newest segment what a crash left unfinished begins, for recovery: the first slot that is not as it was
-/// written, or that does not follow the chunk before it, with nothing before it that was durable by then. Chunks behind it may
-/// be whole, if the disk wrote them first; nobody got an ack for them, as acks come in order. `durable_sequence`: every record
-/// before it is known to have been durable.
+/// Where in the newest segment what a crash left unfinished begins, for recovery: the first slot behind which no chunk follows
+/// the ones before, with all before it that is known to have been durable. Chunks behind it may be whole, if the disk wrote
+/// them first; nobody got an ack for them, as acks come in order. `durable_sequence`: every record before it is known to have
+/// been durable.
 pub(super) fn unfinished_from(file: &dyn SegmentFile, durable_sequence: u64) -> Result<Option<u32>, StoreError> {
     let (mut chunks, mut slot, slots, mut durable) = (Vec::new(), 0, file.slots(), durable_sequence);
+    // The first slot since the last good chunk that is not as it was written.
+    let mut spoilt = None;
     while slot < slots {
         match read_slot(file, slot, slots)? {
             Slot::Empty => slot += 1,
             Slot::Torn | Slot::Part | Slot::Damaged(_) => {
-                chunks.push((slot, None));
+                spoilt.get_or_insert(slot);
                 slot += 1;
             }
             Slot::Chunk { header, next_slot, .. } => {
                 durable = durable.max(header.durable_sequence());
-                chunks.push((slot, Some(header)));
+                chunks.push((spoilt.take().unwrap_or(slot), header));
                 slot = next_slot;
             }
         }
     }
-    let mut end = None;
-    for (slot, chunk) in chunks {
-        // A segment begins behind records that are durable.
-        let before = end.or(chunk.map(|header| header.durable_sequence()));
-        let follows = chunk.is_some_and(|header| before.is_some_and(|before| header.before.sequence <= before));
-        if !follows && before.is_some_and(|before| before >= durable) {
+    // A segment begins behind records that are durable.
+    let mut end = chunks.first().map(|(_, header)| header.durable_sequence());
+    for (slot, header) in chunks {
+        if end.is_some_and(|end| header.before.sequence > end && end >= durable) {
             return Ok(Some(slot));
         }
-        end = chunk.map(|header| header.end_sequence()).or(end);
+        end = Some(header.end_sequence());
     }
-    Ok(None)
+    Ok(spoilt.filter(|_| end.is_some_and(|end| end >= durable)))
 }
 
 /// What a segment holds, for recovery.

@@ -600,3 +600,26 @@ fn a_first_chunk_that_the_power_tore_is_no_damage() {
         wal.close();
     }
 }
+
+/// No older segment is left that shows where the log ends: only the cursor does.
+#[test]
+fn a_first_chunk_that_the_power_tore_behind_delivered_records_is_no_damage() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    wal.close();
+    let wal = open_memory(&store);
+    let record = wal.reader().next_record().unwrap().unwrap();
+    wal.deliver(record.end);
+    until("it is trimmed", || !store.segments().unwrap().contains(&1));
+    store.set_faults(Faults { put_fails: true, ..Faults::default() });
+    assert_eq!(wait(wal.append(batch(2, 10)).unwrap()), Ok(2));
+    let segment = wal.shared.log().active.unwrap().0;
+    wal.close();
+    store.set_faults(Faults::default());
+    store.damage(segment, 0, |value| *value = b"RTC1 and no more".into());
+    let wal = open_memory(&store);
+    assert_eq!((store.quarantined().unwrap(), wal.losses()), (Vec::new(), Vec::new()));
+    assert_eq!(wait(wal.append(batch(3, 10)).unwrap()), Ok(2));
+    wal.close();
+}
