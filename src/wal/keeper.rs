@@ -303,27 +303,20 @@ impl Keeper {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::WalConfig;
-    use crate::metrics::Metrics;
-    use crate::wal::Wal;
-    use crate::wal::memory::{Faults, MemoryStore, small_shape};
+    use crate::wal::memory::{Faults, MemoryStore};
     use crate::wal::store::Store;
-    use crate::wal::tests::{batch, wait};
+    use crate::wal::tests::{batch, open_memory, wait};
 
     #[test]
     fn no_segment_goes_before_the_cursor_that_left_it_is_durable() {
         let store = MemoryStore::default();
-        let open = || {
-            let (config, store) = (WalConfig::default(), Arc::new(store.clone()));
-            Wal::open_in(&config, 1 << 20, small_shape(), store, Metrics::new(), None).unwrap()
-        };
-        let wal = open();
+        let wal = open_memory(&store);
         for number in 1..=40 {
             wait(wal.append(batch(number, 300)).unwrap()).unwrap();
         }
         // A save under way may not see the faults yet: none is after this.
         wal.close();
-        let wal = open();
+        let wal = open_memory(&store);
         store.set_faults(Faults { put_fails: true, ..Faults::default() });
         let before = store.segments().unwrap();
         let mut reader = wal.reader();
@@ -345,15 +338,14 @@ mod tests {
     #[test]
     fn no_segment_goes_before_it_is_durable_that_it_was_delivered_ahead() {
         let store = MemoryStore::default();
-        let (config, opened) = (WalConfig::default(), Arc::new(store.clone()));
-        let wal = Wal::open_in(&config, 1 << 20, small_shape(), opened, Metrics::new(), None).unwrap();
+        let wal = open_memory(&store);
         wait(wal.append(batch(1, 300)).unwrap()).unwrap();
         assert!(wal.begin_ahead());
         for number in 2..=80 {
             wait(wal.append(batch(number, 300)).unwrap()).unwrap();
         }
         wal.close();
-        let wal = Wal::open_in(&config, 1 << 20, small_shape(), Arc::new(store.clone()), Metrics::new(), None).unwrap();
+        let wal = open_memory(&store);
         store.set_faults(Faults { put_fails: true, ..Faults::default() });
         let before = store.segments().unwrap();
         let mut reader = wal.ahead_reader().unwrap();

@@ -324,13 +324,12 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wal::Wal;
-    use crate::wal::memory::{MemoryStore, small_shape};
+    use crate::wal::memory::MemoryStore;
+    use crate::wal::tests::open_memory;
 
     #[test]
     fn a_loss_is_noted_once() {
-        let store = Arc::new(MemoryStore::default());
-        let wal = Wal::open_in(&WalConfig::default(), 1, small_shape(), store, Metrics::new(), None).unwrap();
+        let wal = open_memory(&MemoryStore::default());
         let loss = |first_sequence, end_sequence, segment| Loss {
             first_sequence,
             end_sequence,

@@ -37,6 +37,34 @@ impl Setup {
         forwarder.reload(&self.config);
     }
 
+    /// Without a pace everything arrives, `events` in all, once and in order on each side: those from `live` on went ahead.
+    fn assert_drains_without_a_pace(&mut self, forwarder: &Forwarder, live: u64, events: u64) {
+        self.config.pace.events_per_second_max = 0;
+        forwarder.reload(&self.config);
+        let [backlog, ahead] = by_device(self.consume("click", 4, events as usize), live);
+        assert_in_order(&backlog, 0..live);
+        assert_in_order(&ahead, live..events);
+        self.wait_for_empty_log(forwarder);
+        self.assert_books_balance(events);
+    }
+
+    /// A log of 48 MiB that drops its oldest events when it is full.
+    fn with_small_log() -> Setup {
+        let mut setup = Setup::with_log(|wal| {
+            (wal.bytes_max, wal.when_full) = (ByteSize::mib(48), WhenFull::DropOldest);
+        });
+        setup.config.live_first = true;
+        setup.topic("click", 4);
+        setup
+    }
+
+    /// Sends events of 100 kB of one device, each with its number.
+    fn send_large(&self, received_at_ms: u64, numbers: std::ops::Range<u64>) {
+        for at in numbers {
+            self.send_received_at(received_at_ms, "a", &[("click", [number(at), vec![7; 100_000]].concat())]);
+        }
+    }
+
     fn delivered(&self) -> u64 {
         self.metric("ringtail_forward_delivered_events_total")
     }
@@ -158,13 +186,7 @@ fn a_pace_holds_the_backlog_and_no_new_event() {
         setup.wal.status().delivered_ahead.is_some_and(|it| it.events == 100)
     });
     assert!(setup.wal.status().pending_events > 100, "{before} events of the backlog had gone by then");
-    setup.config.pace.events_per_second_max = 0;
-    forwarder.reload(&setup.config);
-    let [backlog, live] = by_device(setup.consume("click", 4, 300), 200);
-    assert_in_order(&backlog, 0..200);
-    assert_in_order(&live, 200..300);
-    setup.wait_for_empty_log(&forwarder);
-    setup.assert_books_balance(300);
+    setup.assert_drains_without_a_pace(&forwarder, 200, 300);
 }
 
 #[test]
@@ -265,13 +287,7 @@ fn an_outage_makes_a_backlog_that_new_events_pass() {
     setup.send_all("click", now_ms(), 2000..2010);
     wait_until("the new events are delivered", || setup.wal.status().delivered_ahead.is_some_and(|it| it.events == 10));
     assert!(setup.wal.status().pending_events > 1000);
-    setup.config.pace.events_per_second_max = 0;
-    forwarder.reload(&setup.config);
-    let [backlog, live] = by_device(setup.consume("click", 4, 2010), 2000);
-    assert_in_order(&backlog, 0..2000);
-    assert_in_order(&live, 2000..2010);
-    setup.wait_for_empty_log(&forwarder);
-    setup.assert_books_balance(2010);
+    setup.assert_drains_without_a_pace(&forwarder, 2000, 2010);
 }
 
 #[test]
@@ -327,23 +343,14 @@ fn a_topic_that_is_held_keeps_neither_side_from_going_on() {
 
 #[test]
 fn a_full_log_drops_its_backlog_and_not_what_is_new() {
-    let mut setup = Setup::with_log(|wal| {
-        (wal.bytes_max, wal.when_full) = (ByteSize::mib(48), WhenFull::DropOldest);
-    });
-    setup.config.live_first = true;
+    let mut setup = Setup::with_small_log();
     setup.config.pace.events_per_second_max = 1;
-    setup.topic("click", 4);
-    let send = |received_at_ms, numbers: std::ops::Range<u64>| {
-        for at in numbers {
-            setup.send_received_at(received_at_ms, "a", &[("click", [number(at), vec![7; 100_000]].concat())]);
-        }
-    };
-    send(now_ms() - OLD_MS, 0..200);
+    setup.send_large(now_ms() - OLD_MS, 0..200);
     let forwarder = setup.start();
     wait_for_live(&forwarder);
     // Twice what the log has room for.
     for batch in 0..50 {
-        send(now_ms(), 200 + batch * 20..220 + batch * 20);
+        setup.send_large(now_ms(), 200 + batch * 20..220 + batch * 20);
         let events = (batch + 1) * 20;
         let is_ahead = || setup.wal.status().delivered_ahead.is_none_or(|ahead| ahead.events >= events);
         wait_until("the new events are delivered", is_ahead);
@@ -357,28 +364,19 @@ fn a_full_log_drops_its_backlog_and_not_what_is_new() {
 
 #[test]
 fn a_full_log_drops_its_backlog_also_when_new_events_take_all_the_room() {
-    let mut setup = Setup::with_log(|wal| {
-        (wal.bytes_max, wal.when_full) = (ByteSize::mib(48), WhenFull::DropOldest);
-    });
-    setup.config.live_first = true;
+    let mut setup = Setup::with_small_log();
     setup.config.in_flight_bytes_max = ByteSize::mib(1);
     setup.config.pace.windows = vec![closed_window()];
-    setup.topic("click", 4);
-    let send = |received_at_ms, numbers: std::ops::Range<u64>| {
-        for at in numbers {
-            setup.send_received_at(received_at_ms, "a", &[("click", [number(at), vec![7; 100_000]].concat())]);
-        }
-    };
-    send(now_ms() - OLD_MS, 0..200);
+    setup.send_large(now_ms() - OLD_MS, 0..200);
     let forwarder = setup.start();
     wait_for_live(&forwarder);
     setup.cluster.broker_down(1).unwrap();
     wait_until("the broker is missed", || !forwarder.status().connected);
-    send(now_ms(), 200..220);
+    setup.send_large(now_ms(), 200..220);
     // One topic may have a quarter.
     wait_until("there is no more room", || forwarder.status().in_flight_bytes >= 1 << 18);
-    // Twice what fits. No commit is refused, `send` checks that.
-    send(now_ms(), 220..1000);
+    // Twice what fits. No commit is refused, `send_large` checks that.
+    setup.send_large(now_ms(), 220..1000);
     setup.cluster.broker_up(1).unwrap();
     setup.config.pace.windows.clear();
     forwarder.reload(&setup.config);
@@ -393,9 +391,7 @@ fn a_backlog_that_cannot_be_read_does_not_hold_up_what_is_new() {
     setup.config.live_first = true;
     setup.config.pace.windows = vec![closed_window()];
     setup.topic("click", 4);
-    for at in 0..200 {
-        setup.send_received_at(now_ms() - OLD_MS, "a", &[("click", [number(at), vec![7; 100_000]].concat())]);
-    }
+    setup.send_large(now_ms() - OLD_MS, 0..200);
     let mut setup = setup.restarted();
     let (retry_delay_min, retry_delay_max) = (setup.config.retry_delay_min, setup.config.retry_delay_max);
     (setup.config.retry_delay_min, setup.config.retry_delay_max) = (DEADLINE * 4, DEADLINE * 4);

@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use super::environment::number_from_environment;
 use super::http::wait_until;
 use super::process::{Options, Process};
-use super::{BACKLOG_BATCHES, Test, metric, passages_max};
+use super::{Test, metric, passages_max};
 
 /// Where the process is killed: around everything that the two places in the log rest on.
 const POINTS: [&str; 13] = [
@@ -73,18 +73,6 @@ async fn what_goes_ahead_of_a_backlog_survives_kills() {
 }
 
 impl Test {
-    /// A life that only collects.
-    async fn collect(&mut self, options: &Options) {
-        let (mut process, addresses) = Process::start(options);
-        let enough = self.oracle.lock().unwrap().acked + BACKLOG_BATCHES;
-        let running = self.clients.start(addresses);
-        while self.oracle.lock().unwrap().acked < enough {
-            tokio::task::yield_now().await;
-        }
-        process.kill();
-        self.clients.finish(running).await;
-    }
-
     /// A life in which new events begin to go ahead. The batches that are a backlog then.
     async fn begin_live(&mut self) -> std::collections::HashSet<(u32, u64)> {
         let backlog = self.oracle.lock().unwrap().pending(&self.options.directory, &self.load);

@@ -198,9 +198,9 @@ impl Test {
         }
     }
 
-    /// A life that only collects, killed under load, and then a flipped bit in a batch that is pending.
-    async fn damage(&mut self, rng: &mut StdRng) {
-        let (mut process, addresses) = Process::start(&Options { brokers: Vec::new(), ..self.options.clone() });
+    /// A life killed under load, once there are some more batches.
+    async fn collect(&mut self, options: &Options) {
+        let (mut process, addresses) = Process::start(options);
         let enough = self.oracle.lock().unwrap().acked + BACKLOG_BATCHES;
         let running = self.clients.start(addresses);
         while self.oracle.lock().unwrap().acked < enough {
@@ -208,6 +208,11 @@ impl Test {
         }
         process.kill();
         self.clients.finish(running).await;
+    }
+
+    /// A life that only collects, killed under load, and then a flipped bit in a batch that is pending.
+    async fn damage(&mut self, rng: &mut StdRng) {
+        self.collect(&Options { brokers: Vec::new(), ..self.options.clone() }).await;
         let directory = &self.options.directory;
         let pending = self.oracle.lock().unwrap().note_risk(directory, &self.load);
         let (client, number) = pending[rng.random_range(0..pending.len())];

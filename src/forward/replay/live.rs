@@ -2,12 +2,12 @@
 //!
 //! It begins when the next record to be read has been older than [`BACKLOG_AGE_MIN`] for [`PATIENCE`], with a connection: a small
 //! backlog is gone by then. From then on two readers feed the client: one goes on at the cursor, the other begins with what is
-//! committed from now on. The log keeps what the second one has delivered as one stretch (`wal/ahead.rs`); when everything
+//! committed from now on. The log keeps what the second one has delivered as one stretch (`wal/ahead/`); when everything
 //! before it is delivered, the second reader is the only one again. There are never more than two: during another outage the
 //! second one waits, and goes on where it was.
 //!
-//! The backlog gets an eighth of what may be in flight, the first look at room that is short every eighth time, and is all that `forward.pace` holds back: new records count for its
-//! limits, but do not wait.
+//! The backlog gets an eighth of what may be in flight, the first look at room that is short every eighth time, and is all
+//! that `forward.pace` holds back: new records count for its limits, but do not wait.
 
 use std::time::{Duration, Instant};
 
