@@ -3,6 +3,7 @@
 //! What never became durable may turn up as well: nobody got an ack for it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -45,21 +46,19 @@ pub struct CarvedRecords {
     body: Bytes,
     records_left: u32,
     at: Totals,
+    /// Bytes that the disk does not read, and of which nobody was told.
+    unread_bytes: u64,
 }
 
 impl CarvedRecords {
-    /// Bytes of its file that the disk does not read.
-    pub fn unread_bytes(&self) -> u64 {
-        self.segment.as_ref().map_or(0, ClosedSegment::unread_bytes)
-    }
-
     /// Searches the file at `path`. One that is not there holds nothing.
     pub(super) fn open(path: &Path) -> Result<CarvedRecords, StoreError> {
         let segment = match ClosedSegment::open(path, Unreadable::Zeroes) {
             Err(error) if error.is_damage() => None,
             segment => Some(segment?),
         };
-        Ok(CarvedRecords { segment, slot: 0, body: Bytes::new(), records_left: 0, at: Totals::ZERO })
+        let unread_bytes = segment.as_ref().map_or(0, ClosedSegment::unread_bytes);
+        Ok(CarvedRecords { segment, slot: 0, body: Bytes::new(), records_left: 0, at: Totals::ZERO, unread_bytes })
     }
 
     fn next_in_chunk(&mut self) -> Option<Result<CarvedRecord, ChunkError>> {
@@ -108,7 +107,11 @@ impl Iterator for CarvedRecords {
             }
             match self.next_chunk() {
                 Ok(true) => {}
-                Ok(false) => return None,
+                Ok(false) => {
+                    let unread_bytes = std::mem::take(&mut self.unread_bytes);
+                    let error = io::Error::other(format!("the disk does not read {unread_bytes} bytes of it"));
+                    return (unread_bytes > 0).then(|| Err(StoreError::io("read segment file")(error)));
+                }
                 Err(error) => return Some(Err(error)),
             }
         }

@@ -3,9 +3,12 @@
 
 use std::collections::HashSet;
 
+use serde_json::json;
+
 use crate::disk::{Call, Rule};
 use crate::full::spilling_fails;
 use crate::http::wait_until;
+use crate::process::turns;
 use crate::seed;
 use crate::service::Service;
 
@@ -120,6 +123,30 @@ async fn a_sector_that_is_never_read_costs_what_is_in_it() {
     assert!(missing <= lost && (1..=SECTOR_BATCHES_MAX).contains(&lost), "{missing} missing, {lost} reported lost");
     assert_eq!(service.wal("quarantined_segments"), 1);
     service.stop();
+
+    // As long as the disk does not read it, it is not thrown away; when it does, nothing is lost.
+    service.disk.set_rule(0, Rule { prefix: "quarantine/", ..bad_sector() });
+    let repaired = repair(&service);
+    let segment = &repaired["segments"][0];
+    assert!(segment["error"].as_str().is_some_and(|error| error.contains("does not read")), "{repaired:#}");
+    assert_eq!((&segment["recovered_batches"], &segment["discarded"]), (&json!(0), &json!(false)), "{repaired:#}");
+    service.disk.clear_rule(0);
+    let repaired = repair(&service);
+    let segment = &repaired["segments"][0];
+    assert_eq!((&segment["recovered_batches"], &segment["discarded"]), (&json!(lost), &json!(true)), "{repaired:#}");
+    assert_eq!(repaired["still_lost"], json!([]));
+    service.restart();
+    service.wait_until_delivered().await;
+    service.stop();
+    service.check();
+}
+
+/// Runs `ringtail backlog repair --discard` on the log of the stopped service.
+fn repair(service: &Service) -> serde_json::Value {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    command.args(["backlog", "repair", "--json", "--discard", "--directory"]).arg(service.disk.root());
+    let output = turns::output(command.envs(service.disk.options().environment)).expect("run ringtail");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -115,10 +115,6 @@ impl<'a> Check<'a> {
     fn slots(&mut self, files: &SegmentFiles, in_log: bool) -> Result<(), StoreError> {
         match ClosedSegment::open(&files.path.join("db"), Unreadable::Zeroes) {
             Ok(file) => {
-                if file.unread_bytes() > 0 {
-                    let detail = format!("the disk does not read {} bytes of it", file.unread_bytes());
-                    self.problem(ProblemKind::Unreadable, files.id, None, detail);
-                }
                 self.walk(files.id, &file, in_log)?;
             }
             Err(error) if error.is_damage() => self.problem(ProblemKind::DoesNotOpen, files.id, None, describe(&error)),
