@@ -5,6 +5,8 @@
 mod live_first;
 #[path = "support/small_log.rs"]
 mod small_log;
+#[path = "support/turns.rs"]
+mod turns;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -263,7 +265,7 @@ fn an_outage_loses_nothing_and_memory_stays_bounded() {
     let forwarder = setup.start();
     setup.send("a", &[("click", number(0))]);
     wait_until("the first event is delivered", || setup.wal.status().pending_batches == 0);
-    setup.cluster.broker_down(1).unwrap();
+    turns::take_down(&setup.cluster, 1);
     wait_until("the broker is missed", || !forwarder.status().connected);
     let record_bytes_max = 10 * (300 + 256);
     for batch in 0..500 {
@@ -393,6 +395,27 @@ fn send_much_of(setup: &Setup, topic: &str, numbers: std::ops::Range<u64>) {
     }
 }
 
+/// Runs `ringtail backlog` on the log in `directory`. What it printed, and what it said on the side.
+fn backlog(directory: &std::path::Path, arguments: &[&str]) -> (String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    let output = turns::output(command.arg("backlog").args(arguments).arg("--directory").arg(directory)).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    (String::from_utf8(output.stdout).unwrap(), said)
+}
+
+/// A time window of `forward.pace` that begins and ends so many hours from now.
+fn window(from: i64, until: i64) -> ringtail::config::TimeWindow {
+    let now = jiff::Zoned::now().time();
+    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
+    format!("{}-{}", hours(from), hours(until)).parse().unwrap()
+}
+
+/// One that is closed for hours.
+fn closed_window() -> ringtail::config::TimeWindow {
+    window(2, 3)
+}
+
 fn without_failures(setup: &Setup, forwarder: &Forwarder, moved_events: u64) {
     wait_until("the topic is out of the way", || {
         assert!(forwarder.heartbeat_age() < Duration::from_secs(30));
@@ -453,7 +476,7 @@ fn a_topic_without_a_leader_moves_out_of_the_way_and_comes_back_once() {
     let forwarder = setup.start();
     send_much_of(&setup, "stuck", 0..1);
     setup.wait_for_empty_log(&forwarder);
-    setup.cluster.broker_down(2).unwrap();
+    turns::take_down(&setup.cluster, 2);
     send_much_of(&setup, "stuck", 1..400);
     assert_eq!(by_key(setup.consume("open", 1, 400))["a"], (0..400).collect::<Vec<_>>());
     without_failures(&setup, &forwarder, 399);
@@ -539,7 +562,7 @@ fn a_stop_keeps_its_deadline_and_the_next_start_goes_on() {
     let forwarder = setup.start();
     setup.send("a", &[("click", number(0))]);
     setup.wait_for_empty_log(&forwarder);
-    setup.cluster.broker_down(1).unwrap();
+    turns::take_down(&setup.cluster, 1);
     for at in 1..20 {
         setup.send("a", &[("click", number(at))]);
     }
@@ -576,7 +599,7 @@ fn a_full_log_drops_the_oldest_if_told_to_and_counts_every_event() {
     for topic in ["even", "odd"] {
         setup.topic(topic, 1);
     }
-    setup.cluster.broker_down(-1).unwrap();
+    turns::take_down(&setup.cluster, -1);
     let forwarder = setup.start();
     // Twice what fits. No commit is refused, `send` checks that.
     send_numbered(&setup, 0..800);
@@ -667,7 +690,7 @@ fn batches_that_are_too_old_are_dropped_or_parked() {
 fn what_grows_old_in_flight_is_dropped_without_a_broker() {
     let setup = Setup::with_log(|log| log.age_max = Duration::from_secs(1));
     setup.topic("t", 1);
-    setup.cluster.broker_down(-1).unwrap();
+    turns::take_down(&setup.cluster, -1);
     let forwarder = setup.start();
     setup.send("client", &[("t", vec![1])]);
     wait_until("it is in flight", || setup.metric("ringtail_forward_in_flight_events") == 1);
@@ -877,9 +900,7 @@ fn a_dead_letter_topic_that_is_refused_parks_what_it_was_sent() {
 #[test]
 fn outside_its_windows_nothing_is_forwarded() {
     let mut setup = Setup::new();
-    let now = jiff::Zoned::now().time();
-    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
-    setup.config.pace.windows = vec![format!("{}-{}", hours(2), hours(3)).parse().unwrap()];
+    setup.config.pace.windows = vec![closed_window()];
     setup.topic("click", 1);
     let forwarder = setup.start();
     setup.send("a", &[("click", number(0))]);
@@ -887,7 +908,7 @@ fn outside_its_windows_nothing_is_forwarded() {
     assert_eq!((forwarder.status().delivered_events, forwarder.status().in_flight_events), (0, 0));
     forwarder.stop(Duration::from_secs(5));
     drop(forwarder);
-    setup.config.pace.windows.push(format!("{}-{}", hours(-2), hours(2)).parse().unwrap());
+    setup.config.pace.windows.push(window(-2, 2));
     let forwarder = setup.start();
     assert_eq!(setup.consume("click", 1, 1)[0].1, number(0));
     setup.wait_for_empty_log(&forwarder);
@@ -920,7 +941,7 @@ fn a_log_that_cannot_be_read_outside_its_windows_is_reported_and_retried_with_pa
         setup.send("a", &[("click", [number(at), vec![7; 100_000]].concat())]);
     }
     let mut setup = setup.restarted();
-    setup.config.pace.windows = vec![live_first::closed_window()];
+    setup.config.pace.windows = vec![closed_window()];
     let broken = BrokenSegment::new(&setup, 1);
     let forwarder = setup.start();
     wait_until("it is reported", || forwarder.status().last_error.is_some());
@@ -946,18 +967,11 @@ fn what_is_spilled_is_part_of_an_export() {
     setup.wal.close();
     let Setup { wal, _directory: directory, .. } = setup;
     drop(wal);
-    let ringtail = |arguments: &[&str]| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
-        command.args(arguments).arg("--directory").arg(directory.path());
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let export = ringtail(&["backlog", "export", "--type", "closed"]);
+    let (export, _) = backlog(directory.path(), &["export", "--type", "closed"]);
     let lines = export.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
     let sequences: Vec<u64> = lines.map(|line| line["sequence"].as_u64().unwrap()).collect();
     assert_eq!(sequences, (1..=300).collect::<Vec<_>>(), "each event once, in order");
-    let status: serde_json::Value = serde_json::from_str(&ringtail(&["backlog", "status", "--json"])).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&backlog(directory.path(), &["status", "--json"]).0).unwrap();
     assert!(status["pending_events"].as_u64().unwrap() >= 300, "{status}");
 }
 
@@ -971,9 +985,7 @@ fn a_reload_changes_the_topic_of_what_comes_and_the_pace() {
     wait_until("the topic is held", || forwarder.status().held_topics == 1);
 
     setup.config.topic = "new-%s".into();
-    let now = jiff::Zoned::now().time();
-    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
-    setup.config.pace.windows = vec![format!("{}-{}", hours(2), hours(3)).parse().unwrap()];
+    setup.config.pace.windows = vec![closed_window()];
     let wait_for_a_turn = || {
         let asked_at = Instant::now();
         wait_until("the loop has turned", || forwarder.heartbeat_age() < asked_at.elapsed());

@@ -18,6 +18,7 @@ use rdkafka::mocking::MockCluster;
 use ringtail::client::{RetryPolicy, Sender, new_req_guid};
 use ringtail::proto::{Event, SendEventRequest};
 use serde_json::Value;
+use service::turns;
 use service::{Scheme, Service};
 use tempfile::TempDir;
 
@@ -46,15 +47,15 @@ impl Prometheus {
         fs::write(path("prometheus.yml"), config).unwrap();
         fs::write(path("alerts.yml"), rules).unwrap();
         let port = kafka::free_port();
-        let child = Command::new("prometheus")
+        let mut command = Command::new("prometheus");
+        command
             .arg(format!("--config.file={}", path("prometheus.yml").display()))
             .arg(format!("--storage.tsdb.path={}", path("data").display()))
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::create(path("log")).unwrap())
-            .spawn()
-            .expect("start prometheus: is it installed?");
+            .stderr(File::create(path("log")).unwrap());
+        let child = turns::spawn(&mut command).expect("start prometheus: is it installed?");
         let prometheus = Prometheus { directory, port, child };
         wait_for("Prometheus to be ready", || prometheus.try_get("/-/ready").filter(|answer| answer.contains("eady")));
         prometheus
@@ -147,7 +148,7 @@ fn send(service: &Service, count: usize) {
 fn promtool_takes_the_rules_and_their_tests_pass() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/prometheus");
     for arguments in [["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]] {
-        let output = Command::new("promtool").args(arguments).current_dir(&directory).output();
+        let output = turns::output(Command::new("promtool").args(arguments).current_dir(&directory));
         let output = output.expect("start promtool: is Prometheus installed?");
         let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
         assert!(output.status.success(), "promtool {arguments:?}: {said}");
@@ -159,7 +160,7 @@ fn an_outage_fires_with_the_time_that_is_left_and_resolves() {
     const ALERT: &str = "RingtailKafkaUnreachable";
     const BROKER: i32 = 1;
     let cluster = MockCluster::new(1).unwrap();
-    cluster.broker_down(BROKER).unwrap();
+    turns::take_down(&cluster, BROKER);
     let quick = "kafka.\"reconnect.backoff.max.ms\" = 250";
     let mut service = Service::start(&cluster.bootstrap_servers(), quick);
     let target = format!("127.0.0.1:{}", service.ports().admin);

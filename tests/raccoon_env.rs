@@ -1,5 +1,8 @@
 //! `--raccoon-env`: the service in the place of a Raccoon, told by Raccoon's own file.
 
+#[path = "support/turns.rs"]
+mod turns;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -23,7 +26,7 @@ fn ringtail() -> Command {
 }
 
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
-    let Output { status, stdout, stderr } = ringtail().args(arguments).output().unwrap();
+    let Output { status, stdout, stderr } = turns::output(ringtail().args(arguments)).unwrap();
     (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
 }
 
@@ -104,7 +107,7 @@ fn serve(directory: &Path, file: &str) -> (Serving, SocketAddr, String) {
         command.env(format!("RINGTAIL_{key}"), "127.0.0.1:0");
     }
     command.env("RINGTAIL_WAL__FREE_BYTES_MIN", "0B").stderr(Stdio::piped());
-    let mut serving = Serving(command.spawn().unwrap());
+    let mut serving = Serving(turns::spawn(&mut command).unwrap());
     let mut log = BufReader::new(serving.0.stderr.take().unwrap()).lines();
     let mut said = String::new();
     let http = loop {
@@ -177,7 +180,7 @@ fn the_service_takes_the_place_of_a_raccoon_and_leaves_it_again() {
     assert_eq!(event(&brokers, 0), (Some(b"d-1".to_vec()), Some(b"hello".to_vec())));
 
     // Back to the Raccoon, with a batch left in the log.
-    cluster.broker_down(BROKER).unwrap();
+    turns::take_down(&cluster, BROKER);
     post(http, "2");
     // SAFETY: kill has no preconditions; the child has not been waited for, so the id is its own.
     assert_eq!(unsafe { libc::kill(serving.0.id() as libc::pid_t, libc::SIGTERM) }, 0);

@@ -17,6 +17,7 @@ use chromium::{Chromium, EDGE_HOST, Page};
 use rdkafka::mocking::MockCluster;
 use ringtail::client::{RetryPolicy, Sender, new_req_guid};
 use ringtail::proto::{Event, SendEventRequest};
+use service::turns;
 use service::{Scheme, Service};
 use tokio::task::JoinHandle;
 
@@ -88,7 +89,7 @@ async fn the_page_tells_of_an_outage_and_shows_nothing_but_text() {
     assert_keyboard_and_names(&mut page).await;
 
     // The outage.
-    cluster.broker_down(BROKER).unwrap();
+    turns::take_down(&cluster, BROKER);
     page.wait_for("the outage to be told", "headline.innerText.startsWith('Kafka is unreachable')").await;
     page.wait_for("the backlog to be there", "Number(pending.innerText.replaceAll(',', '')) > 0").await;
     let before = number(&mut page, "pending").await;

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::process::Options;
+use crate::process::{Options, turns};
 
 /// Rules that can be in force at a time.
 pub const RULES: usize = 8;
@@ -177,7 +177,8 @@ fn library() -> &'static Path {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/disk/faultfs.c");
         let mut cc = Command::new("cc");
         cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"]).arg(&unfinished).arg(source).arg("-ldl");
-        assert!(cc.status().expect("run cc, which building Ringtail needs too").success(), "cc failed");
+        let cc = turns::output(&mut cc).expect("run cc, which building Ringtail needs too");
+        assert!(cc.status.success(), "{}", String::from_utf8_lossy(&cc.stderr));
         // Another run of the tests may be using the one that is there.
         std::fs::rename(unfinished, &built).expect("put the library into its place");
         built

@@ -15,6 +15,7 @@ use rdkafka::{ClientConfig, Message, Offset, TopicPartitionList};
 use crate::disk::Disk;
 use crate::http::{status, wait_until};
 use crate::load::{BAD_TYPE, Clients, GOOD_TYPE, HELD_TYPE, Load, Name};
+use crate::process::turns;
 use crate::process::{Addresses, Options};
 
 /// Many, because each keeps 5 MiB and no more.
@@ -49,7 +50,7 @@ impl Kafka {
     /// Starts the broker, which is away.
     pub fn start(load: &Arc<Load>, disk: &Arc<Disk>) -> Kafka {
         let kafka = Kafka::make(load, disk);
-        kafka.cluster.broker_down(1).expect("take the broker away");
+        turns::take_down(&kafka.cluster, 1);
         kafka
     }
 
@@ -101,7 +102,7 @@ impl Kafka {
     /// Takes the broker away: connections break, new ones are refused.
     pub fn down(&mut self) {
         self.stop_reading();
-        self.cluster.broker_down(1).expect("take the broker away");
+        turns::take_down(&self.cluster, 1);
     }
 
     fn stop_reading(&mut self) {

@@ -5,13 +5,6 @@ use super::*;
 /// Received so long ago, it is a backlog.
 const OLD_MS: u64 = 60_000;
 
-/// A time window of `forward.pace` that is closed for hours.
-pub(super) fn closed_window() -> ringtail::config::TimeWindow {
-    let now = jiff::Zoned::now().time();
-    let hours = |hours: i64| now.wrapping_add(jiff::Span::new().hours(hours)).strftime("%H:%M").to_string();
-    format!("{}-{}", hours(2), hours(3)).parse().unwrap()
-}
-
 impl Setup {
     /// A topic `click`, a backlog of `backlog` events that its time window holds back, and new events that are not held.
     fn with_backlog(backlog: std::ops::Range<u64>) -> Setup {
@@ -277,7 +270,7 @@ fn an_outage_makes_a_backlog_that_new_events_pass() {
     let forwarder = setup.start();
     setup.send_all("click", now_ms(), 0..1);
     setup.wait_for_empty_log(&forwarder);
-    setup.cluster.broker_down(1).unwrap();
+    turns::take_down(&setup.cluster, 1);
     wait_until("the broker is missed", || !forwarder.status().connected);
     // More than may be in flight, by far.
     setup.send_all("click", now_ms() - OLD_MS, 1..2000);
@@ -370,7 +363,7 @@ fn a_full_log_drops_its_backlog_also_when_new_events_take_all_the_room() {
     setup.send_large(now_ms() - OLD_MS, 0..200);
     let forwarder = setup.start();
     wait_for_live(&forwarder);
-    setup.cluster.broker_down(1).unwrap();
+    turns::take_down(&setup.cluster, 1);
     wait_until("the broker is missed", || !forwarder.status().connected);
     setup.send_large(now_ms(), 200..220);
     // One topic may have a quarter.
@@ -469,13 +462,9 @@ fn the_tools_know_what_was_delivered_ahead() {
     let Setup { wal, _directory: directory, .. } = setup;
     drop(wal);
     let ringtail = |arguments: &[&str]| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringtail"));
-        command.args(["backlog"]).args(arguments).arg("--directory").arg(directory.path());
-        let output = command.output().unwrap();
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{arguments:?}: {text}");
-        assert!(!text.contains("missing"), "{arguments:?}: {text}");
-        String::from_utf8(output.stdout).unwrap()
+        let (printed, said) = backlog(directory.path(), arguments);
+        assert!(!said.contains("missing"), "{arguments:?}: {said}");
+        printed
     };
     let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
     let sequences = |text: &str| text.lines().map(|line| json(line)["sequence"].as_u64().unwrap()).collect::<Vec<_>>();

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::service::turns;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use futures_util::{SinkExt, StreamExt};
@@ -37,7 +38,8 @@ impl Chromium {
                      --disable-dev-shm-usage --disable-sync --no-first-run --hide-scrollbars --remote-debugging-port=0";
         // A name as it has on a network: what browsers allow to loopback alone must not be needed.
         let names = format!("--host-resolver-rules=MAP {EDGE_HOST} 127.0.0.1");
-        let child = Command::new("chromium")
+        let mut command = Command::new("chromium");
+        command
             .args(flags.split_whitespace())
             .arg(format!("--user-data-dir={}", directory.path().display()))
             .arg(names)
@@ -45,9 +47,8 @@ impl Chromium {
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("start chromium: is it installed?");
+            .stderr(Stdio::null());
+        let child = turns::spawn(&mut command).expect("start chromium: is it installed?");
         let chromium = Chromium { child, directory };
         let deadline = Instant::now() + PATIENCE;
         while chromium.endpoint().is_none() {

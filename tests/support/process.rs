@@ -5,6 +5,9 @@
 
 #![allow(dead_code, reason = "each test uses its own part")]
 
+#[path = "turns.rs"]
+pub mod turns;
+
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -72,7 +75,7 @@ impl Process {
         let directory = tempfile::Builder::new().prefix("ringtail-process-").tempdir().expect("make a directory");
         let config = directory.path().join("ringtail.toml");
         std::fs::write(&config, options.toml()).expect("write the configuration");
-        let mut child = options.command(&config).spawn().expect("start the binary");
+        let mut child = turns::spawn(&mut options.command(&config)).expect("start the binary");
         let stderr = child.stderr.take().expect("stderr is piped");
         let log = Arc::new(Mutex::new(VecDeque::new()));
         let (ready_sender, ready) = channel();

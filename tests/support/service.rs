@@ -4,6 +4,9 @@
 
 #![allow(dead_code, reason = "each test uses its own part")]
 
+#[path = "turns.rs"]
+pub mod turns;
+
 use std::fs::{self, File, OpenOptions};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -99,7 +102,7 @@ impl Service {
         let mut command = self.command();
         command.arg("serve").arg("--config").arg(self.config_path());
         command.stdin(Stdio::null()).stdout(File::open("/dev/null").expect("open /dev/null")).stderr(log);
-        self.child = Some(command.spawn().expect("start the service"));
+        self.child = Some(turns::spawn(&mut command).expect("start the service"));
         let ready = format!(" ready http=127.0.0.1:{} ", self.ports.http);
         self.wait_for("the service to be ready", SERVICE_PATIENCE, |service| {
             let ended = service.child.as_mut().and_then(|child| child.try_wait().expect("wait for the service"));
@@ -156,7 +159,7 @@ impl Service {
 
     /// Runs another command of the binary with the service's configuration, and gives back what it printed.
     pub fn run(&self, arguments: &[&str]) -> String {
-        let output = self.command().args(arguments).arg("--config").arg(self.config_path()).output();
+        let output = turns::output(self.command().args(arguments).arg("--config").arg(self.config_path()));
         let output = output.expect("run ringtail");
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("it prints text")
