@@ -20,7 +20,7 @@ async fn a_retry_is_acked_over_every_protocol_and_stored_once() {
             send(&mut websocket, &batch).await;
             assert_eq!(outcome(&answer(&mut websocket).await), (1, 1, Some("guid")));
         }
-        websocket.close(None).await.unwrap();
+        close(websocket).await;
     }
     let reply = post(&server, "application/proto", &batch.encode_to_vec()).await;
     assert_eq!((reply.status, outcome(&reply.answer())), (200, (1, 1, Some("guid"))));
@@ -66,7 +66,7 @@ async fn what_only_looks_like_a_retry_is_stored() {
             assert_eq!(answer(&mut websocket).await.status, 1);
             sent += 1;
         }
-        websocket.close(None).await.unwrap();
+        close(websocket).await;
     }
     server.records(sent);
 }

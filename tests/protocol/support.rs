@@ -201,6 +201,13 @@ pub async fn closed(websocket: &mut WebSocket) -> (u16, String) {
     (frame.code.into(), frame.reason.as_str().into())
 }
 
+/// Closes a connection. Its id is free afterwards: the server has let go of it when the client sees the end of the stream.
+pub async fn close(mut websocket: WebSocket) {
+    websocket.close(None).await.unwrap();
+    assert!(matches!(next(&mut websocket).await, Message::Close(_)));
+    assert!(within("end", websocket.next()).await.is_none());
+}
+
 /// A connection that has done its handshake by hand.
 pub async fn raw_websocket(server: &Server, id: &str) -> TcpStream {
     let mut stream = TcpStream::connect(server.http).await.unwrap();

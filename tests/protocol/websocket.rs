@@ -128,10 +128,7 @@ async fn an_id_is_free_again_once_its_connection_has_closed() {
         let mut websocket = connect(&server, &[("x-user-id", "device")]).await;
         send(&mut websocket, &request(&round.to_string(), &[&[round]])).await;
         assert_eq!(outcome(&answer(&mut websocket).await), (1, 1, Some(round.to_string().as_str())));
-        websocket.close(None).await.unwrap();
-        // The server has closed when the client sees the end of the stream.
-        assert!(matches!(next(&mut websocket).await, Message::Close(_)));
-        assert!(within("end", futures_util::StreamExt::next(&mut websocket)).await.is_none());
+        close(websocket).await;
     }
     let gone = connect(&server, &[("x-user-id", "device")]).await;
     drop(gone);
