@@ -88,6 +88,18 @@ impl Setup {
         Setup { cluster, config, metrics, wal, _directory: directory }
     }
 
+    /// In a new process, with a log that was changed.
+    fn reopened(self, edit: impl FnOnce(&mut WalConfig)) -> Setup {
+        self.wal.close();
+        let Setup { cluster, config, wal, _directory, .. } = self;
+        let mut wal_config = wal.config().clone();
+        edit(&mut wal_config);
+        drop(wal);
+        let metrics = Metrics::new();
+        let wal = Wal::open(&wal_config, 64 << 20, metrics.clone()).unwrap();
+        Setup { cluster, config, metrics, wal, _directory }
+    }
+
     fn topic(&self, name: &str, partitions: i32) {
         self.cluster.create_topic(name, partitions, 1).unwrap();
     }
@@ -703,6 +715,95 @@ fn what_grows_old_in_flight_is_dropped_without_a_broker() {
 }
 
 #[test]
+fn what_was_spilled_for_too_long_is_dropped_or_parked() {
+    for (when_aged, delivery) in [
+        (WhenAged::Drop, Delivery::AtLeastOnce),
+        (WhenAged::Park, Delivery::AtLeastOnce),
+        (WhenAged::Drop, Delivery::ExactlyOnce),
+        (WhenAged::Park, Delivery::ExactlyOnce),
+    ] {
+        println!("{when_aged:?}, {delivery:?}");
+        let mut setup = exactly_once();
+        setup.config.delivery = delivery;
+        setup.config.in_flight_bytes_max = ByteSize::mib(1);
+        setup.topic("open", 1);
+        setup.closed_topic("closed");
+        let forwarder = setup.start();
+        let two_hours_ago = now_ms() - 7_200_000;
+        for at in 0..400 {
+            let received_at_ms = if at < 300 { two_hours_ago } else { now_ms() };
+            let events = [("closed", [number(at), vec![7; 10_000]].concat()), ("open", number(at))];
+            setup.send_received_at(received_at_ms, "a", &events);
+        }
+        let held_are = |forwarder: &Forwarder, spilled_min, events| {
+            let status = forwarder.status();
+            status.spilled_events >= spilled_min && status.spilled_events + status.in_flight_events == events
+        };
+        wait_until("the topic is out of the way", || held_are(&forwarder, 300, 400));
+        forwarder.stop(Duration::from_secs(5));
+        drop(forwarder);
+        let pending = setup.wal.status().pending_events;
+
+        let setup = setup.reopened(|log| {
+            log.age_max = Duration::from_secs(3600);
+            log.when_aged = when_aged;
+        });
+        let forwarder = setup.start();
+        let name = match when_aged {
+            WhenAged::Drop => "ringtail_forward_dropped_events_total{reason=\"expired\",topic=\"closed\"}",
+            WhenAged::Park => "ringtail_forward_parked_events_total{reason=\"expired\"}",
+        };
+        wait_until("the old ones are gone", || setup.metric(name) == 300);
+        wait_until("the others are kept", || held_are(&forwarder, 0, 100));
+        let parked = if when_aged == WhenAged::Park { 300 } else { 0 };
+        assert_eq!(setup.parked().len(), parked);
+        setup.open_topic("closed");
+        assert_eq!(by_key(setup.consume("closed", 1, 100))["a"], (300..400).collect::<Vec<_>>());
+        setup.wait_for_empty_log(&forwarder);
+        setup.assert_books_balance(pending);
+
+        // What an operator puts back is not too old again.
+        if when_aged == WhenAged::Park {
+            forwarder.requeuer().requeue(&setup.parked(), None).unwrap();
+            assert_eq!(by_key(setup.consume("closed", 1, 400))["a"], (300..400).chain(0..300).collect::<Vec<_>>());
+        }
+        forwarder.stop(DEADLINE);
+    }
+}
+
+#[test]
+fn what_is_spilled_and_grows_old_in_the_client_is_dropped() {
+    let mut setup = Setup::with_brokers(2, |_| {});
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.topic("stuck", 1);
+    setup.cluster.partition_leader("stuck", 0, Some(2)).unwrap();
+    let forwarder = setup.start();
+    setup.send("a", &[("stuck", number(0))]);
+    setup.wait_for_empty_log(&forwarder);
+    turns::take_down(&setup.cluster, 2);
+    // The first ones are soon too old. What follows is not for long: nothing of the log asks for an end.
+    let received_at_ms = now_ms() - 90_000;
+    for at in 1..=400 {
+        let received_at_ms = if at <= 300 { received_at_ms } else { now_ms() };
+        setup.send_received_at(received_at_ms, "a", &[("stuck", [number(at), vec![7; 10_000]].concat())]);
+    }
+    wait_until("the topic is out of the way", || forwarder.status().spilled_events >= 300);
+    forwarder.stop(Duration::from_secs(5));
+    drop(forwarder);
+
+    // With so much room in the client that nothing of the spill needs to make some.
+    setup.config.in_flight_bytes_max = ForwardConfig::default().in_flight_bytes_max;
+    let setup = setup.reopened(|log| log.age_max = Duration::from_secs(100));
+    let forwarder = setup.start();
+    wait_until("the old ones are gone", || setup.metric("ringtail_forward_dropped_events_total") == 300);
+    setup.cluster.broker_up(2).unwrap();
+    let expected: Vec<u64> = [0].into_iter().chain(301..=400).collect();
+    assert_eq!(by_key(setup.consume("stuck", 1, 101))["a"], expected);
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(400);
+}
+
+#[test]
 fn parked_events_that_vanish_are_reported_and_counted() {
     let setup = Setup::new();
     let forwarder = setup.start();
@@ -940,7 +1041,7 @@ fn a_log_that_cannot_be_read_outside_its_windows_is_reported_and_retried_with_pa
     for at in 0..150 {
         setup.send("a", &[("click", [number(at), vec![7; 100_000]].concat())]);
     }
-    let mut setup = setup.restarted();
+    let mut setup = setup.reopened(|_| {});
     setup.config.pace.windows = vec![closed_window()];
     let broken = BrokenSegment::new(&setup, 1);
     let forwarder = setup.start();

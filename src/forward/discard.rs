@@ -1,6 +1,7 @@
 //! What the operator chose to give up: the oldest segments of a full log (`wal.when_full = "drop_oldest"`), and batches
 //! older than `wal.age_max`. The forwarder does it, because it alone knows which events are delivered: a discarded record
 //! goes through the watermark like any other, so that each of its events is counted once, as delivered, parked or dropped.
+//! The age of an event in the spill is looked at when its turn comes to be sent.
 //!
 //! What the Kafka client holds of it is given a moment to arrive. If that does not move, or there is no broker, the
 //! producer is replaced, and the records are read, and discarded, anew.
@@ -11,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::backoff::LogLimit;
+use super::backoff::{Every, LogLimit};
 use super::router::Router;
+use super::spill::SpilledEvent;
 use crate::batch::Batch;
 use crate::config::{WalConfig, WhenAged};
 use crate::wal::{Position, Record, Wal};
@@ -22,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// At most one replaced producer in so long for the sake of age: what is in flight grows old all the time.
 const AGE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The same for the sake of events in the spill: a tenth of `wal.age_max`, within these bounds.
+const SPILLED_INTERVAL_MAX: Duration = Duration::from_secs(600);
 
 /// One line about dropped events in so long.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -75,6 +80,7 @@ pub(super) struct Discard {
     /// The oldest record, and since when it has been that.
     stuck: Option<(Position, Instant)>,
     aged_at: Option<Instant>,
+    spilled_looks: Every,
     log_limit: LogLimit,
     unlogged: u64,
 }
@@ -88,6 +94,7 @@ impl Discard {
             topics: HashMap::new(),
             stuck: None,
             aged_at: None,
+            spilled_looks: Every::new((config.age_max / 10).clamp(AGE_INTERVAL, SPILLED_INTERVAL_MAX)),
             log_limit: LogLimit::new(LOG_INTERVAL),
             unlogged: 0,
         }
@@ -98,11 +105,33 @@ impl Discard {
         if wal.is_given_up(record.end) {
             return Verdict::Drop(DropReason::Full);
         }
+        self.verdict_on_age(record.batch.received_at_ms, now_ms)
+    }
+
+    /// What becomes of an event in the spill. What an operator has put back has no age, nor has a dead letter.
+    pub(super) fn verdict_on_spilled(&self, event: &SpilledEvent, now_ms: u64) -> Verdict {
+        if event.requeued || !event.headers.is_empty() {
+            return Verdict::Deliver;
+        }
+        self.verdict_on_age(event.received_at_ms, now_ms)
+    }
+
+    fn verdict_on_age(&self, received_at_ms: u64, now_ms: u64) -> Verdict {
         match self.when_aged {
-            _ if !self.is_aged(record.batch.received_at_ms, now_ms) => Verdict::Deliver,
+            _ if !self.is_aged(received_at_ms, now_ms) => Verdict::Deliver,
             WhenAged::Drop => Verdict::Drop(DropReason::Expired),
             WhenAged::Park => Verdict::Park,
         }
+    }
+
+    /// Whether events grow too old at all.
+    pub(super) fn has_age(&self) -> bool {
+        self.age_max_ms.is_some()
+    }
+
+    /// Whether it is time to look for events of the spill that grow old in the client.
+    pub(super) fn may_look_at_spilled(&mut self, now: Instant) -> bool {
+        self.has_age() && self.spilled_looks.is_due(now)
     }
 
     /// Whether a batch received then is too old now.
@@ -150,14 +179,22 @@ impl Discard {
         Dropped { reason, topics }
     }
 
+    /// Counts events of the spill, all of one topic.
+    pub(super) fn count_spilled(&mut self, topic: &str, count: u64, reason: DropReason) -> Dropped {
+        Dropped { reason, topics: vec![(self.label(topic, || topic.into()), count)] }
+    }
+
     fn topic(&mut self, event_type: &str, router: &Router) -> Arc<str> {
-        let name = router.lane_name(event_type);
+        self.label(router.lane_name(event_type), || router.topic(event_type).into())
+    }
+
+    /// The topic of `name` as it is counted.
+    fn label(&mut self, name: &str, topic: impl FnOnce() -> Arc<str>) -> Arc<str> {
         if let Some(topic) = self.topics.get(name) {
             return topic.clone();
         }
         let is_full = self.topics.len() >= TOPICS_MAX;
-        let (name, topic) =
-            if is_full { (OTHER_TOPICS, OTHER_TOPICS.into()) } else { (name, router.topic(event_type).into()) };
+        let (name, topic) = if is_full { (OTHER_TOPICS, OTHER_TOPICS.into()) } else { (name, topic()) };
         self.topics.entry(name.into()).or_insert(topic).clone()
     }
 

@@ -76,16 +76,6 @@ impl Setup {
         });
         numbers
     }
-
-    pub(super) fn restarted(self) -> Setup {
-        self.wal.close();
-        let Setup { cluster, config, wal, _directory, .. } = self;
-        let wal_config = wal.config().clone();
-        drop(wal);
-        let metrics = Metrics::new();
-        let wal = Wal::open(&wal_config, 64 << 20, metrics.clone()).unwrap();
-        Setup { cluster, config, metrics, wal, _directory }
-    }
 }
 
 fn wait_for_live(forwarder: &Forwarder) {
@@ -221,7 +211,7 @@ fn a_restart_goes_on_where_both_were() {
 
 /// Starts again with `pending` events of a backlog, sends `numbers`, and waits until just they are delivered.
 fn setup_after_restart_delivers(setup: Setup, pending: u64, numbers: std::ops::Range<u64>, delivered: u64) -> Setup {
-    let setup = setup.restarted();
+    let setup = setup.reopened(|_| {});
     assert_eq!(setup.wal.status().pending_events, pending);
     let forwarder = setup.start();
     wait_for_live(&forwarder);
@@ -230,7 +220,7 @@ fn setup_after_restart_delivers(setup: Setup, pending: u64, numbers: std::ops::R
     assert_eq!(setup.wal.status().pending_events, pending);
     forwarder.stop(DEADLINE);
     drop(forwarder);
-    setup.restarted()
+    setup.reopened(|_| {})
 }
 
 #[test]
@@ -306,7 +296,7 @@ fn a_topic_that_is_held_keeps_neither_side_from_going_on() {
     forwarder.stop(DEADLINE);
     drop(forwarder);
     assert_eq!(setup.delivered() + setup.wal.status().pending_events, 800);
-    let mut setup = setup.restarted();
+    let mut setup = setup.reopened(|_| {});
     let forwarder = setup.start();
     wait_for_live(&forwarder);
     setup.config.pace.windows.clear();
@@ -322,7 +312,7 @@ fn a_topic_that_is_held_keeps_neither_side_from_going_on() {
     forwarder.stop(DEADLINE);
     drop(forwarder);
 
-    let setup = setup.restarted();
+    let setup = setup.reopened(|_| {});
     setup.open_topic("closed");
     let forwarder = setup.start();
     setup.wait_for_empty_log(&forwarder);
@@ -385,7 +375,7 @@ fn a_backlog_that_cannot_be_read_does_not_hold_up_what_is_new() {
     setup.config.pace.windows = vec![closed_window()];
     setup.topic("click", 4);
     setup.send_large(now_ms() - OLD_MS, 0..200);
-    let mut setup = setup.restarted();
+    let mut setup = setup.reopened(|_| {});
     let (retry_delay_min, retry_delay_max) = (setup.config.retry_delay_min, setup.config.retry_delay_max);
     (setup.config.retry_delay_min, setup.config.retry_delay_max) = (DEADLINE * 4, DEADLINE * 4);
     let forwarder = setup.start();
@@ -426,7 +416,7 @@ fn transactions_go_on_behind_what_was_delivered_ahead() {
     wait_until("it is parked", || setup.metric("ringtail_forward_parked_events_total") == 1);
     forwarder.stop(DEADLINE);
     drop(forwarder);
-    let mut setup = setup.restarted();
+    let mut setup = setup.reopened(|_| {});
     (setup.config.live_first, setup.config.delivery) = (false, Delivery::ExactlyOnce);
     setup.config.commit_interval = Duration::from_millis(50);
     setup.config.pace.windows.clear();

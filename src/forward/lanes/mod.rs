@@ -51,6 +51,9 @@ const HELD_MAX: usize = 10_000;
 /// One line about topics in so long: clients choose how many topics there are.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
+/// A lane of which nothing came back for so long stands still.
+const STILL_PATIENCE: Duration = Duration::from_secs(2);
+
 /// A lane's place in [`Lanes`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct LaneId(pub(super) u32);
@@ -230,6 +233,17 @@ impl Lanes {
         self.spilled_client_bytes
     }
 
+    /// The first event in the spill of the held lane of which nothing came back for longest, while the client has some of it.
+    pub(super) fn stillest_spilled(&self, now: Instant) -> Option<(LaneId, EventRef)> {
+        let still = |id: &LaneId| {
+            let lane = self.lane(*id);
+            let hold = lane.hold.as_ref().filter(|hold| lane.in_client > 0 && hold.spilled.len() > 0)?;
+            let at = lane.moved_at.filter(|at| now.saturating_duration_since(*at) >= STILL_PATIENCE)?;
+            Some((at, *id, EventRef::spilled(hold.spilled.consumed)))
+        };
+        self.held.iter().filter_map(still).min().map(|(_, id, event)| (id, event))
+    }
+
     /// Whether the lane's next event must go to [`Lanes::hold`] instead of the client.
     pub(super) fn is_held(&self, id: LaneId) -> bool {
         self.lane(id).hold.is_some()
@@ -304,6 +318,12 @@ impl Lanes {
     /// An event of the spill that was to be sent in a round is lost. [`Lanes::settle`] must follow once the round is sent.
     pub(super) fn lost(&mut self, id: LaneId, event: EventRef) {
         self.done(id, event);
+    }
+
+    /// An event of the spill that was to be sent in a round is too old, and to be parked. [`Lanes::settle`] must follow.
+    pub(super) fn expired(&mut self, id: LaneId, event: EventRef, to_park: &mut Vec<ToPark>) {
+        to_park.push(ToPark { event, lane: Some(id), reason: ParkReason::Expired, failure: None });
+        self.lane_mut(id).hold.as_mut().expect("a lane with spilled events is held").spilled.parking(event);
     }
 
     fn done(&mut self, id: LaneId, event: EventRef) {

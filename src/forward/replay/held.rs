@@ -2,17 +2,26 @@
 
 use std::time::Instant;
 
+use super::super::discard::Verdict;
 use super::super::in_flight::{EventRef, Walk};
 use super::super::kafka::Failure;
 use super::super::lanes::LaneId;
 use super::super::spill::SpillError;
 use super::{ROUND_BYTES_MAX, Replay, charge};
+use crate::batch::now_ms;
 
 /// Most events that may wait to be parked before another round.
 const TO_PARK_MAX: usize = 1024;
 
 /// What of a round was sent, with what it is charged, and what was refused.
 pub(super) type Sent = (Vec<(EventRef, u64)>, Option<(EventRef, Failure)>);
+
+/// A round without what was too old.
+pub(super) struct Aged {
+    pub(super) rest: Vec<EventRef>,
+    /// Some of it is being parked.
+    pub(super) parked: bool,
+}
 
 impl Replay {
     /// Sends what held lanes want to try again now.
@@ -24,6 +33,7 @@ impl Replay {
             && let Some((lane, round)) = self.lanes.next_round(now)
         {
             sent = true;
+            let round = self.discard_aged(lane, round, now).rest;
             let refusal = self.send_round(lane, round, now);
             self.lanes.settle(lane, now, &mut self.to_park);
             if let Some(failure) = refusal {
@@ -40,6 +50,48 @@ impl Replay {
     /// There is room, and it is time.
     pub(super) fn may_send_spilled(&self) -> bool {
         self.is_time_for_held() && self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 2
+    }
+
+    /// Drops, or parks, what of a round waited in the spill for too long.
+    pub(super) fn discard_aged(&mut self, lane: LaneId, round: Vec<EventRef>, now: Instant) -> Aged {
+        let mut aged = Aged { rest: round, parked: false };
+        if !self.discard.has_age() {
+            return aged;
+        }
+        let (now_ms, mut dropped, mut drop_reason) = (now_ms(), 0, None);
+        aged.rest.retain(|event| {
+            // What cannot be read now, or never, is found out when it is sent.
+            let found = event.is_spilled().then(|| self.spilling.event(self.lanes.topic(lane), event.number()));
+            let Some(Ok(found)) = found else { return true };
+            match self.discard.verdict_on_spilled(&found, now_ms) {
+                Verdict::Deliver => return true,
+                Verdict::Drop(reason) => {
+                    self.lanes.lost(lane, *event);
+                    (dropped, drop_reason) = (dropped + 1, Some(reason));
+                }
+                Verdict::Park => {
+                    self.lanes.expired(lane, *event, &mut self.to_park);
+                    aged.parked = true;
+                }
+            }
+            false
+        });
+        if let Some(reason) = drop_reason {
+            let dropped = self.discard.count_spilled(self.lanes.topic(lane), dropped, reason);
+            self.count_dropped(&[dropped], now);
+        }
+        aged
+    }
+
+    /// Whether events of the spill grow too old in the client, which does not get rid of them.
+    pub(super) fn is_spilled_stuck(&mut self, now: Instant) -> bool {
+        // With transactions, everything comes back by itself.
+        if self.exactly_once.is_some() || !self.discard.may_look_at_spilled(now) {
+            return false;
+        }
+        let Some((lane, event)) = self.lanes.stillest_spilled(now) else { return false };
+        let found = self.spilling.event(self.lanes.topic(lane), event.number());
+        found.is_ok_and(|found| self.discard.verdict_on_spilled(&found, now_ms()) != Verdict::Deliver)
     }
 
     /// Sends events of a held lane up to the first that the client refuses, and keeps the rest.

@@ -441,7 +441,9 @@ impl Replay {
     /// Takes back what is to be discarded and does not get away.
     fn let_go_of_discarded(&mut self, now: Instant) {
         let oldest = self.in_flight.oldest();
-        if self.discard.is_stuck(oldest, &self.wal, self.connection.is_up(), now, now_ms()) {
+        if self.discard.is_stuck(oldest, &self.wal, self.connection.is_up(), now, now_ms())
+            || self.is_spilled_stuck(now)
+        {
             self.drop_producer(now);
         }
     }

@@ -28,6 +28,7 @@ use super::super::kafka::{
     Failure, Inbox, Producer, ProducerError, Properties, Reported, TransactionError, read_cursors,
 };
 use super::super::lanes::LaneId;
+use super::held::Aged;
 use super::{LOG_INTERVAL, Replay, charge};
 use crate::batch::Sequence;
 use crate::config::ForwardConfig;
@@ -655,6 +656,13 @@ impl Replay {
     }
 
     fn begin_side(&mut self, lane: LaneId, events: Vec<EventRef>, now: Instant) -> Result<(), TransactionError> {
+        let Aged { rest: events, parked } = self.discard_aged(lane, events, now);
+        if parked || events.is_empty() {
+            // A transaction says up to where everything is settled: not beyond what is not parked yet.
+            events.into_iter().for_each(|event| self.lanes.hold(lane, event));
+            self.lanes.settle(lane, now, &mut self.to_park);
+            return Ok(());
+        }
         let begun = self.exactly_once.as_ref().and_then(|once| once.side.producer.as_ref()).map(Producer::begin);
         if let Some(Err(error)) = begun {
             // As if none had been tried.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::super::ParkReason;
+use super::super::discard::Dropped;
 use super::super::in_flight::{Passed, Side};
 use super::Replay;
 use super::transaction::ExactlyOnce;
@@ -55,11 +56,16 @@ impl Replay {
         for (reason, count) in ParkReason::ALL.into_iter().zip(passed.parked) {
             metrics.parked_events_total(reason).increment(count);
         }
-        for dropped in &passed.dropped {
-            for (topic, count) in &dropped.topics {
-                self.metrics.count_dropped_events(dropped.reason, topic, *count);
+        self.count_dropped(&passed.dropped, now);
+    }
+
+    /// Counts what is given up.
+    pub(super) fn count_dropped(&mut self, dropped: &[Dropped], now: Instant) {
+        for Dropped { reason, topics } in dropped {
+            for (topic, count) in topics {
+                self.metrics.count_dropped_events(*reason, topic, *count);
             }
         }
-        self.discard.report(&passed.dropped, now);
+        self.discard.report(dropped, now);
     }
 }
