@@ -253,7 +253,7 @@ pub fn spill_contents(wal: &Wal) -> Result<SpillContents, SpillError> {
     let mut spill = spill::Spill::open(&wal.config().directory.join(SPILL))?;
     spill.settle(&wal.undelivered())?;
     let mut events = Vec::new();
-    let lost = spill.for_each(|topic, event| {
+    let lost = spill.for_each(|topic, event, _| {
         events.push((topic.to_owned(), event.payload.clone()));
         Ok::<(), SpillError>(())
     })?;

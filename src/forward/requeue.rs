@@ -115,8 +115,9 @@ impl OfflineSpill {
         mut take: impl FnMut(Sequence, Batch) -> Result<(), E>,
     ) -> Result<u64, E> {
         let mut spill = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        spill.for_each(|_, event| {
-            let is_in_log = undelivered.contains(Sequence(event.log_sequence()));
+        spill.for_each(|_, event, is_settled| {
+            // What a start has left is not in the log, whatever its sequence says: it may come from another log.
+            let is_in_log = !is_settled && undelivered.contains(Sequence(event.log_sequence()));
             if is_in_log { Ok(()) } else { take(Sequence(event.sequence), batch(event.clone())) }
         })
     }

@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -28,6 +29,7 @@ pub(super) struct ClosedSegment {
     unreadable: Unreadable,
     slots: Vec<Slot>,
     unread_bytes: u64,
+    hidden_bytes: u64,
 }
 
 /// One chunk, or part of one.
@@ -50,19 +52,27 @@ impl ClosedSegment {
             }
             _ => StoreError::io("open segment file")(error),
         })?;
-        let mut slots = Vec::new();
+        let (mut slots, mut whole) = (Vec::new(), Vec::new());
         let mut chunks = chunks(&file, unreadable);
         for found in chunks.by_ref() {
             let Found { offset, bytes, header } = found.map_err(StoreError::io("read segment file"))?;
+            whole.extend(header.map(|_| offset..offset + bytes as u64));
             slots.push(Slot { header, places: vec![(offset, bytes)] });
         }
-        let unread_bytes = chunks.unread_bytes();
-        Ok(ClosedSegment { file, unreadable, slots: in_order(slots), unread_bytes })
+        let unread_bytes = chunks.unread().iter().map(|unread| unread.end - unread.start).sum();
+        let end = file.metadata().map_err(StoreError::io("measure segment"))?.len();
+        let hidden_bytes = hidden_bytes(&whole, chunks.unread(), end);
+        Ok(ClosedSegment { file, unreadable, slots: in_order(slots), unread_bytes, hidden_bytes })
     }
 
     /// Bytes of the file that count as zeroes because they could not be read.
     pub fn unread_bytes(&self) -> u64 {
         self.unread_bytes
+    }
+
+    /// Bytes that may belong to chunks of which not all could be read.
+    pub fn hidden_bytes(&self) -> u64 {
+        self.hidden_bytes
     }
 
     /// Takes away what the slots from `from` on hold: nobody got an ack for it. Durable on return.
@@ -93,6 +103,18 @@ impl SegmentFile for ClosedSegment {
         let passed = |slot: &Slot| slot.header.is_some_and(|header| header.end_sequence() <= sequence);
         self.slots.iter().rposition(passed).map_or(0, |last| last + 1) as u32
     }
+}
+
+/// The bytes of a file, which ends at `end`, that are between `whole` chunks and have something `unread` among them. Both are in
+/// order, and never overlap.
+fn hidden_bytes(whole: &[Range<u64>], unread: &[Range<u64>], end: u64) -> u64 {
+    let begins = [0].into_iter().chain(whole.iter().map(|chunk| chunk.end));
+    let ends = whole.iter().map(|chunk| chunk.start).chain([end]);
+    let gaps = begins.zip(ends).filter(|(begin, end)| {
+        let first = unread.partition_point(|unread| unread.end <= *begin);
+        unread.get(first).is_some_and(|unread| unread.start < *end)
+    });
+    gaps.map(|(begin, end)| end - begin).sum()
 }
 
 /// Puts slots, which come in the order of their offsets, into the order of their sequences, each once, with an empty one for
@@ -210,6 +232,16 @@ mod tests {
             slots(&path),
             [Err("damaged"), Err("empty"), Err("part"), Ok(3), Err("torn"), Err("empty"), Err("empty")]
         );
+    }
+
+    /// One block spoils a chunk, and whatever stands next to it between whole ones.
+    #[test]
+    fn what_is_not_read_hides_all_between_the_whole_chunks_around_it() {
+        let whole = [100..200, 300..400];
+        assert_eq!(hidden_bytes(&whole, &[], 500), 0);
+        assert_eq!(hidden_bytes(&whole, &[210..220, 230..240], 500), 100);
+        assert_eq!(hidden_bytes(&whole, &[0..10, 499..500], 500), 200);
+        assert_eq!(hidden_bytes(&[], &[50..60], 500), 500);
     }
 
     fn unfinished(chunks: &[(u64, u16, u16, u32)], spoilt: Option<usize>, durable: u64) -> Option<u32> {

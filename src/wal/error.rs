@@ -121,6 +121,11 @@ impl StoreError {
         }
     }
 
+    /// The disk does not read it.
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self, StoreError::Io { source, .. } if source.raw_os_error() == Some(libc::EIO))
+    }
+
     /// The file system or a quota has no room: freeing some mends it.
     pub fn is_full(&self) -> bool {
         let StoreError::Io { source, .. } = self else { return false };

@@ -8,7 +8,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::error::StoreError;
-use super::store::{ActiveSegment, SegmentFile, SegmentShape, Space, StateDb, Store};
+use super::store::{ActiveSegment, Readable, SegmentFile, SegmentShape, Space, StateDb, Store};
 
 /// What survives a crash, and what might.
 #[derive(Default)]
@@ -221,8 +221,8 @@ impl Store for MemoryStore {
         Ok(Arc::new(MemorySegment { store: self.clone(), id }))
     }
 
-    fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError> {
-        Ok((self.open(id)?, 0))
+    fn open_readable(&self, id: u64) -> Result<Readable, StoreError> {
+        Ok(Readable { file: self.open(id)?, unread_bytes: 0, hidden_bytes: 0 })
     }
 
     fn cut(&self, id: u64, from: u32) -> Result<(), StoreError> {

@@ -89,7 +89,7 @@ impl OfflineLog {
         log.meta = match log.open_copy(META) {
             Ok(None) => Ok(Meta::default()),
             Ok(Some(meta)) => read_meta(&*meta),
-            Err(error) if error.is_damage() => Err(error),
+            Err(error) if error.is_damage() || error.is_unreadable() => Err(error),
             Err(error) => return Err(error.into()),
         };
         Ok(log)
@@ -125,6 +125,27 @@ impl OfflineLog {
     pub fn undelivered(&self) -> Undelivered {
         let stretch = self.meta.as_ref().ok().and_then(|meta| meta.ahead);
         Undelivered::new(Sequence(self.cursor_sequence()), Sequence(self.next_sequence()), stretch)
+    }
+
+    /// The same up to the end that the segments show.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn undelivered_to_end(&self) -> Result<Undelivered, StoreError> {
+        Ok(Undelivered { tail: Sequence(self.end_sequence()?), ..self.undelivered() })
+    }
+
+    /// Where the log ends: behind the last record in its segments. Not before [`OfflineLog::next_sequence`].
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn end_sequence(&self) -> Result<u64, StoreError> {
+        for segment in self.segments()?.iter().rev() {
+            if let Some(last) = segment.records()?.filter_map(Result::ok).last() {
+                return Ok(self.next_sequence().max(last.sequence.0 + 1));
+            }
+        }
+        Ok(self.next_sequence())
     }
 
     /// The segment of the cursor: earlier ones are delivered. 0 if that is not known.

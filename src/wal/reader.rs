@@ -17,7 +17,7 @@ use super::log::{Log, Position, Shared};
 use super::losses::Loss;
 use super::record::{ChunkError, ChunkHeader, Totals, split_record};
 use super::slots::{Slot, read_slot};
-use super::store::SegmentFile;
+use super::store::{Readable, SegmentFile};
 use crate::batch::{Batch, Sequence, now_ms};
 
 /// One batch, read back from the log.
@@ -273,7 +273,7 @@ impl Reader {
     }
 
     fn open_readable(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
-        let (file, unread_bytes) = self.shared.store.open_readable(id)?;
+        let Readable { file, unread_bytes, .. } = self.shared.store.open_readable(id)?;
         if unread_bytes > 0 {
             tracing::error!(
                 segment = id,

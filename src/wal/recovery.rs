@@ -10,8 +10,8 @@ use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
 use super::log::{Log, Pool, Position, Segment};
 use super::record::{RECORD_HEADER_BYTES, Totals};
-use super::slots::{Content, first_chunk, for_each_record, last_totals, unfinished_from};
-use super::store::StateDb;
+use super::slots::{Content, Slot, first_chunk, for_each_record, last_totals, read_slot, unfinished_from};
+use super::store::{Readable, StateDb};
 use super::{cursor, losses};
 use crate::kill_point;
 
@@ -115,32 +115,36 @@ fn find_tail(
     saved_tail: Option<u64>,
     delivered: u64,
 ) -> Result<Totals, StoreError> {
-    let (mut tail, mut damaged) = (Totals::ZERO, Vec::new());
+    let (mut tail, mut damaged, mut torn, mut unread) = (Totals::ZERO, Vec::new(), Vec::new(), Vec::new());
+    // Sequences that may stand where the disk does not read: none of them is used again, should it read one day.
+    let mut passed_over = 0;
     while let Some(id) = segments.last_key_value().map(|(id, _)| *id) {
         if mode == Mode::Repair {
             pool.store().settle(id)?;
-            cut_unfinished(pool, id, saved_tail)?;
+            // A later segment was begun when all that is before it was durable.
+            if damaged.is_empty() && torn.is_empty() && unread.is_empty() {
+                cut_unfinished(pool, id, saved_tail)?;
+            }
         }
-        let content = match pool.get(id) {
-            Ok(file) => last_totals(&*file)?,
-            Err(error) if !error.is_damage() => totals_of_readable(pool, id, error)?,
+        let (content, hidden_records) = match pool.get(id) {
+            Ok(file) => (last_totals(&*file)?, 0),
+            Err(error) if !error.is_damage() => readable_content(pool, id, &error)?,
             Err(error) => {
                 tracing::error!(segment = id, %error, "segment does not open");
-                Content::Damaged
+                (Content::Damaged, 0)
             }
         };
+        passed_over += hidden_records;
         match content {
             Content::Records(totals) => {
-                segments.get_mut(&id).expect("it is the last").end = Some(totals);
-                tail = totals;
+                let end = |passed_over| Totals { sequence: totals.sequence + passed_over, ..totals };
+                segments.get_mut(&id).expect("it is the last").end = Some(end(hidden_records));
+                tail = end(passed_over);
                 break;
             }
+            _ if hidden_records > 0 && mode == Mode::Repair => unread.push(id),
             Content::Damaged if mode == Mode::Repair => damaged.push(id),
-            // A first batch that was cut short was never acked.
-            Content::Torn if mode == Mode::Repair => {
-                pool.close_unused();
-                pool.store().remove(id)?;
-            }
+            Content::Torn if mode == Mode::Repair => torn.push(id),
             Content::Nothing if mode == Mode::Repair => {
                 pool.close_unused();
                 pool.store().remove(id)?;
@@ -151,33 +155,43 @@ fn find_tail(
         segments.remove(&id);
     }
     pool.close_unused();
-    if let [id] = damaged[..]
-        && saved_tail.is_some_and(|saved_tail| saved_tail <= tail.sequence.max(delivered))
-    {
-        // All that is known to have been durable stands before it, or was delivered.
-        tracing::info!(segment = id, "unfinished chunk, never acked: the segment goes");
-        pool.store().remove(id)?;
-        return Ok(tail);
+    // All that is known to have been durable stands before, or was delivered.
+    let is_whole = saved_tail.is_some_and(|saved_tail| saved_tail <= tail.sequence.max(delivered));
+    if is_whole && torn.len() + damaged.len() == 1 {
+        torn.append(&mut damaged);
     }
-    for id in damaged {
+    // A first batch that was cut short was never acked.
+    let is_unfinished = is_whole || saved_tail.is_none();
+    for id in torn {
+        if is_unfinished {
+            tracing::info!(segment = id, "unfinished chunk, never acked: the segment goes");
+            pool.store().remove(id)?;
+        } else {
+            damaged.push(id);
+        }
+    }
+    for id in damaged.into_iter().chain(unread) {
         pool.store().quarantine(id)?;
         tracing::error!(segment = id, "segment holds no readable record, set aside");
     }
     Ok(tail)
 }
 
-/// The end of a segment that the disk does not read as a whole. The sequences of all that may stand in the rest are passed over:
-/// none is used again should the disk read it one day. One without a single record fails: a disk that is gone for a moment is
-/// more likely.
-fn totals_of_readable(pool: &Pool, id: u64, error: StoreError) -> Result<Content, StoreError> {
-    let (file, unread_bytes) = pool.store().open_readable(id)?;
-    let Content::Records(totals) = last_totals(&*file)? else { return Err(error) };
+/// What a segment holds that the disk does not read as a whole; and how many records may stand in what is missing, at most.
+/// Fails if the disk reads nothing of it: one that is gone for a moment is more likely.
+fn readable_content(pool: &Pool, id: u64, error: &StoreError) -> Result<(Content, u64), StoreError> {
+    let Readable { file, unread_bytes, hidden_bytes } = pool.store().open_readable(id)?;
+    let hidden_records = hidden_bytes.div_ceil(RECORD_HEADER_BYTES as u64);
+    let content = last_totals(&*file)?;
     pool.insert(id, file);
-    let passed_over = unread_bytes / RECORD_HEADER_BYTES as u64;
-    let what = "the disk does not read all of the newest segment, going on with the rest";
-    tracing::error!(segment = id, %error, unread_bytes, passed_over_sequences = passed_over, what);
-    let sequence = totals.sequence + passed_over;
-    Ok(Content::Records(Totals { sequence, ..totals }))
+    tracing::error!(
+        segment = id,
+        %error,
+        unread_bytes,
+        passed_over_sequences = hidden_records,
+        "the disk does not read all of a segment, going on with the rest"
+    );
+    Ok((content, hidden_records))
 }
 
 /// Takes away what the last process, or the power, left unfinished in the newest segment. Without a saved tail, which is
@@ -186,8 +200,25 @@ fn cut_unfinished(pool: &Pool, id: u64, saved_tail: Option<u64>) -> Result<(), S
     let Some(saved_tail) = saved_tail else { return Ok(()) };
     let Ok(file) = pool.get(id) else { return Ok(()) };
     let Some(slot) = unfinished_from(&*file, saved_tail)? else { return Ok(()) };
+    let mut whole = None;
+    for at in slot..file.slots() {
+        if let Slot::Chunk { header, .. } = read_slot(&*file, at, file.slots())? {
+            let (first, _) = whole.unwrap_or((header.before.sequence, 0));
+            whole = Some((first, header.end_sequence() - 1));
+        }
+    }
     drop(file);
-    tracing::info!(segment = id, slot, "unfinished chunks, never acked: they are cut off");
+    match whole {
+        // Should it be damage that is before it, that is all that an operator gets to see.
+        Some((first_sequence, last_sequence)) => tracing::warn!(
+            segment = id,
+            slot,
+            first_sequence,
+            last_sequence,
+            "chunks behind one that was not written, never acked: they are cut off"
+        ),
+        None => tracing::info!(segment = id, slot, "unfinished chunk, never acked: it is cut off"),
+    }
     pool.close_unused();
     pool.store().cut(id, slot)
 }
@@ -195,15 +226,14 @@ fn cut_unfinished(pool: &Pool, id: u64, saved_tail: Option<u64>) -> Result<(), S
 /// The beginning of the oldest segment that opens: where to start without a cursor.
 fn find_head(pool: &Pool, segments: &BTreeMap<u64, Segment>) -> Result<Option<(u64, Totals)>, StoreError> {
     for id in segments.keys() {
-        match pool.get(*id) {
-            Ok(file) => {
-                if let Some((totals, _)) = first_chunk(&*file, 0)? {
-                    return Ok(Some((*id, totals)));
-                }
-            }
-            Err(error) if !error.is_damage() => return Err(error),
+        let file = match pool.get(*id) {
+            Err(error) if !error.is_damage() => pool.store().open_readable(*id)?.file,
+            Ok(file) => file,
             // The reader will meet it again and set it aside.
-            Err(_) => {}
+            Err(_) => continue,
+        };
+        if let Some((totals, _)) = first_chunk(&*file, 0)? {
+            return Ok(Some((*id, totals)));
         }
     }
     Ok(None)

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -48,19 +49,19 @@ pub(super) struct Chunks<'a> {
     /// Where to search on, in the window.
     at: usize,
     ended: bool,
-    /// Bytes that count as zeroes because they could not be read.
-    unread_bytes: u64,
+    /// What counts as zeroes because it could not be read, in order.
+    unread: Vec<Range<u64>>,
 }
 
 /// Searches `file` from its front.
 pub(super) fn chunks(file: &File, unreadable: Unreadable) -> Chunks<'_> {
-    Chunks { file, unreadable, window: Vec::new(), offset: 0, at: 0, ended: false, unread_bytes: 0 }
+    Chunks { file, unreadable, window: Vec::new(), offset: 0, at: 0, ended: false, unread: Vec::new() }
 }
 
 impl Chunks<'_> {
-    /// Bytes searched so far that count as zeroes because they could not be read.
-    pub fn unread_bytes(&self) -> u64 {
-        self.unread_bytes
+    /// What of the part searched so far counts as zeroes because it could not be read: ranges of offsets, in order.
+    pub fn unread(&self) -> &[Range<u64>] {
+        &self.unread
     }
 
     /// Drops what was searched and reads on.
@@ -71,9 +72,9 @@ impl Chunks<'_> {
         let wanted = WINDOW_BYTES - self.window.len();
         let next = self.offset + self.window.len() as u64;
         let left = usize::try_from(self.file.metadata()?.len().saturating_sub(next)).unwrap_or(usize::MAX);
-        let (read, unread_bytes) = read_at(self.file, next, wanted.min(left), self.unreadable)?;
+        let (read, unread) = read_at(self.file, next, wanted.min(left), self.unreadable)?;
         self.window.extend(read);
-        self.unread_bytes += unread_bytes;
+        self.unread.extend(unread);
         self.ended = left <= wanted;
         Ok(())
     }
@@ -114,24 +115,27 @@ impl Iterator for Chunks<'_> {
     }
 }
 
-/// Reads `bytes` at `offset`, which the file must hold; and how many of them are zeroes instead.
-pub(super) fn read_at(file: &File, offset: u64, bytes: usize, unreadable: Unreadable) -> io::Result<(Vec<u8>, u64)> {
+/// What was read; and which offsets of the file are zeroes in it instead.
+type Read = (Vec<u8>, Vec<Range<u64>>);
+
+/// Reads `bytes` at `offset`, which the file must hold.
+pub(super) fn read_at(file: &File, offset: u64, bytes: usize, unreadable: Unreadable) -> io::Result<Read> {
     let mut value = vec![0; bytes];
     match file.read_exact_at(&mut value, offset) {
         Err(_) if unreadable == Unreadable::Zeroes => {}
-        read => return read.map(|()| (value, 0)),
+        read => return read.map(|()| (value, Vec::new())),
     }
-    let (mut at, mut unread_bytes) = (0, 0);
+    let (mut at, mut unread) = (0, Vec::new());
     while at < bytes {
         let next = offset + at as u64;
         let end = bytes.min(at + BLOCK_BYTES - next as usize % BLOCK_BYTES);
         if file.read_exact_at(&mut value[at..end], next).is_err() {
             value[at..end].fill(0);
-            unread_bytes += (end - at) as u64;
+            unread.push(next..offset + end as u64);
         }
         at = end;
     }
-    Ok((value, unread_bytes))
+    Ok((value, unread))
 }
 
 /// Whether a file holds at least one chunk. A file that is not there holds none.

@@ -168,6 +168,52 @@ async fn a_sector_that_is_never_read_does_not_keep_the_service_from_starting() {
     service.stop();
 }
 
+/// A few KiB of a file that holds nothing that was acked are never read again. What might have stood in a segment is reported lost
+/// all the same: nobody can tell.
+async fn assert_a_start_does_without(prefix: &'static str, aside: &str) {
+    let mut service = Service::start(seed());
+    service.send(MIB).await;
+    service.process.kill();
+    service.disk.set_rule(0, Rule { byte: 8192, prefix, suffix: "db", ..eio(Call::Read, 0, u64::MAX) });
+    service.restart();
+    assert!(service.disk.hits(0) > 0);
+    service.wait_until_accepting().await;
+    service.send(MIB).await;
+    service.kafka.up();
+    service.wait_until_delivered().await;
+    assert!(service.disk.root().join("quarantine").join(aside).exists(), "nothing is thrown away");
+    service.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spare_that_is_never_read_does_not_keep_the_service_from_starting() {
+    assert_a_start_does_without("wal/000000000002/", "000000000002").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_that_is_never_read_does_not_keep_the_service_from_starting() {
+    assert_a_start_does_without("meta/", "meta-1").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_that_is_not_set_aside_durably_does_not_hold_up_the_rest() {
+    let mut service = Service::start(seed());
+    service.send(20 * MIB).await;
+    service.stop();
+    std::fs::remove_file(service.disk.root().join("wal/000000000001/db")).unwrap();
+    service.disk.set_rule(0, Rule { times: 1, ..Rule::always(Call::Sync, libc::EIO, "quarantine", "") });
+    service.restart();
+    service.kafka.up();
+    wait_until("the rest to be delivered", || {
+        let missing: HashSet<_> = service.kafka.missing(&service.clients).into_iter().map(|(name, _)| name).collect();
+        service.wal("pending_events") == 0 && (1..=service.wal("lost_batches")).contains(&(missing.len() as u64))
+    })
+    .await;
+    assert_eq!(service.disk.hits(0), 1);
+    assert_eq!(service.wal("quarantined_segments"), 1);
+    service.stop();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_cannot_read_fails_and_the_next_goes_on() {
     let mut service = Service::start(seed());

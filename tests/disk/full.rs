@@ -83,13 +83,14 @@ async fn a_cursor_that_cannot_be_saved_is_saved_later() {
     let mut service = Service::start(seed());
     service.send(12 * MIB).await;
     let segments = service.wal("segments");
-    service.disk.set_rule(0, Rule::always(Call::Write, libc::ENOSPC, "meta/", ""));
+    service.disk.set_rule(0, Rule { times: 2, ..Rule::always(Call::Write, libc::ENOSPC, "meta/", "") });
+    service.disk.set_rule(1, Rule::always(Call::Write, libc::EDQUOT, "meta/", ""));
     service.kafka.up();
     service.wait_until_delivered().await;
-    wait_until("the cursor to fail", || service.disk.hits(0) > 1).await;
+    wait_until("the cursor to fail", || service.disk.hits(1) > 1).await;
     assert_eq!(service.wal("segments"), segments, "trimmed without a durable cursor");
     service.send(MIB).await;
-    service.disk.clear_rule(0);
+    service.disk.clear_rule(1);
     wait_until("the log to be trimmed", || service.wal("segments") < segments).await;
     service.wait_until_accepting().await;
     service.stop();
@@ -99,12 +100,14 @@ async fn a_cursor_that_cannot_be_saved_is_saved_later() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_that_cannot_be_parked_wait() {
     let mut service = Service::start(seed());
-    service.disk.set_rule(0, Rule::always(Call::Write, libc::ENOSPC, "parked/", ""));
+    service.disk.set_rule(0, Rule { times: 2, ..Rule::always(Call::Write, libc::ENOSPC, "parked/", "") });
+    service.disk.set_rule(1, Rule::always(Call::Write, libc::EDQUOT, "parked/", ""));
     service.send(2 * MIB).await;
     service.kafka.up();
-    wait_until("parking to fail", || service.disk.hits(0) > 2).await;
+    wait_until("parking to fail", || service.disk.hits(1) > 2).await;
+    assert_eq!(service.disk.hits(0), 2);
     assert!(service.wal("pending_events") > 0);
-    service.disk.clear_rule(0);
+    service.disk.clear_rule(1);
     service.wait_until_delivered().await;
     service.stop();
     assert!(service.check().parked > 0);
@@ -113,8 +116,14 @@ async fn events_that_cannot_be_parked_wait() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_segment_that_finds_no_space_is_prepared_later() {
     let mut service = Service::start(seed());
-    for call in [Call::Reserve, Call::Create] {
-        service.disk.set_rule(0, Rule::always(call, libc::ENOSPC, "wal/", ""));
+    // The file system's limit, or a quota's.
+    for (call, error) in [
+        (Call::Reserve, libc::ENOSPC),
+        (Call::Create, libc::ENOSPC),
+        (Call::Reserve, libc::EDQUOT),
+        (Call::Create, libc::EDQUOT),
+    ] {
+        service.disk.set_rule(0, Rule::always(call, error, "wal/", ""));
         service.send(100 * MIB).await;
         service.assert_refuses("full").await;
         assert!(service.disk.hits(0) > 0);

@@ -191,7 +191,7 @@ impl Export<'_> {
     /// The pending events that are not in the log any more, each as a batch of its own.
     fn spilled(&mut self, directory: &Path) -> anyhow::Result<()> {
         let spill = OfflineSpill::open(directory).context("open the spill")?;
-        let damaged = spill.read(&self.log.undelivered(), |sequence, batch| self.write(sequence, &batch))?;
+        let damaged = spill.read(&self.log.undelivered_to_end()?, |sequence, batch| self.write(sequence, &batch))?;
         if damaged > 0 {
             eprintln!("{} of held topics cannot be read", count(damaged, "event"));
             self.summary.unreadable = true;

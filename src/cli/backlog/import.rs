@@ -79,23 +79,26 @@ pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let mut checked = Checked::default();
     let progress = progress_bar(input_bytes(&args.files), "{wide_bar} {bytes}/{total_bytes} imported, {eta} left");
     let mut last = None;
-    let mut settle = |committed: &mut Vec<Pending>, checked: &mut Checked, progress: &ProgressBar| {
-        for pending in committed.drain(..) {
+    let mut settle = |restorer: &mut Restorer<'_, Pending>, checked: &mut Checked, progress: &ProgressBar| {
+        for pending in restorer.committed.drain(..) {
             checked.batches += 1;
             checked.events += pending.events;
             progress.inc(pending.input_bytes);
-            last = Some((pending.file, pending.line));
+            // What comes behind one that failed is there, but not all up to it.
+            if !restorer.failed {
+                last = Some((pending.file, pending.line));
+            }
         }
     };
     let mut bad = 0;
     let pushed = for_each_batch(&args.files, request_bytes_max, &mut bad, async |batch, pending| {
         let pushed = restorer.push(batch, pending).await;
-        settle(&mut restorer.committed, &mut checked, &progress);
+        settle(&mut restorer, &mut checked, &progress);
         Ok(pushed?)
     })
     .await;
     let finished = restorer.finish().await;
-    settle(&mut restorer.committed, &mut checked, &progress);
+    settle(&mut restorer, &mut checked, &progress);
     checked.bad = bad;
     progress.finish_and_clear();
     wal.close();

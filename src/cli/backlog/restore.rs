@@ -24,13 +24,15 @@ pub struct Restorer<'a, T> {
     wal: &'a Wal,
     in_flight: VecDeque<(Commit, u64, T)>,
     in_flight_bytes: u64,
+    /// One was not committed. Later ones may be.
+    pub failed: bool,
     /// What was remembered of those that are durable.
     pub committed: Vec<T>,
 }
 
 impl<'a, T> Restorer<'a, T> {
     pub fn new(wal: &'a Wal) -> Restorer<'a, T> {
-        Restorer { wal, in_flight: VecDeque::new(), in_flight_bytes: 0, committed: Vec::new() }
+        Restorer { wal, in_flight: VecDeque::new(), in_flight_bytes: 0, failed: false, committed: Vec::new() }
     }
 
     /// Puts a batch into the log, once there is room for it among those that wait. After an error only
@@ -59,7 +61,9 @@ impl<'a, T> Restorer<'a, T> {
     async fn settle_first(&mut self) -> Result<(), RestoreError> {
         let Some((commit, bytes, about)) = self.in_flight.pop_front() else { return Ok(()) };
         self.in_flight_bytes -= bytes;
-        commit.await?;
+        let committed = commit.await;
+        self.failed |= committed.is_err();
+        committed?;
         self.committed.push(about);
         Ok(())
     }

@@ -691,24 +691,26 @@ impl Spill {
         self.events
     }
 
-    /// Gives every event to `take`, with its topic: topic by topic, by name, each in order. How many cannot be read.
+    /// Gives every event to `take`, with its topic: topic by topic, by name, each in order; and whether [`Spill::settle`] has
+    /// looked at it. How many cannot be read.
     ///
     /// # Errors
     /// Those of `take`, and [`SpillError::Io`].
     pub(super) fn for_each<E: From<SpillError>>(
         &mut self,
-        mut take: impl FnMut(&str, &SpilledEvent) -> Result<(), E>,
+        mut take: impl FnMut(&str, &SpilledEvent, bool) -> Result<(), E>,
     ) -> Result<u64, E> {
         let mut topics: Vec<String> = self.topics().map(str::to_owned).collect();
         topics.sort_unstable();
         let mut damaged = 0;
         for topic in topics {
+            let settled_end = self.topics[&*topic].settled_end;
             for number in self.numbers(&topic) {
                 match self.event(&topic, number) {
                     Err(SpillError::Damaged { .. }) => damaged += 1,
                     event => {
                         let event = event?;
-                        take(&topic, &event)?;
+                        take(&topic, &event, number < settled_end)?;
                     }
                 }
             }

@@ -1,8 +1,9 @@
 //! What the store needs of the file system.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -110,16 +111,50 @@ pub(super) fn list(directory: &Path) -> Result<Vec<u64>, StoreError> {
     Ok(ids)
 }
 
+/// What a disk may fail to read alone.
+const BLOCK_BYTES: usize = 4 << 10;
+/// How often a file is read before what fails all the time counts as lost, and how long after the first time; it doubles.
+const READ_TRIES: u32 = 10;
+const READ_DELAY: Duration = Duration::from_millis(5);
+
 /// Reads a file through. sled takes a read error for the end of its log, and overwrites what it believes to be free: a disk
 /// that fails for a moment must not come to that.
+///
+/// # Errors
+/// [`StoreError::Io`]: damage if a part of it cannot be read, time and again, and the rest can.
 pub(super) fn check_readable(path: &Path) -> Result<(), StoreError> {
-    let mut file = match File::open(path) {
+    let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        file => file.map_err(StoreError::io("open segment file"))?,
+        file => file.map_err(StoreError::io("open state file"))?,
     };
-    let mut buffer = vec![0; 1 << 20];
-    while file.read(&mut buffer).map_err(StoreError::io("read segment file"))? > 0 {}
-    Ok(())
+    let mut tries = 1;
+    loop {
+        let bytes = file.metadata().map_err(StoreError::io("measure state file"))?.len();
+        let (unread_bytes, error) = unread_bytes(&file, bytes);
+        match error {
+            None => return Ok(()),
+            Some(error) if tries == READ_TRIES && unread_bytes < bytes => {
+                let what = format!("the disk does not read {unread_bytes} bytes of it: {error}");
+                return Err(StoreError::io("read state file")(io::Error::new(io::ErrorKind::InvalidData, what)));
+            }
+            Some(error) if tries == READ_TRIES => return Err(StoreError::io("read state file")(error)),
+            Some(_) => std::thread::sleep(READ_DELAY * 2u32.pow(tries - 1)),
+        }
+        tries += 1;
+    }
+}
+
+/// How many bytes of a file are not read, and why.
+fn unread_bytes(file: &File, bytes: u64) -> (u64, Option<io::Error>) {
+    let (mut buffer, mut at, mut unread, mut failed) = (vec![0; BLOCK_BYTES], 0, 0, None);
+    while at < bytes {
+        let block = usize::try_from(bytes - at).unwrap_or(BLOCK_BYTES).min(BLOCK_BYTES);
+        if let Err(error) = file.read_exact_at(&mut buffer[..block], at) {
+            (unread, failed) = (unread + block as u64, Some(error));
+        }
+        at += block as u64;
+    }
+    (unread, failed)
 }
 
 /// Makes what the page cache holds of a file durable, and drops it from there, so that it is read from the disk: after a sync

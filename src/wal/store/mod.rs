@@ -105,9 +105,9 @@ pub trait Store: Send + Sync {
     fn settle(&self, id: u64) -> Result<(), StoreError>;
     /// Opens a segment that takes no more records. Changes nothing in it.
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError>;
-    /// The same, for what can be read of a segment that the disk does not read as a whole; and how many bytes are not. Fails
-    /// if that is all of them: then the disk is gone, perhaps for a moment.
-    fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError>;
+    /// The same, for what can be read of a segment that the disk does not read as a whole. Fails if that is nothing: then the
+    /// disk is gone, perhaps for a moment.
+    fn open_readable(&self, id: u64) -> Result<Readable, StoreError>;
     /// Takes away what the slots from `from` on hold, of a segment that is not open: nobody got an ack for it. Durable when
     /// this returns.
     fn cut(&self, id: u64, from: u32) -> Result<(), StoreError>;
@@ -123,6 +123,16 @@ pub trait Store: Send + Sync {
     fn space(&self) -> Result<Space, StoreError>;
     /// Opens or makes a small map.
     fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError>;
+}
+
+/// See [`Store::open_readable`].
+pub struct Readable {
+    /// The segment; what is not read counts as zeroes.
+    pub file: Arc<dyn SegmentFile>,
+    /// How many bytes are not read. 0: the disk is back.
+    pub unread_bytes: u64,
+    /// How many bytes may belong to chunks of which not all is read.
+    pub hidden_bytes: u64,
 }
 
 /// See [`Store::space`].

@@ -13,8 +13,8 @@ use super::files::{
 };
 use super::state::SledState;
 use super::{
-    ActiveSegment, READY, RESERVE, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb, Store, close,
-    guard,
+    ActiveSegment, READY, RESERVE, Readable, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb,
+    Store, close, guard,
 };
 use crate::kill_point;
 use crate::wal::closed::ClosedSegment;
@@ -138,16 +138,16 @@ impl Store for SledStore {
         Ok(Arc::new(ClosedSegment::open(&self.file(id), Unreadable::Fails)?))
     }
 
-    fn open_readable(&self, id: u64) -> Result<(Arc<dyn SegmentFile>, u64), StoreError> {
+    fn open_readable(&self, id: u64) -> Result<Readable, StoreError> {
         let path = self.file(id);
         let segment = ClosedSegment::open(&path, Unreadable::Zeroes)?;
-        let unread_bytes = segment.unread_bytes();
+        let (unread_bytes, hidden_bytes) = (segment.unread_bytes(), segment.hidden_bytes());
         let bytes = fs::metadata(path).map_err(StoreError::io("measure segment"))?.len();
         // The disk may be back by now.
         match self.open(id) {
-            Ok(segment) => Ok((segment, 0)),
+            Ok(file) => Ok(Readable { file, unread_bytes: 0, hidden_bytes: 0 }),
             Err(error) if unread_bytes >= bytes => Err(error),
-            Err(_) => Ok((Arc::new(segment), unread_bytes)),
+            Err(_) => Ok(Readable { file: Arc::new(segment), unread_bytes, hidden_bytes }),
         }
     }
 
@@ -157,7 +157,11 @@ impl Store for SledStore {
 
     fn seal(&self, id: u64) -> Result<(), StoreError> {
         // Truncating to the present size frees the blocks that were reserved beyond it.
-        let file = own_descriptor(&self.segment(id))?;
+        let file = match own_descriptor(&self.segment(id)) {
+            // One whose file is gone has nothing to give back. The reader sets it aside.
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file?,
+        };
         let length = file.metadata().map_err(StoreError::io("measure segment"))?.len();
         kill_point::pass("seal.begin");
         file.set_len(length).map_err(StoreError::io("release reserved disk"))?;
@@ -185,7 +189,10 @@ impl Store for SledStore {
     fn quarantine(&self, id: u64) -> Result<(), StoreError> {
         let target = self.directory.join("quarantine").join(format!("{id:012}"));
         kill_point::pass("quarantine.begin");
-        fs::rename(self.segment(id), target).map_err(StoreError::io("quarantine segment"))?;
+        // It is there already if an earlier attempt could not be made durable.
+        if self.segment(id).exists() || !target.exists() {
+            fs::rename(self.segment(id), target).map_err(StoreError::io("quarantine segment"))?;
+        }
         kill_point::pass("quarantine.renamed");
         sync_directory(&self.directory.join("quarantine"))?;
         sync_directory(&self.wal())
