@@ -50,6 +50,8 @@ pub(super) struct Faults {
     pub housekeeping_fails: bool,
     /// Small maps cannot be written.
     pub put_fails: bool,
+    /// A few bytes of every chunk of that segment cannot be read, from that slot on.
+    pub unreadable: Option<(u64, u32)>,
     /// Every sync from this count on never happened: the power went. Counts down.
     pub power_after_syncs: Option<u64>,
 }
@@ -57,9 +59,16 @@ pub(super) struct Faults {
 impl Faults {
     /// Nothing goes wrong.
     pub fn is_none(&self) -> bool {
-        let Faults { segments_max, sync_fails, prepare_fails, housekeeping_fails, put_fails, power_after_syncs } =
-            *self;
-        let fails = sync_fails || prepare_fails || housekeeping_fails || put_fails;
+        let Faults {
+            segments_max,
+            sync_fails,
+            prepare_fails,
+            housekeeping_fails,
+            put_fails,
+            unreadable,
+            power_after_syncs,
+        } = *self;
+        let fails = sync_fails || prepare_fails || housekeeping_fails || put_fails || unreadable.is_some();
         !fails && segments_max.is_none() && power_after_syncs.is_none()
     }
 
@@ -207,7 +216,7 @@ impl Store for MemoryStore {
             disk.cut.remove(&id);
             disk.segments.insert(id, Slots::default());
         })?;
-        Ok(Arc::new(MemorySegment { store: self.clone(), id }))
+        Ok(Arc::new(MemorySegment { store: self.clone(), id, slots: small_shape().slots }))
     }
 
     fn settle(&self, id: u64) -> Result<(), StoreError> {
@@ -218,11 +227,20 @@ impl Store for MemoryStore {
     }
 
     fn open(&self, id: u64) -> Result<Arc<dyn SegmentFile>, StoreError> {
-        Ok(Arc::new(MemorySegment { store: self.clone(), id }))
+        if self.faults().unreadable.is_some_and(|(unreadable, _)| unreadable == id) {
+            return Err(StoreError::io("open segment")(std::io::Error::from_raw_os_error(libc::EIO)));
+        }
+        Ok(Arc::new(MemorySegment { store: self.clone(), id, slots: small_shape().slots }))
     }
 
     fn open_readable(&self, id: u64) -> Result<Readable, StoreError> {
-        Ok(Readable { file: self.open(id)?, unread_bytes: 0, hidden_bytes: 0 })
+        let Some((_, slots)) = self.faults().unreadable.filter(|(unreadable, _)| *unreadable == id) else {
+            return Ok(Readable { file: self.open(id)?, unread_bytes: 0, hidden_bytes: 0 });
+        };
+        let disk = self.disk();
+        let hidden_bytes = disk.segments[&id].synced.range(slots..).map(|(_, value)| value.len() as u64).sum();
+        let file = Arc::new(MemorySegment { store: self.clone(), id, slots });
+        Ok(Readable { file, unread_bytes: 1, hidden_bytes })
     }
 
     fn cut(&self, id: u64, from: u32) -> Result<(), StoreError> {
@@ -276,18 +294,19 @@ impl Store for MemoryStore {
 struct MemorySegment {
     store: MemoryStore,
     id: u64,
+    slots: u32,
 }
 
 impl SegmentFile for MemorySegment {
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
         let disk = self.store.disk();
         // A reader may still hold a segment that was delivered and removed, as it may a removed file.
-        let Some(slots) = disk.segments.get(&self.id) else { return Ok(Bytes::new()) };
+        let Some(slots) = disk.segments.get(&self.id).filter(|_| slot < self.slots) else { return Ok(Bytes::new()) };
         Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
     }
 
     fn slots(&self) -> u32 {
-        small_shape().slots
+        self.slots
     }
 }
 

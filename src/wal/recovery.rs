@@ -41,7 +41,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     let (ahead_segment, ahead_to) = stretch.map_or((0, Totals::ZERO), |Stretch { to, .. }| (to.segment, to.totals));
     let durable = saved.map(|(_, tail)| tail.sequence.max(ahead_to.sequence));
     let delivered = saved.map_or(0, |(cursor, _)| cursor.totals.sequence.max(ahead_to.sequence));
-    let found_tail = find_tail(pool, &mut segments, mode, durable, delivered)?;
+    let (found_tail, passed_over) = find_tail(pool, &mut segments, mode, durable, delivered)?;
     kill_point::pass("recover.tail_found");
     let oldest = if saved.is_some() { None } else { find_head(pool, &segments)? };
 
@@ -51,7 +51,8 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
     });
     // Sequences are never reused, even if records at the end of the log are gone.
     let tail = [found_tail, saved_tail, ahead_to, cursor.totals].into_iter().max_by_key(|totals| totals.sequence);
-    let tail = tail.expect("four are not none");
+    let mut tail = tail.expect("four are not none");
+    tail.sequence += passed_over;
     if found_tail.sequence < saved_tail.sequence && !segments.is_empty() {
         let (first, last) = (found_tail.sequence, saved_tail.sequence - 1);
         tracing::error!(first_sequence = first, last_sequence = last, "the log ends early");
@@ -107,14 +108,15 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
 }
 
 /// The end of the newest segment that holds records. Newer ones are spares and go; a damaged one is set aside.
-/// `saved_tail`: the log reached that far. `delivered`: records before it may be gone because they were delivered.
+/// `saved_tail`: the log reached that far. `delivered`: records before it may be gone because they were delivered. Also how many
+/// sequences behind the end of the log may stand where the disk does not read, if no segment holds records.
 fn find_tail(
     pool: &Pool,
     segments: &mut BTreeMap<u64, Segment>,
     mode: Mode,
     saved_tail: Option<u64>,
     delivered: u64,
-) -> Result<Totals, StoreError> {
+) -> Result<(Totals, u64), StoreError> {
     let (mut tail, mut damaged, mut torn, mut unread) = (Totals::ZERO, Vec::new(), Vec::new(), Vec::new());
     // Sequences that may stand where the disk does not read: none of them is used again, should it read one day.
     let mut passed_over = 0;
@@ -139,7 +141,7 @@ fn find_tail(
             Content::Records(totals) => {
                 let end = |passed_over| Totals { sequence: totals.sequence + passed_over, ..totals };
                 segments.get_mut(&id).expect("it is the last").end = Some(end(hidden_records));
-                tail = end(passed_over);
+                (tail, passed_over) = (end(passed_over), 0);
                 break;
             }
             _ if hidden_records > 0 && mode == Mode::Repair => unread.push(id),
@@ -174,7 +176,7 @@ fn find_tail(
         pool.store().quarantine(id)?;
         tracing::error!(segment = id, "segment holds no readable record, set aside");
     }
-    Ok(tail)
+    Ok((tail, passed_over))
 }
 
 /// What a segment holds that the disk does not read as a whole; and how many records may stand in what is missing, at most.

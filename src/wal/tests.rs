@@ -106,6 +106,56 @@ fn the_segment_size_may_change_while_there_is_a_backlog() {
     }
 }
 
+/// What is left of a batch that was durable is kept for whoever finds the rest.
+#[test]
+fn a_first_chunk_that_was_durable_and_lost_its_end_is_set_aside() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    assert_eq!(wait(wal.append(batch(1, 2000)).unwrap()), Ok(1));
+    wal.close();
+    drop(wal);
+    (1..small_shape().slots).for_each(|slot| store.damage(1, slot, Vec::clear));
+    let wal = open_memory(&store);
+    assert_eq!(wal.status().quarantined_segments, 1);
+    assert_eq!(wait(wal.append(batch(2, 8)).unwrap()), Ok(2));
+    assert_eq!(drain(&mut wal.reader()), [2]);
+    assert_eq!(wal.status().lost_batches, 1);
+    wal.close();
+}
+
+/// A few bytes spoil a chunk of many records. Should the disk read them one day, they must not meet others of the same sequence.
+#[test]
+fn a_sequence_that_the_disk_may_hide_is_not_used_again() {
+    for unreadable_from in [1, 0] {
+        let store = MemoryStore::default();
+        let wal = open_memory(&store);
+        assert_eq!(wait(wal.append(batch(1, 8)).unwrap()), Ok(1));
+        until("the tail is saved", || wal.status().next_sequence == 2);
+        // The process is killed: what it saved of the tail is old.
+        store.set_faults(Faults { put_fails: true, ..Faults::default() });
+        let gate = store.sync_gate();
+        let held = gate.lock().unwrap();
+        let commits: Vec<_> = (2..=9).map(|number| wal.append(batch(number, 8)).unwrap()).collect();
+        drop(held);
+        assert_eq!(commits.into_iter().map(|commit| wait(commit).unwrap()).last(), Some(9));
+        wal.close();
+        drop(wal);
+
+        store.set_faults(Faults { unreadable: Some((1, unreadable_from)), ..Faults::default() });
+        let wal = open_memory(&store);
+        let next = wait(wal.append(batch(10, 8)).unwrap()).unwrap();
+        assert!(next > 9, "{next}, unreadable from slot {unreadable_from}");
+        wal.close();
+        drop(wal);
+        // The disk reads again.
+        store.set_faults(Faults::default());
+        let wal = open_memory(&store);
+        let expected: Vec<u64> = if unreadable_from > 0 { (1..=10).collect() } else { vec![10] };
+        assert_eq!(drain(&mut wal.reader()), expected);
+        wal.close();
+    }
+}
+
 #[test]
 fn damage_in_the_newest_segment_is_set_aside_and_books_balance() {
     let store = MemoryStore::default();
