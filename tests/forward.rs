@@ -90,11 +90,21 @@ impl Setup {
 
     /// In a new process, with a log that was changed.
     fn reopened(self, edit: impl FnOnce(&mut WalConfig)) -> Setup {
+        self.reopened_with(edit, |_| {})
+    }
+
+    /// In a new process, after something was done to the log's directory.
+    fn reopened_after(self, between: impl FnOnce(&std::path::Path)) -> Setup {
+        self.reopened_with(|_| {}, between)
+    }
+
+    fn reopened_with(self, edit: impl FnOnce(&mut WalConfig), between: impl FnOnce(&std::path::Path)) -> Setup {
         self.wal.close();
         let Setup { cluster, config, wal, _directory, .. } = self;
         let mut wal_config = wal.config().clone();
         edit(&mut wal_config);
         drop(wal);
+        between(_directory.path());
         let metrics = Metrics::new();
         let wal = Wal::open(&wal_config, 64 << 20, metrics.clone()).unwrap();
         Setup { cluster, config, metrics, wal, _directory }
@@ -1074,6 +1084,36 @@ fn what_is_spilled_is_part_of_an_export() {
     assert_eq!(sequences, (1..=300).collect::<Vec<_>>(), "each event once, in order");
     let status: serde_json::Value = serde_json::from_str(&backlog(directory.path(), &["status", "--json"]).0).unwrap();
     assert!(status["pending_events"].as_u64().unwrap() >= 300, "{status}");
+}
+
+/// A log that begins anew uses the sequences of what is in the spill again.
+#[test]
+fn what_is_spilled_is_part_of_an_export_also_when_the_log_was_lost() {
+    let mut setup = Setup::new();
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.topic("open", 1);
+    setup.closed_topic("closed");
+    let forwarder = setup.start();
+    send_much_of(&setup, "closed", 0..300);
+    without_failures(&setup, &forwarder, 300);
+    let spilled = forwarder.status().spilled_events;
+    forwarder.stop(Duration::from_secs(5));
+    drop(forwarder);
+    let setup = setup.reopened_after(|directory| {
+        ["meta", "wal"].iter().for_each(|name| std::fs::remove_dir_all(directory.join(name)).unwrap());
+    });
+    let forwarder = setup.start();
+    wait_until("the topic goes on from the spill", || forwarder.status().held_topics == 1);
+    forwarder.stop(Duration::from_secs(5));
+    drop(forwarder);
+    for at in 300..700 {
+        setup.send("a", &[("closed", number(at))]);
+    }
+    setup.wal.close();
+    let Setup { wal, _directory: directory, .. } = setup;
+    drop(wal);
+    let (export, _) = backlog(directory.path(), &["export", "--type", "closed"]);
+    assert_eq!(export.lines().count() as u64, spilled + 400);
 }
 
 #[test]
