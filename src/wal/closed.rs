@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(hidden_bytes(&whole, &[], 500), 0);
         assert_eq!(hidden_bytes(&whole, &[210..220, 230..240], 500), 100);
         assert_eq!(hidden_bytes(&whole, &[0..10, 499..500], 500), 200);
-        assert_eq!(hidden_bytes(&[], &[50..60], 500), 500);
+        assert_eq!(hidden_bytes(&[], &[50..60, 70..80], 500), 500);
     }
 
     fn unfinished(chunks: &[(u64, u16, u16, u32)], spoilt: Option<usize>, durable: u64) -> Option<u32> {
