@@ -11,7 +11,7 @@ use super::error::StoreError;
 use super::log::{Log, Pool, Position, Segment};
 use super::record::{RECORD_HEADER_BYTES, Totals};
 use super::slots::{Content, Slot, first_chunk, for_each_record, last_totals, read_slot, unfinished_from};
-use super::store::{Readable, StateDb};
+use super::store::{Readable, StateDb, wait_to_read_again};
 use super::{cursor, losses};
 use crate::kill_point;
 
@@ -182,7 +182,19 @@ fn find_tail(
 /// What a segment holds that the disk does not read as a whole; and how many records may stand in what is missing, at most.
 /// Fails if the disk reads nothing of it: one that is gone for a moment is more likely.
 fn readable_content(pool: &Pool, id: u64, error: &StoreError) -> Result<(Content, u64), StoreError> {
-    let Readable { file, unread_bytes, hidden_bytes } = pool.store().open_readable(id)?;
+    let mut tries = 0;
+    let Readable { file, unread_bytes, hidden_bytes } = loop {
+        tries += 1;
+        let readable = pool.store().open_readable(id)?;
+        if readable.unread_bytes == 0 || !wait_to_read_again(tries) {
+            break readable;
+        }
+    };
+    if unread_bytes == 0 {
+        let content = last_totals(&*file)?;
+        pool.insert(id, file);
+        return Ok((content, 0));
+    }
     let hidden_records = hidden_bytes.div_ceil(RECORD_HEADER_BYTES as u64);
     let content = last_totals(&*file)?;
     pool.insert(id, file);

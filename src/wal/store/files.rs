@@ -113,9 +113,17 @@ pub(super) fn list(directory: &Path) -> Result<Vec<u64>, StoreError> {
 
 /// What a disk may fail to read alone.
 const BLOCK_BYTES: usize = 4 << 10;
-/// How often a file is read before what fails all the time counts as lost, and how long after the first time; it doubles.
+/// How often a file is read at a start before what fails all the time counts as lost: over two seconds and a half.
 const READ_TRIES: u32 = 10;
-const READ_DELAY: Duration = Duration::from_millis(5);
+
+/// Waits before the next try, after `tries` that failed. False: there is no next one.
+pub(in crate::wal) fn wait_to_read_again(tries: u32) -> bool {
+    if tries >= READ_TRIES {
+        return false;
+    }
+    std::thread::sleep(Duration::from_millis(5) * 2u32.pow(tries - 1));
+    true
+}
 
 /// Reads a file through. sled takes a read error for the end of its log, and overwrites what it believes to be free: a disk
 /// that fails for a moment must not come to that.
@@ -127,20 +135,19 @@ pub(super) fn check_readable(path: &Path) -> Result<(), StoreError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         file => file.map_err(StoreError::io("open state file"))?,
     };
-    let mut tries = 1;
+    let mut tries = 0;
     loop {
-        let bytes = file.metadata().map_err(StoreError::io("measure state file"))?.len();
-        let (unread_bytes, error) = unread_bytes(&file, bytes);
-        match error {
-            None => return Ok(()),
-            Some(error) if tries == READ_TRIES && unread_bytes < bytes => {
-                let what = format!("the disk does not read {unread_bytes} bytes of it: {error}");
-                return Err(StoreError::io("read state file")(io::Error::new(io::ErrorKind::InvalidData, what)));
-            }
-            Some(error) if tries == READ_TRIES => return Err(StoreError::io("read state file")(error)),
-            Some(_) => std::thread::sleep(READ_DELAY * 2u32.pow(tries - 1)),
-        }
         tries += 1;
+        let bytes = file.metadata().map_err(StoreError::io("measure state file"))?.len();
+        let (unread_bytes, Some(error)) = unread_bytes(&file, bytes) else { return Ok(()) };
+        if wait_to_read_again(tries) {
+            continue;
+        }
+        if unread_bytes >= bytes {
+            return Err(StoreError::io("read state file")(error));
+        }
+        let what = format!("the disk does not read {unread_bytes} bytes of it: {error}");
+        return Err(StoreError::io("read state file")(io::Error::new(io::ErrorKind::InvalidData, what)));
     }
 }
 

@@ -40,6 +40,7 @@ use bytes::Bytes;
 
 use super::error::StoreError;
 pub(super) use copies::{copy_directory, open_state, segment_directories};
+pub(super) use files::wait_to_read_again;
 use files::{await_unlocked, check_readable, remove_files};
 pub use segments::SledStore;
 pub(super) use segments::is_marked;
