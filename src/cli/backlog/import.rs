@@ -80,14 +80,13 @@ pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let progress = progress_bar(input_bytes(&args.files), "{wide_bar} {bytes}/{total_bytes} imported, {eta} left");
     let mut last = None;
     let mut settle = |restorer: &mut Restorer<'_, Pending>, checked: &mut Checked, progress: &ProgressBar| {
-        for pending in restorer.committed.drain(..) {
+        if let Some(pending) = restorer.committed.last() {
+            last = Some((pending.file, pending.line));
+        }
+        for pending in restorer.committed.drain(..).chain(restorer.committed_behind.drain(..)) {
             checked.batches += 1;
             checked.events += pending.events;
             progress.inc(pending.input_bytes);
-            // What comes behind one that failed is there, but not all up to it.
-            if !restorer.failed {
-                last = Some((pending.file, pending.line));
-            }
         }
     };
     let mut bad = 0;

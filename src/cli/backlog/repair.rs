@@ -169,10 +169,11 @@ async fn salvage(wal: &Wal, files: &SegmentFiles) -> anyhow::Result<Segment> {
     }
     let finished = restorer.finish().await;
     // Also after an error: what is in the log again must not come a second time.
-    let runs: Vec<Run> = restorer.committed.iter().map(|(run, _)| *run).collect();
+    let committed = || restorer.committed.iter().chain(&restorer.committed_behind);
+    let runs: Vec<Run> = committed().map(|(run, _)| *run).collect();
     wal.recovered(&runs).context("cannot strike what was recovered off the ledger of losses")?;
     segment.recovered_batches = runs.len() as u64;
-    segment.recovered_events = restorer.committed.iter().map(|(_, events)| events).sum();
+    segment.recovered_events = committed().map(|(_, events)| events).sum();
     let stopped: Result<(), RestoreError> = pushed.and(finished);
     stopped.with_context(|| {
         let batches = count(segment.recovered_batches, "batch");

@@ -24,15 +24,23 @@ pub struct Restorer<'a, T> {
     wal: &'a Wal,
     in_flight: VecDeque<(Commit, u64, T)>,
     in_flight_bytes: u64,
-    /// One was not committed. Later ones may be.
-    pub failed: bool,
+    failed: bool,
     /// What was remembered of those that are durable.
     pub committed: Vec<T>,
+    /// The same of those that are durable behind one that is not.
+    pub committed_behind: Vec<T>,
 }
 
 impl<'a, T> Restorer<'a, T> {
     pub fn new(wal: &'a Wal) -> Restorer<'a, T> {
-        Restorer { wal, in_flight: VecDeque::new(), in_flight_bytes: 0, failed: false, committed: Vec::new() }
+        Restorer {
+            wal,
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            failed: false,
+            committed: Vec::new(),
+            committed_behind: Vec::new(),
+        }
     }
 
     /// Puts a batch into the log, once there is room for it among those that wait. After an error only
@@ -64,7 +72,11 @@ impl<'a, T> Restorer<'a, T> {
         let committed = commit.await;
         self.failed |= committed.is_err();
         committed?;
-        self.committed.push(about);
+        if self.failed {
+            self.committed_behind.push(about)
+        } else {
+            self.committed.push(about)
+        }
         Ok(())
     }
 }
