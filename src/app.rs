@@ -156,7 +156,7 @@ impl App {
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
         tokio::spawn(async move { shutdown::feed_watchdog(|| watched.is_live()).await });
-        tokio::spawn(report("admin endpoints", admin::serve(admin, admin::router(endpoints.clone()), stopped.clone())));
+        tokio::spawn(admin::serve(admin, admin::router(endpoints.clone()), stopped.clone()));
         Ok(App { addresses, endpoints, stages, ingest, http, grpc, stopped })
     }
 

@@ -16,11 +16,13 @@
 
 #![warn(missing_docs)]
 
+mod accept;
 pub mod admin;
 pub mod app;
 pub mod batch;
 pub mod client;
 pub mod config;
+pub mod descriptors;
 pub mod forward;
 pub mod ingest;
 pub mod inherited;

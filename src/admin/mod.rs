@@ -13,18 +13,22 @@ pub mod parked;
 mod status;
 mod watch;
 
-use std::future::IntoFuture;
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::accept::accept;
 use crate::batch::now_ms;
 use crate::config::{Changes, ConfigError, FileTexts};
 use crate::forward::{ParkedStore, Requeue};
@@ -40,6 +44,13 @@ use watch::Watch;
 /// How often the stages are looked at, and histograms are folded into their buckets, so that samples do not pile up between
 /// scrapes.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Connections to `admin.listen` at a time; more wait.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a client may take to say what it wants.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may take in all, the answer included.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the admin endpoints ask the other stages. Called for every request: must not block.
 pub trait StatusSource: Send + Sync + 'static {
@@ -128,14 +139,26 @@ fn routes() -> Router<Admin> {
         .layer(axum::middleware::map_response(page::no_sniffing))
 }
 
-/// Serves `router` until `stop` is cancelled. Cancel it after everything else has stopped: `/readyz` says why until then.
-///
-/// # Errors
-/// The listener fails for good.
-pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) -> io::Result<()> {
+/// Serves `router` until `stop` is cancelled, one request a connection. Cancel it after everything else has stopped:
+/// `/readyz` says why until then.
+pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connected = |stream, slot| {
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let _slot: OwnedSemaphorePermit = slot;
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), service);
+            // Who asked and went away, or reads slowly, is not waited for.
+            let _ = timeout(CONNECTION_TIMEOUT, connection).await;
+        });
+    };
     tokio::select! {
-        result = axum::serve(listener, router).into_future() => result,
-        () = stop.cancelled() => Ok(()),
+        () = stop.cancelled() => {}
+        () = accept(&listener, &slots, connected) => {}
     }
 }
 

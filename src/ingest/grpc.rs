@@ -35,7 +35,8 @@ const STREAMS_MAX: u32 = 128;
 /// See [`super::serve_grpc`].
 pub(super) async fn serve(ingest: Arc<Ingest>, listener: TcpListener, stop: CancellationToken) {
     let shared = ingest.clone();
-    listener::serve(ingest, listener, stop, move |stream, slot, _| connection(shared.clone(), stream, slot)).await;
+    let connect = move |stream, slot, _| connection(shared.clone(), stream, slot);
+    listener::serve(ingest, listener::Port::Grpc, listener, stop, connect).await;
 }
 
 async fn connection(ingest: Arc<Ingest>, stream: TcpStream, _slot: listener::Slot) {

@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use super::connections::{self, ConnectionRefusal};
-use super::listener::{self, Slot};
+use super::listener::{self, Port, Slot};
 use super::rejection::{RETRY_AFTER_SECONDS, RejectReason, Rejection, refusal, success};
 use super::stream::BoundedStream;
 use super::{CloseReason, Ingest, Protocol, json, websocket};
@@ -56,7 +56,7 @@ struct Server {
 /// See [`super::serve_http`].
 pub(super) async fn serve(ingest: Arc<Ingest>, listener: TcpListener, stop: CancellationToken) {
     let shared = ingest.clone();
-    listener::serve(ingest, listener, stop, move |stream, slot, tasks| {
+    listener::serve(ingest, Port::Http, listener, stop, move |stream, slot, tasks| {
         let closing = Arc::default();
         connection(Server { ingest: shared.clone(), tasks, slot, closing }, stream)
     })

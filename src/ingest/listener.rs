@@ -10,51 +10,75 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Ingest;
+use crate::accept::accept;
 use crate::config::IngestConfig;
+use crate::descriptors;
 
 /// Connections of a port on top of `connections_max`: REST, and WebSockets that are about to be refused.
 const CONNECTIONS_HEADROOM: usize = 1024;
-/// How long to wait when a connection cannot be accepted, for lack of file descriptors say.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long connections have to drain, on top of `write_timeout`.
 const DRAIN_MIN: Duration = Duration::from_secs(5);
 
 /// A connection's place among those that may be open; whoever holds its socket holds this.
 pub(super) type Slot = Arc<OwnedSemaphorePermit>;
 
-/// The places of connections, for each port as many.
+/// A port for clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Port {
+    /// REST and WebSocket.
+    Http,
+    Grpc,
+}
+
+/// The places of connections on each port.
 pub(super) struct Slots {
-    each: usize,
-    ports: Vec<Arc<Semaphore>>,
+    /// By [`Port`].
+    ports: [(usize, Arc<Semaphore>); 2],
 }
 
 impl Slots {
     pub fn new(config: &IngestConfig) -> Slots {
-        Slots { each: slots(config), ports: Vec::new() }
+        Slots {
+            ports: slots(config, descriptors::connections_max()).map(|slots| (slots, Arc::new(Semaphore::new(slots)))),
+        }
     }
 
-    fn of_a_port(&mut self) -> Arc<Semaphore> {
-        let port = Arc::new(Semaphore::new(self.each));
-        self.ports.push(port.clone());
-        port
+    fn of(&self, port: Port) -> Arc<Semaphore> {
+        self.ports[port as usize].1.clone()
     }
 
     /// More places, if the limit grew. If it shrank they stay: other limits refuse then.
     pub fn grow(&mut self, config: &IngestConfig) {
-        let more = slots(config).saturating_sub(self.each);
-        self.ports.iter().for_each(|port| port.add_permits(more));
-        self.each += more;
+        for ((slots, port), wanted) in self.ports.iter_mut().zip(slots(config, descriptors::connections_max())) {
+            port.add_permits(wanted.saturating_sub(*slots));
+            *slots = wanted.max(*slots);
+        }
     }
 }
 
-fn slots(config: &IngestConfig) -> usize {
-    config.connections_max.saturating_add(CONNECTIONS_HEADROOM).min(Semaphore::MAX_PERMITS)
+/// The places of each [`Port`]: as many as the configuration wants, or as there are descriptors for.
+fn slots(config: &IngestConfig, descriptors: usize) -> [usize; 2] {
+    let wanted = config.connections_max.saturating_add(CONNECTIONS_HEADROOM).min(Semaphore::MAX_PERMITS);
+    let http = wanted.min(descriptors / 4 * 3);
+    let grpc = wanted.min(descriptors - http);
+    if wanted > grpc.min(http) {
+        let (connections_max, open_files_max) = (config.connections_max, descriptors::limit());
+        tracing::warn!(
+            connections_max,
+            open_files_max,
+            http,
+            grpc,
+            "ingest.connections_max is more than the process may have open files for: each port takes no more than this"
+        );
+    }
+    [http, grpc]
 }
 
 /// Accepts until `stop` fires. `connect` makes the task of one connection, which must end soon after
 /// [`Ingest::stopping`] has fired.
 pub(super) async fn serve<F>(
     ingest: Arc<Ingest>,
+    port: Port,
     listener: TcpListener,
     stop: CancellationToken,
     connect: impl Fn(TcpStream, Slot, TaskTracker) -> F,
@@ -62,31 +86,13 @@ pub(super) async fn serve<F>(
     F: Future<Output = ()> + Send + 'static,
 {
     let tasks = TaskTracker::new();
-    let slots = ingest.slots.lock().unwrap_or_else(PoisonError::into_inner).of_a_port();
-    let accept = async {
-        let mut failing = false;
-        loop {
-            // A connection beyond the bound waits in the kernel's queue.
-            let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    failing = false;
-                    // Answers are small and written whole; a stream without NODELAY still works.
-                    let _ = stream.set_nodelay(true);
-                    tasks.spawn(connect(stream, Arc::new(slot), tasks.clone()));
-                }
-                Err(error) => {
-                    if !std::mem::replace(&mut failing, true) {
-                        tracing::warn!(%error, "cannot accept connections, trying again");
-                    }
-                    tokio::time::sleep(ACCEPT_RETRY).await;
-                }
-            }
-        }
+    let slots = ingest.slots.lock().unwrap_or_else(PoisonError::into_inner).of(port);
+    let connected = |stream, slot| {
+        tasks.spawn(connect(stream, Arc::new(slot), tasks.clone()));
     };
     tokio::select! {
         () = stop.cancelled() => {}
-        () = accept => {}
+        () = accept(&listener, &slots, connected) => {}
     }
     drop(listener);
     ingest.stopping.cancel();

@@ -126,6 +126,11 @@ impl StoreError {
         matches!(self, StoreError::Io { source, .. } if source.raw_os_error() == Some(libc::EIO))
     }
 
+    /// The process, or the host, has as many files open as it may: that passes.
+    pub fn is_short_of_descriptors(&self) -> bool {
+        matches!(self, StoreError::Io { source, .. } if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)))
+    }
+
     /// The file system or a quota has no room: freeing some mends it.
     pub fn is_full(&self) -> bool {
         let StoreError::Io { source, .. } = self else { return false };

@@ -134,6 +134,11 @@ impl Keeper {
                     }
                 }
                 Err(error) if error.is_full() || self.is_disk_full() => return self.space_is_short(),
+                Err(error) if error.is_short_of_descriptors() => {
+                    self.shared.log().space_short = true;
+                    self.shared.log_changed.notify_all();
+                    return Err(error);
+                }
                 Err(error) => {
                     // Commits would soon wait for a segment that never comes.
                     self.shared.fail();

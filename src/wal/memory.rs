@@ -46,6 +46,8 @@ pub(super) struct Faults {
     pub sync_fails: bool,
     /// Segments cannot be prepared, and not for lack of space.
     pub prepare_fails: bool,
+    /// The process has no file descriptors left to prepare segments with.
+    pub descriptors_short: bool,
     /// Segments can neither be sealed, removed nor set aside.
     pub housekeeping_fails: bool,
     /// Small maps cannot be written.
@@ -63,13 +65,14 @@ impl Faults {
             segments_max,
             sync_fails,
             prepare_fails,
+            descriptors_short,
             housekeeping_fails,
             put_fails,
             unreadable,
             power_after_syncs,
         } = *self;
-        let fails = sync_fails || prepare_fails || housekeeping_fails || put_fails || unreadable.is_some();
-        !fails && segments_max.is_none() && power_after_syncs.is_none()
+        let fails = sync_fails || prepare_fails || descriptors_short || housekeeping_fails || put_fails;
+        !fails && unreadable.is_none() && segments_max.is_none() && power_after_syncs.is_none()
     }
 
     fn check(&self, fails: bool, operation: &'static str) -> Result<(), StoreError> {
@@ -206,6 +209,9 @@ impl Store for MemoryStore {
     fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError> {
         let mut disk = self.disk();
         disk.faults.check(disk.faults.prepare_fails, "prepare segment")?;
+        if disk.faults.descriptors_short {
+            return Err(StoreError::io("prepare segment")(std::io::Error::from_raw_os_error(libc::EMFILE)));
+        }
         if disk.faults.segments_max.is_some_and(|max| disk.segments.len() >= max) {
             return Err(StoreError::io("prepare segment")(std::io::Error::from_raw_os_error(libc::ENOSPC)));
         }

@@ -242,22 +242,39 @@ fn a_log_is_open_once() {
     wal.close();
 }
 
+/// Commits batches until there is no room. How many those were.
+fn fill(wal: &Wal) -> u64 {
+    let mut committed = 0;
+    loop {
+        match wait(wal.append(batch(committed + 1, 400)).unwrap()) {
+            Ok(_) => committed += 1,
+            Err(error) => {
+                assert_eq!(error, CommitError::Full);
+                return committed;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_log_without_file_descriptors_says_to_try_again_and_goes_on_once_there_are_some() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    store.set_faults(Faults { descriptors_short: true, ..Faults::default() });
+    let committed = fill(&wal);
+    assert!(wal.status().full && !wal.status().failed);
+    store.set_faults(Faults::default());
+    until("there is room again", || !wal.status().full);
+    assert_eq!(wait(wal.append(batch(committed + 1, 400)).unwrap()), Ok(committed + 1));
+    wal.close();
+}
+
 #[test]
 fn a_full_log_says_so_and_goes_on_when_there_is_room() {
     let store = MemoryStore::default();
     store.set_faults(Faults { segments_max: Some(3), ..Faults::default() });
     let wal = open_memory(&store);
-    let mut committed = 0;
-    let refused = loop {
-        match wal.append(batch(committed + 1, 400)) {
-            Ok(commit) => match wait(commit) {
-                Ok(_) => committed += 1,
-                Err(error) => break error,
-            },
-            Err(error) => panic!("{error}"),
-        }
-    };
-    assert_eq!(refused, CommitError::Full);
+    let committed = fill(&wal);
     assert!(wal.status().full);
     assert_eq!(wal.append(batch(0, 400)).unwrap_err(), AppendError::Full);
     let mut reader = wal.reader();
