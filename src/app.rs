@@ -4,6 +4,7 @@
 //! Stop: accept no more → finish what was admitted → flush the producer, up to a deadline → save the cursor, close the log.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -98,6 +99,8 @@ struct Stages {
     forwards: bool,
     /// As it was at the start.
     began: Config,
+    /// The file that it was read from; none if there was none.
+    file: Option<PathBuf>,
     running: Mutex<Running>,
 }
 
@@ -118,14 +121,15 @@ impl App {
     /// # Errors
     /// [`StartError`]; nothing runs then.
     pub async fn start(config: Config) -> Result<App, StartError> {
-        App::start_on(config, Inherited::default()).await
+        App::start_on(config, None, Inherited::default()).await
     }
 
-    /// The same, on sockets that systemd holds, as far as they are those of the configuration. The others are handed to it.
+    /// The same, with a configuration that was read from `file`, if any, and on sockets that systemd holds, as far as they
+    /// are those of the configuration. The others are handed to it.
     ///
     /// # Errors
     /// As [`App::start`].
-    pub async fn start_on(config: Config, mut inherited: Inherited) -> Result<App, StartError> {
+    pub async fn start_on(config: Config, file: Option<PathBuf>, mut inherited: Inherited) -> Result<App, StartError> {
         let http = listen("ingest.http.listen", config.ingest.http.listen, &mut inherited)?;
         let grpc = listen("ingest.grpc.listen", config.ingest.grpc.listen, &mut inherited)?;
         let admin = listen("admin.listen", config.admin.listen, &mut inherited)?;
@@ -148,7 +152,7 @@ impl App {
         let topics = Topics::new(&config.forward.topic);
         let running = Mutex::new(Running { config: config.clone(), topics, reload: None });
         let stages =
-            Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, began: config, running });
+            Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, began: config, file, running });
 
         let stopped = CancellationToken::new();
         let endpoints = Admin::new(stages.clone(), metrics, shutdown::progress_patience());
@@ -324,6 +328,9 @@ impl StatusSource for Stages {
     }
 
     fn foretell_reload(&self, files: &FileTexts) -> Result<Changes, ConfigError> {
+        if let (Some(file), None) = (&self.file, &files.config) {
+            return Err(ConfigError::Read { path: file.clone(), source: std::io::ErrorKind::NotFound.into() });
+        }
         let loaded = Config::load_texts(files, std::env::vars_os(), &[])?;
         Ok(self.changes(&self.running(), &loaded.config))
     }

@@ -280,6 +280,9 @@ fn reload(host: &Host) {
     host.run("sh -c 'echo nonsense = 1 >> /etc/ringtail/ringtail.toml'");
     let (succeeded, _) = host.container.try_run("systemctl reload ringtail.service");
     assert!(!succeeded, "an invalid file is refused");
+    host.run("rm /etc/ringtail/ringtail.toml");
+    let (succeeded, _) = host.container.try_run("systemctl reload ringtail.service");
+    assert!(!succeeded, "the built-in values do not take the place of a file that is gone");
     host.run("cp /root/good.toml /etc/ringtail/ringtail.toml");
     assert_eq!(host.property("ActiveState"), "active");
     assert_eq!(host.property("MainPID"), pid, "it is the same process all the time");

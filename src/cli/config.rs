@@ -70,6 +70,12 @@ impl ConfigFile {
         Config::load_files(self.files(), overrides)
     }
 
+    /// The same files for later: a configuration file that was found is not done without when it is gone.
+    pub fn pinned(mut self, loaded: &Loaded) -> ConfigFile {
+        self.config.clone_from(&loaded.file);
+        self
+    }
+
     fn files(&self) -> Files<'_> {
         Files { config: self.config.as_deref(), raccoon_env: self.raccoon_env.as_deref() }
     }

@@ -41,8 +41,9 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let directory = loaded.config.wal.directory.display();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = file, %directory, "starting");
     report_raccoon(&loaded);
-    let app = App::start_on(loaded.config, inherited).await?;
-    tokio::spawn(reload_on(hangup, Reload { file: args.file, log_level, reloader: app.reloader() }, stop.clone()));
+    let file = args.file.pinned(&loaded);
+    let app = App::start_on(loaded.config, loaded.file, inherited).await?;
+    tokio::spawn(reload_on(hangup, Reload { file, log_level, reloader: app.reloader() }, stop.clone()));
     if let Err(error) = app.run(stop).await {
         tracing::error!("{error}");
         shutdown::notify_status(&error.to_string());

@@ -202,15 +202,25 @@ pub struct FileText {
     pub text: String,
 }
 
-impl Files<'_> {
+impl<'a> Files<'a> {
     /// Reads them. Without a configuration file it is [`DEFAULT_FILE`], if that exists.
     ///
     /// # Errors
     /// [`ConfigError::Read`]
     pub fn read(self) -> Result<FileTexts, ConfigError> {
-        let default = Path::new(DEFAULT_FILE);
-        let config = self.config.or_else(|| default.exists().then_some(default));
-        Files { config, ..self }.read_named()
+        self.or_default(Path::new(DEFAULT_FILE))?.read_named()
+    }
+
+    /// With `default` as the configuration file if none is named. Only one that is not there at all counts as none: the
+    /// built-in values must not take the place of a file that cannot be reached.
+    pub(super) fn or_default(self, default: &'a Path) -> Result<Files<'a>, ConfigError> {
+        if self.config.is_some() {
+            return Ok(self);
+        }
+        match default.try_exists() {
+            Ok(exists) => Ok(Files { config: exists.then_some(default), ..self }),
+            Err(source) => Err(ConfigError::Read { path: default.to_owned(), source }),
+        }
     }
 
     fn read_named(self) -> Result<FileTexts, ConfigError> {

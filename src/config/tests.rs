@@ -160,6 +160,10 @@ fn every_problem_is_reported_at_once_with_its_place() {
 fn files_that_cannot_be_used() {
     let missing = Config::load_from(Some(std::path::Path::new("/nonexistent/ringtail.toml")), [], &[]);
     assert!(matches!(missing, Err(ConfigError::Read { .. })));
+    let default = |path| Files::default().or_default(std::path::Path::new(path)).map(|files| files.config.is_some());
+    assert!(!default("/nonexistent/ringtail.toml").unwrap());
+    // Not absent, but out of reach, as behind a directory that may not be entered.
+    assert!(matches!(default("/dev/null/ringtail.toml"), Err(ConfigError::Read { .. })));
     let broken = load("[wal\n", &[]).unwrap_err();
     assert!(matches!(broken, ConfigError::Syntax { .. }));
     assert!(broken.to_string().contains("line 1"), "{broken}");
