@@ -277,6 +277,10 @@ impl WalMetrics {
 
 impl ForwardMetrics {
     fn new(sums: &Sums) -> ForwardMetrics {
+        for reason in DropReason::ALL {
+            // A topic's series begins with its first drop, which no increase would show.
+            counter!("ringtail_forward_dropped_events_total", "reason" => reason.as_str()).absolute(0);
+        }
         ForwardMetrics {
             enabled: gauge!("ringtail_forward_enabled"),
             connected: gauge!("ringtail_forward_connected"),

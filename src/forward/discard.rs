@@ -46,6 +46,9 @@ pub enum DropReason {
 }
 
 impl DropReason {
+    /// Every reason.
+    pub const ALL: [DropReason; 2] = [DropReason::Full, DropReason::Expired];
+
     /// Its value as a metric label.
     pub fn as_str(self) -> &'static str {
         match self {
