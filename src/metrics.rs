@@ -110,6 +110,8 @@ pub struct WalMetrics {
     pub free_bytes: Gauge,
     /// Disk that the log may still take, by both limits.
     pub headroom_bytes: Gauge,
+    /// Disk that a backlog may take, by both limits.
+    pub capacity_bytes: Gauge,
     /// 1 while batches are refused for space.
     pub full: Gauge,
     /// Segments on disk, spares included.
@@ -268,6 +270,7 @@ impl WalMetrics {
             disk_limit_bytes: gauge!("ringtail_wal_disk_limit_bytes"),
             free_bytes: gauge!("ringtail_wal_free_bytes"),
             headroom_bytes: gauge!("ringtail_wal_headroom_bytes"),
+            capacity_bytes: gauge!("ringtail_wal_capacity_bytes"),
             full: gauge!("ringtail_wal_full"),
             segments: gauge!("ringtail_wal_segments"),
             quarantined_segments: gauge!("ringtail_wal_quarantined_segments"),
@@ -397,6 +400,10 @@ fn describe() {
     describe_gauge!("ringtail_wal_disk_limit_bytes", "Most disk space that the log may use.");
     describe_gauge!("ringtail_wal_free_bytes", "Free space of the log's file system.");
     describe_gauge!("ringtail_wal_headroom_bytes", "Disk space that the log may still take before it is full.");
+    describe_gauge!(
+        "ringtail_wal_capacity_bytes",
+        "Disk space that a backlog may take in all: less when parked events, or others on the file system, take more."
+    );
     describe_gauge!("ringtail_wal_full", "1 while batches are refused for lack of space.");
     describe_gauge!("ringtail_wal_segments", "Segments on disk, prepared spares included.");
     describe_gauge!("ringtail_wal_quarantined_segments", "Damaged segments set aside.");

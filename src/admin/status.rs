@@ -79,6 +79,13 @@ impl Limits {
         let of_budget = wal.disk_limit_bytes.saturating_sub(wal.disk_bytes);
         of_budget.min(wal.free_bytes.saturating_sub(self.free_bytes_min))
     }
+
+    /// Disk that a backlog may take, the present one included. It shrinks when parked events grow, or others on the file
+    /// system do, and not by the steps in which segments are made.
+    pub fn capacity_bytes(&self, wal: &WalStatus) -> u64 {
+        let of_file_system = (wal.free_bytes + wal.disk_bytes).saturating_sub(self.free_bytes_min);
+        wal.disk_limit_bytes.min(of_file_system).saturating_sub(wal.other_bytes)
+    }
 }
 
 /// The answer of `/status`.
@@ -153,7 +160,8 @@ pub struct ParkedCount {
 pub struct Forecast {
     /// Disk that the log may still take before it is full.
     pub headroom_bytes: u64,
-    /// Seconds until that is used up; none while the backlog does not grow.
+    /// Seconds until that is used up, by the backlog, by parked events, or by others on the file system; none while they do
+    /// not grow.
     pub full_seconds: Option<f64>,
     /// Seconds until the backlog is empty; none while it does not shrink.
     pub drain_seconds: Option<f64>,
@@ -169,7 +177,7 @@ impl Admin {
         let drain_seconds = self.watch.drain_seconds();
         // The forwarder's own estimate is slower: within a moment of rest it still knows that the backlog shrinks.
         let shrinks = drain_seconds.is_some() || forward["drain_seconds"].is_number();
-        let full_seconds = self.watch.full_seconds(headroom_bytes).filter(|_| !shrinks);
+        let full_seconds = self.watch.full_seconds(headroom_bytes, !shrinks);
         let forecast = Forecast { headroom_bytes, full_seconds, drain_seconds };
         Status {
             version: env!("CARGO_PKG_VERSION"),
@@ -234,12 +242,14 @@ impl Admin {
 
     /// Takes note of how things are now.
     pub(super) fn observe(&self) {
-        let wal = self.source.wal().unwrap_or_default();
+        // While the log is being opened there is nothing to compare with.
+        let Some(wal) = self.source.wal() else { return };
         let observation = Observation {
             at_ms: now_ms(),
             totals: self.metrics.totals(),
             pending_events: wal.pending_events,
             pending_bytes: wal.pending_bytes,
+            capacity_bytes: self.source.limits().capacity_bytes(&wal),
             forward: self.source.forward(),
         };
         self.watch.observe(Instant::now(), observation);
@@ -310,6 +320,7 @@ fn record(wal: &WalStatus, limits: &Limits, metrics: &WalMetrics) {
     metrics.disk_limit_bytes.set(wal.disk_limit_bytes as f64);
     metrics.free_bytes.set(wal.free_bytes as f64);
     metrics.headroom_bytes.set(limits.headroom_bytes(wal) as f64);
+    metrics.capacity_bytes.set(limits.capacity_bytes(wal) as f64);
     metrics.full.set(f64::from(u8::from(wal.full)));
     metrics.segments.set(wal.segments as f64);
     metrics.quarantined_segments.set(wal.quarantined_segments as f64);

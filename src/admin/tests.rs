@@ -152,6 +152,13 @@ fn the_headroom_is_what_both_limits_leave() {
         limits.headroom_bytes(&WalStatus { disk_limit_bytes: 1000, disk_bytes, free_bytes, ..WalStatus::default() })
     };
     assert_eq!([headroom(400, 5000), headroom(400, 500), headroom(400, 200), headroom(1100, 5000)], [600, 200, 0, 0]);
+    let capacity = |disk_bytes, other_bytes, free_bytes| {
+        let wal = WalStatus { disk_limit_bytes: 1000, disk_bytes, other_bytes, free_bytes, ..WalStatus::default() };
+        limits.capacity_bytes(&wal)
+    };
+    // A segment that is made takes nothing away, a parked event does, and so do others.
+    let found = [capacity(400, 100, 5000), capacity(500, 100, 4900), capacity(500, 150, 5000), capacity(400, 100, 500)];
+    assert_eq!(found, [900, 900, 850, 500]);
 }
 
 #[tokio::test]

@@ -35,6 +35,8 @@ pub(super) struct Observation {
     pub totals: Totals,
     pub pending_events: u64,
     pub pending_bytes: u64,
+    /// Disk that a backlog may take.
+    pub capacity_bytes: u64,
     /// `forward` of `/status`.
     pub forward: Value,
 }
@@ -102,7 +104,9 @@ pub(super) struct Watch(Mutex<State>);
 struct State {
     /// The last ones, oldest first.
     looks: VecDeque<Look>,
-    growth_bytes: Option<f64>,
+    growth_bytes: Smoothed,
+    /// By how much the disk for a backlog shrinks a second.
+    shrinking_bytes: Smoothed,
     samples: VecDeque<Sample>,
     errors: VecDeque<SeenError>,
     tally: Option<Tally>,
@@ -116,6 +120,24 @@ struct Look {
     totals: Totals,
     pending_events: u64,
     pending_bytes: u64,
+    capacity_bytes: u64,
+}
+
+/// A rate over the last minute or so.
+#[derive(Debug, Clone, Copy, Default)]
+struct Smoothed(Option<f64>);
+
+impl Smoothed {
+    /// By how much something grew within so many seconds.
+    fn grew(&mut self, before: u64, now: u64, seconds: f64) {
+        let rate = (now as f64 - before as f64) / seconds;
+        let weight = 1.0 - (-seconds / GROWTH_SMOOTHING.as_secs_f64()).exp();
+        self.0 = Some(self.0.map_or(rate, |before| before + weight * (rate - before)));
+    }
+
+    fn rate(self) -> f64 {
+        rounded(self.0.unwrap_or_default())
+    }
 }
 
 /// The answer of `/history`.
@@ -129,8 +151,8 @@ impl Watch {
     pub fn observe(&self, now: Instant, observation: Observation) {
         let mut state = self.state();
         state.note_error(&observation.forward);
-        let Observation { totals, pending_events, pending_bytes, .. } = observation;
-        let look = Look { at: now, totals, pending_events, pending_bytes };
+        let Observation { totals, pending_events, pending_bytes, capacity_bytes, .. } = observation;
+        let look = Look { at: now, totals, pending_events, pending_bytes, capacity_bytes };
         let Some(last) = state.looks.back().copied() else { return state.looks.push_back(look) };
         let seconds = now.saturating_duration_since(last.at).as_secs_f64();
         if seconds <= 0.0 {
@@ -140,9 +162,8 @@ impl Watch {
             state.looks.pop_front();
         }
         state.looks.push_back(look);
-        let growth = (look.pending_bytes as f64 - last.pending_bytes as f64) / seconds;
-        let weight = 1.0 - (-seconds / GROWTH_SMOOTHING.as_secs_f64()).exp();
-        state.growth_bytes = Some(state.growth_bytes.map_or(growth, |before| before + weight * (growth - before)));
+        state.growth_bytes.grew(last.pending_bytes, look.pending_bytes, seconds);
+        state.shrinking_bytes.grew(look.capacity_bytes, last.capacity_bytes, seconds);
         let now = look.rates_since(&last);
         if state.samples.len() == SAMPLES_MAX {
             state.samples.pop_front();
@@ -167,13 +188,16 @@ impl Watch {
             committed_events: rounded(rates.committed_events),
             committed_bytes: rounded(rates.committed_bytes),
             delivered_events: rounded(rates.delivered_events),
-            growth_bytes: rounded(state.growth_bytes.unwrap_or_default()),
+            growth_bytes: state.growth_bytes.rate(),
         }
     }
 
-    /// Seconds until `headroom_bytes` are used up; none while the backlog does not grow.
-    pub fn full_seconds(&self, headroom_bytes: u64) -> Option<f64> {
-        let growth = self.rates().growth_bytes;
+    /// Seconds until `headroom_bytes` are used up, by what is no backlog, and by the backlog if that grows at all; none while
+    /// neither grows.
+    pub fn full_seconds(&self, headroom_bytes: u64, backlog_grows: bool) -> Option<f64> {
+        let state = self.state();
+        let of_backlog = if backlog_grows { state.growth_bytes.rate().max(0.0) } else { 0.0 };
+        let growth = of_backlog + state.shrinking_bytes.rate().max(0.0);
         (growth > 0.0).then(|| (headroom_bytes as f64 / growth).round())
     }
 
@@ -295,6 +319,11 @@ mod tests {
 
     /// Seconds from the start, events committed and delivered so far; an event is 100 bytes.
     fn look(watch: &Watch, start: Instant, second: u64, committed: u64, delivered: u64) {
+        look_at(watch, start, second, [committed, delivered, 0]);
+    }
+
+    /// The same, with the disk for a backlog.
+    fn look_at(watch: &Watch, start: Instant, second: u64, [committed, delivered, capacity_bytes]: [u64; 3]) {
         let totals = Totals {
             committed_events: committed,
             committed_bytes: committed * 100,
@@ -307,6 +336,7 @@ mod tests {
             totals,
             pending_events,
             pending_bytes: pending_events * 100,
+            capacity_bytes,
             forward: Value::Null,
         };
         watch.observe(start + Duration::from_secs(second), observation);
@@ -319,7 +349,7 @@ mod tests {
         assert!(watch.recent().is_empty());
         look(&watch, start, 1, 50, 50);
         assert_eq!(watch.rates().committed_events, 50.0);
-        assert_eq!(watch.full_seconds(1000), None);
+        assert_eq!(watch.full_seconds(1000, true), None);
         let newest = Sample { at_ms: 1000, committed_events: 50.0, delivered_events: 50.0, pending_events: 0 };
         assert_eq!(watch.recent(), [newest]);
         look(&watch, start, 2, 50, 50);
@@ -328,10 +358,30 @@ mod tests {
             look(&watch, start, second, second * 50, 50);
         }
         assert_eq!((watch.rates().committed_bytes, watch.rates().delivered_events), (5000.0, 0.0));
-        assert_eq!(watch.full_seconds(500_000), Some(100.0));
+        assert_eq!(watch.full_seconds(500_000, true), Some(100.0));
         let samples = watch.history().samples;
         assert_eq!((samples.len(), samples[0].at_ms, samples[599].at_ms), (600, 400_000, 999_000));
         assert_eq!(watch.recent(), samples[590..]);
+    }
+
+    #[test]
+    fn a_disk_that_others_fill_is_full_at_some_time() {
+        let (watch, start) = (Watch::default(), Instant::now());
+        for second in 0..600 {
+            // Nothing waits, and others take 1000 bytes a second; then a backlog grows by as many.
+            let committed = if second < 300 { 0 } else { (second - 299) * 10 };
+            look_at(&watch, start, second, [committed, 0, 9_000_000 - second * 1000]);
+            if second == 299 {
+                assert_eq!(watch.full_seconds(500_000, true), Some(500.0));
+                assert_eq!(watch.full_seconds(500_000, false), Some(500.0));
+            }
+        }
+        assert_eq!(watch.full_seconds(500_000, true).map(|seconds| seconds.round()), Some(251.0));
+        assert_eq!(watch.full_seconds(500_000, false), Some(500.0));
+        for second in 600..1200 {
+            look_at(&watch, start, second, [3000, 3000, 9_000_000]);
+        }
+        assert_eq!(watch.full_seconds(500_000, true), None);
     }
 
     #[test]

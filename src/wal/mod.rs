@@ -122,6 +122,9 @@ pub struct WalStatus {
     pub oldest_pending_received_at_ms: Option<u64>,
     /// Disk used by the log, reserved space included.
     pub disk_bytes: u64,
+    /// Of that, what is not segments in use: parked events, what was set aside, small maps.
+    #[serde(default)]
+    pub other_bytes: u64,
     /// `wal.bytes_max`
     pub disk_limit_bytes: u64,
     /// Free on the file system.
@@ -269,6 +272,7 @@ impl Wal {
             pending_bytes: pending.bytes,
             oldest_pending_received_at_ms: log.oldest_received_at_ms(),
             disk_bytes: log.disk_bytes(&self.shared.shape),
+            other_bytes: log.space.other_bytes,
             disk_limit_bytes: self.shared.config.bytes_max.as_u64(),
             free_bytes: log.space.free_bytes,
             full: log.is_full(),
