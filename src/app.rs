@@ -1,12 +1,12 @@
 //! Wires the stages together, starts them, and drains them in order.
 //!
-//! Start: bind every port → open the log → start the forwarder → serve → ready.
+//! Start: bind every port → serve the admin endpoints → open the log → start the forwarder → serve → ready.
 //! Stop: accept no more → finish what was admitted → flush the producer, up to a deadline → save the cursor, close the log.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpSocket};
@@ -92,9 +92,8 @@ pub struct App {
 /// What the admin endpoints look at.
 struct Stages {
     phase: AtomicU8,
-    wal: Wal,
-    ingest: Arc<Ingest>,
-    forwarder: Forwarder,
+    /// Empty while the log is being opened.
+    opened: OnceLock<Opened>,
     /// There are brokers.
     forwards: bool,
     /// As it was at the start.
@@ -102,6 +101,13 @@ struct Stages {
     /// The file that it was read from; none if there was none.
     file: Option<PathBuf>,
     running: Mutex<Running>,
+}
+
+/// What there is once the log is open.
+struct Opened {
+    wal: Wal,
+    ingest: Arc<Ingest>,
+    forwarder: Forwarder,
 }
 
 /// What a reload changes.
@@ -143,24 +149,29 @@ impl App {
         tracing::info!(http = %addresses.http, grpc = %addresses.grpc, admin = %addresses.admin, "listening");
 
         let metrics = Metrics::new();
-        let (wal, forwarder) = open(&config, &metrics).await?;
-        let ingest = Ingest::new(&config.ingest, wal.clone(), metrics.clone());
         let phase = AtomicU8::new(Phase::Starting as u8);
         let forwards = !config.forward.brokers.is_empty();
         metrics.forward.enabled.set(f64::from(u8::from(forwards)));
-        let control = ControlSocket::bind(&config.wal.directory).map_err(StartError::Control)?;
         let topics = Topics::new(&config.forward.topic);
         let running = Mutex::new(Running { config: config.clone(), topics, reload: None });
-        let stages =
-            Arc::new(Stages { phase, wal, ingest: ingest.clone(), forwarder, forwards, began: config, file, running });
+        let opened = OnceLock::new();
+        let stages = Arc::new(Stages { phase, opened, forwards, began: config, file, running });
 
         let stopped = CancellationToken::new();
-        let endpoints = Admin::new(stages.clone(), metrics, shutdown::progress_patience());
+        let unless_started = stopped.clone().drop_guard();
+        let endpoints = Admin::new(stages.clone(), metrics.clone(), shutdown::progress_patience());
+        tokio::spawn(admin::serve(admin, admin::router(endpoints.clone()), stopped.clone()));
+
+        let (wal, forwarder) = shutdown::while_opening(open(&stages.began, &metrics)).await?;
+        let control = ControlSocket::bind(&stages.began.wal.directory).map_err(StartError::Control)?;
+        let ingest = Ingest::new(&stages.began.ingest, wal.clone(), metrics);
+        let opened = Opened { wal, ingest: ingest.clone(), forwarder };
+        assert!(stages.opened.set(opened).is_ok(), "the log is opened once");
         tokio::spawn(admin::run_upkeep(endpoints.clone(), stopped.clone()));
         tokio::spawn(report("control socket", control.serve(endpoints.clone(), stopped.clone())));
         let watched = endpoints.clone();
         tokio::spawn(async move { shutdown::feed_watchdog(|| watched.is_live()).await });
-        tokio::spawn(admin::serve(admin, admin::router(endpoints.clone()), stopped.clone()));
+        unless_started.disarm();
         Ok(App { addresses, endpoints, stages, ingest, http, grpc, stopped })
     }
 
@@ -171,7 +182,7 @@ impl App {
 
     /// The log.
     pub fn wal(&self) -> Wal {
-        self.stages.wal.clone()
+        self.stages.opened().wal.clone()
     }
 
     /// Gives it another configuration while it runs.
@@ -211,14 +222,15 @@ impl App {
         let closing = stages.clone();
         let close = tokio::task::spawn_blocking(move || {
             let timeout = closing.running().config.forward.stop_timeout;
-            closing.forwarder.stop(timeout);
-            closing.wal.close();
+            let Opened { wal, forwarder, .. } = closing.opened();
+            forwarder.stop(timeout);
+            wal.close();
         });
         tokio::select! {
             _ = close => {}
             error = stages.watch(&endpoints) => return Err(error),
         }
-        let status = stages.wal.status();
+        let status = stages.opened().wal.status();
         tracing::info!(pending_events = status.pending_events, "stopped");
         stopped.cancel();
         Ok(())
@@ -255,15 +267,21 @@ impl Stages {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
 
+    /// For what is done only once the log is open.
+    fn opened(&self) -> &Opened {
+        self.opened.get().expect("the log is open")
+    }
+
     /// Returns when the process must end.
     async fn watch(&self, endpoints: &Admin) -> RunError {
+        let wal = &self.opened().wal;
         let mut ticks = tokio::time::interval(WATCH_INTERVAL);
         loop {
             tokio::select! {
-                () = self.wal.failed().cancelled() => return RunError::LogFailed,
+                () = wal.failed().cancelled() => return RunError::LogFailed,
                 _ = ticks.tick() => {}
             }
-            if Duration::from_millis(self.wal.status().commit_busy_ms) > COMMIT_TIME_MAX {
+            if Duration::from_millis(wal.status().commit_busy_ms) > COMMIT_TIME_MAX {
                 return RunError::CommitHangs;
             }
             if self.phase() == Phase::Serving {
@@ -289,8 +307,8 @@ impl Reloader {
         let mut running = stages.running();
         let changes = stages.changes(&running, new);
         let config = running.config.reloaded(new, &stages.began);
-        stages.ingest.reload(&config.ingest);
-        stages.forwarder.reload(&config.forward);
+        stages.opened().ingest.reload(&config.ingest);
+        stages.opened().forwarder.reload(&config.forward);
         running.topics = Topics::new(&config.forward.topic);
         running.config = config;
         let Changes { live, restart } = changes.clone();
@@ -312,13 +330,14 @@ impl StatusSource for Stages {
     }
 
     fn connections(&self) -> Connections {
-        let [websocket, rest, grpc] = Protocol::ALL.map(|protocol| self.ingest.connections(protocol));
+        let open = |protocol| self.opened.get().map_or(0, |opened| opened.ingest.connections(protocol));
+        let [websocket, rest, grpc] = Protocol::ALL.map(open);
         Connections { websocket, rest, grpc }
     }
 
     fn limits(&self) -> Limits {
         Limits {
-            connections_max: self.ingest.connections_max() as u64,
+            connections_max: self.running().config.ingest.connections_max as u64,
             free_bytes_min: self.began.wal.free_bytes_min.as_u64(),
         }
     }
@@ -336,33 +355,33 @@ impl StatusSource for Stages {
     }
 
     fn wal(&self) -> Option<WalStatus> {
-        Some(self.wal.status())
+        self.opened.get().map(|opened| opened.wal.status())
     }
 
     fn forward(&self) -> serde_json::Value {
-        let status = self.forwards.then(|| self.forwarder.status());
+        let status = self.opened.get().filter(|_| self.forwards).map(|opened| opened.forwarder.status());
         serde_json::to_value(status).expect("a status has only string keys")
     }
 
     fn forward_stands_still(&self) -> Duration {
-        self.forwarder.heartbeat_age()
+        self.opened.get().map_or(Duration::ZERO, |opened| opened.forwarder.heartbeat_age())
     }
 
     fn parked_count(&self) -> u64 {
-        self.forwarder.parked().count()
+        self.opened.get().map_or(0, |opened| opened.forwarder.parked().count())
     }
 
     fn parked(&self) -> ParkedStore {
-        self.forwarder.parked().clone()
+        self.opened().forwarder.parked().clone()
     }
 
     fn requeue(&self) -> Box<dyn Requeue> {
-        Box::new(self.forwarder.requeuer())
+        Box::new(self.opened().forwarder.requeuer())
     }
 
     fn parked_reasons(&self, from_id: u64) -> ParkedReasons {
         // One that is damaged is held all the same. A store that fails ends them.
-        Box::new(self.forwarder.parked().events(from_id).filter_map(|event| match event {
+        Box::new(self.opened().forwarder.parked().events(from_id).filter_map(|event| match event {
             Ok(event) => Some((event.id, event.about.reason.as_str())),
             Err(ParkedError::Damaged { id, .. }) => Some((id, "damaged")),
             Err(_) => None,
@@ -370,7 +389,7 @@ impl StatusSource for Stages {
     }
 
     fn backlog(&self, payloads: bool) -> Backlog {
-        let (reader, topics) = (self.wal.peek(), self.running().topics.clone());
+        let (reader, topics) = (self.opened().wal.peek(), self.running().topics.clone());
         let mut reader = Some(reader);
         Box::new(std::iter::from_fn(move || match reader.as_mut()?.next_record() {
             Ok(record) => record.map(|record| Ok(BatchLine::new(record.sequence, &record.batch, &topics, payloads))),

@@ -4,7 +4,7 @@
 
 use std::io;
 use std::process;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -14,6 +14,10 @@ use tracing::{debug, error, info, warn};
 
 /// Longest standstill of a loop that is taken for a slow disk.
 const STANDSTILL_MAX: Duration = Duration::from_secs(30);
+
+/// How often systemd is told that the log is being opened, and how long it is to wait for the next time.
+const OPENING_INTERVAL: Duration = Duration::from_secs(5);
+const OPENING_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Returns a token that SIGTERM or SIGINT cancels. A second SIGINT ends the process at once, with exit code 1: what was
 /// acked is durable already. Must be called inside a runtime.
@@ -48,6 +52,24 @@ async fn watch_signals(mut terminate: Signal, mut interrupt: Signal, token: Canc
 /// Tells systemd that the service accepts batches, with a line for `systemctl status`.
 pub fn notify_ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+/// Waits for the log to be opened. Tells systemd meanwhile that it is being opened, and that this takes the time it takes: a
+/// start that is given up begins from the front.
+pub async fn while_opening<T>(opening: impl Future<Output = T>) -> T {
+    let began = Instant::now();
+    let mut ticks = tokio::time::interval(OPENING_INTERVAL);
+    let mut opening = std::pin::pin!(opening);
+    loop {
+        tokio::select! {
+            opened = &mut opening => return opened,
+            _ = ticks.tick() => {
+                let status = format!("opening the log, for {} seconds", began.elapsed().as_secs());
+                let more = u32::try_from(OPENING_PATIENCE.as_micros()).expect("it is less than an hour");
+                notify(&[NotifyState::Status(&status), NotifyState::ExtendTimeoutUsec(more)]);
+            }
+        }
+    }
 }
 
 /// Tells systemd that the service reads its configuration again; to be followed by [`notify_ready`].

@@ -110,6 +110,7 @@ fn a_reload_changes_what_it_can_and_names_what_it_cannot() {
     process.hang_up();
     let told = supervisor.wait_for("READY=1").concat();
     assert!(told.contains("STATUS=reload refused"), "{told}");
+    supervisor.wait_for("; last reload refused; restart for");
     let now = status(addresses.admin);
     assert!(now["reload"]["error"].as_str().unwrap().contains("wal.bytes_max"), "{now}");
     assert_eq!(now["limits"]["connections_max"], 7, "nothing has changed");

@@ -10,6 +10,7 @@ mod supervisor;
 
 use std::fs;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -29,17 +30,22 @@ struct Watched {
     directory: tempfile::TempDir,
 }
 
+/// A service whose thread is frozen at `point` while there is a file `freeze`.
+fn options(point: &str, directory: &Path, supervisor: &Supervisor) -> Options {
+    let mut options = Options::small(&directory.join("wal"));
+    options.environment = vec![
+        supervisor.environment(),
+        ("WATCHDOG_USEC".into(), INTERVAL.as_micros().to_string()),
+        ("FREEZE_POINT".into(), format!("{point}:{}", directory.join("freeze").display())),
+    ];
+    options
+}
+
 impl Watched {
     fn start(point: &str) -> Watched {
         let directory = tempfile::tempdir().unwrap();
         let supervisor = Supervisor::new(directory.path());
-        let mut options = Options::small(&directory.path().join("wal"));
-        let freeze = directory.path().join("freeze");
-        options.environment = vec![
-            supervisor.environment(),
-            ("WATCHDOG_USEC".into(), INTERVAL.as_micros().to_string()),
-            ("FREEZE_POINT".into(), format!("{point}:{}", freeze.display())),
-        ];
+        let options = options(point, directory.path(), &supervisor);
         let (process, addresses) = Process::start(&options);
         Watched { process, admin: addresses.admin, http: addresses.http, supervisor, directory }
     }
@@ -100,4 +106,34 @@ async fn a_frozen_commit_thread_leaves_the_watchdog_hungry() {
         watched.assert_watched("a commit makes no progress\n").await;
         assert!(client.wait().unwrap().success(), "its batch is acked once the thread goes on");
     }
+}
+
+#[tokio::test]
+async fn a_log_that_takes_long_to_open_is_told_of_and_can_be_stopped() {
+    let directory = tempfile::tempdir().unwrap();
+    let supervisor = Supervisor::new(directory.path());
+    let options = options("recover.cursor_loaded", directory.path(), &supervisor);
+    let freeze = directory.path().join("freeze");
+    fs::write(&freeze, "").unwrap();
+    let mut process = Process::spawn(&options);
+    let told = supervisor.wait_for("EXTEND_TIMEOUT_USEC=60000000").concat();
+    assert!(told.contains("STATUS=opening the log"), "{told}");
+    wait_until("it listens", || process.log_end().contains("listening")).await;
+    let log = process.log_end();
+    let admin = log.split_whitespace().find_map(|word| word.strip_prefix("admin=")).unwrap().parse().unwrap();
+    assert_eq!(get(admin, "/readyz"), (503, "starting\n".into()));
+    assert_eq!(get(admin, "/livez").0, 200);
+    assert_eq!(get(admin, "/metrics").0, 503);
+    let status = http::status(admin);
+    assert_eq!((&status["phase"], &status["wal"]), (&"starting".into(), &serde_json::Value::Null));
+    assert!(get(admin, "/").1.contains("<html"));
+    assert!(process.stop().success(), "it does not wait for the log");
+    supervisor.wait_for("STOPPING=1");
+
+    let mut process = Process::spawn(&options);
+    supervisor.wait_for("STATUS=opening the log");
+    fs::remove_file(freeze).unwrap();
+    process.wait_until_ready();
+    supervisor.wait_for("READY=1");
+    assert!(process.stop().success());
 }

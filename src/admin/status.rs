@@ -235,9 +235,12 @@ impl Admin {
             }
         };
         let ahead = if forward["live_first"] == true { ", new events go ahead" } else { "" };
-        let restart = source.reload().filter(|reload| !reload.restart.is_empty());
+        let reload = source.reload();
+        let refused =
+            if reload.as_ref().is_some_and(|reload| reload.error.is_some()) { "; last reload refused" } else { "" };
+        let restart = reload.filter(|reload| !reload.restart.is_empty());
         let restart = restart.map_or(String::new(), |reload| format!("; restart for {}", reload.restart.join(", ")));
-        format!("{state}, {:.0} events/s; {kafka}; {backlog}{ahead}{restart}", rates.committed_events)
+        format!("{state}, {:.0} events/s; {kafka}; {backlog}{ahead}{refused}{restart}", rates.committed_events)
     }
 
     /// Takes note of how things are now.
@@ -293,9 +296,11 @@ pub(super) async fn livez(State(admin): State<Admin>) -> Response {
 }
 
 pub(super) async fn metrics(State(admin): State<Admin>) -> Response {
-    if let Some(wal) = admin.source.wal() {
-        record(&wal, &admin.source.limits(), &admin.metrics.wal);
-    }
+    let Some(wal) = admin.source.wal() else {
+        // Zeroes would be taken for what the log holds.
+        return (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response();
+    };
+    record(&wal, &admin.source.limits(), &admin.metrics.wal);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], admin.metrics.handle().render()).into_response()
 }
 

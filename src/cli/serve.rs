@@ -42,7 +42,15 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = file, %directory, "starting");
     report_raccoon(&loaded);
     let file = args.file.pinned(&loaded);
-    let app = App::start_on(loaded.config, loaded.file, inherited).await?;
+    let app = tokio::select! {
+        app = App::start_on(loaded.config, loaded.file, inherited) => app?,
+        () = stop.cancelled() => {
+            shutdown::notify_stopping("the log was being opened");
+            tracing::info!("stopped while the log was being opened");
+            // Not by returning: the runtime would wait until the log is open.
+            std::process::exit(0);
+        }
+    };
     tokio::spawn(reload_on(hangup, Reload { file, log_level, reloader: app.reloader() }, stop.clone()));
     if let Err(error) = app.run(stop).await {
         tracing::error!("{error}");
