@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use container::Container;
 use serde_json::Value;
 
+const README: &str = include_str!("../README.md");
 const RESTARTS: usize = 10;
 const LINES: usize = 2000;
 /// Starts of a service that always crashes. systemd's own limit would be 5 in 10 seconds.
@@ -286,6 +287,10 @@ fn reload(host: &Host) {
     host.run("cp /root/good.toml /etc/ringtail/ringtail.toml");
     assert_eq!(host.property("ActiveState"), "active");
     assert_eq!(host.property("MainPID"), pid, "it is the same process all the time");
+    // As the README has it, for a backlog that is to be drained without the service.
+    let drain = README.split_once("systemd-run --pty ").and_then(|(_, rest)| rest.split_once("\\\n")).unwrap().0;
+    let shown = host.run(&format!("systemd-run --quiet --pipe --wait {drain} ringtail config show"));
+    assert!(shown.contains("credential /run/credentials/"), "{shown}");
     // The credential counts from the next start on.
     host.run("systemctl restart ringtail.service");
     let environment = host.run(&format!("cat /proc/{}/environ", host.property("MainPID")));

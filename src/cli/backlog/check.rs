@@ -13,8 +13,8 @@ use super::{EXIT_UNCHECKED, alone, count, print, progress_bar, require_log};
 /// Verify every chunk of a stopped log, and that nothing is missing
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  ringtail backlog check\n  ringtail backlog check --json | jq .missing\n\n\
-    Changes nothing: segments are opened as copies, one at a time, in the directory for temporary files (TMPDIR), which needs\n\
-    room for one segment, and for the parked events.\n\n\
+    Changes nothing: the cursor and the parked events are looked at in a copy, in the directory for temporary files (TMPDIR),\n\
+    which needs room for them. Segments are read where they are.\n\n\
     Exit codes: 0 if nothing is wrong; 1 if something is, and every problem is named; 2 if the log could not be checked;\n\
     64 for bad usage.")]
 pub struct CheckArgs {
