@@ -295,6 +295,10 @@ impl Store for MemoryStore {
         })?;
         Ok(Arc::new(MemoryState { store: self.clone(), name: name.into() }))
     }
+
+    fn shards(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
+        self.state(name)
+    }
 }
 
 struct MemorySegment {
@@ -374,9 +378,9 @@ impl StateDb for MemoryState {
         }))
     }
 
-    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<bool, StoreError> {
         self.with(|state| state.now.iter().for_each(|(key, value)| see(key, value)));
-        Ok(())
+        Ok(true)
     }
 
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {

@@ -69,7 +69,7 @@ pub(crate) use checksum::crc32c;
 pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
 pub use log::Position;
 pub use losses::Loss;
-pub use offline::{OfflineLog, SegmentFiles};
+pub use offline::{OfflineLog, ParkedCopy, SegmentFiles};
 pub use reader::{Reader, Record};
 pub use scan::Scan;
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
@@ -82,9 +82,11 @@ use log::{Log, Pool, Shared};
 use recovery::Mode;
 use store::{SegmentShape, SledStore, Store};
 
-/// Names of the small maps beside the segments.
+/// Names of the maps beside the segments.
 const META: &str = "meta";
 const PARKED: &str = "parked";
+/// What an older version parked, while it is taken over.
+const PARKED_OLD: &str = "parked.old";
 
 /// The log. Clones share it.
 #[derive(Clone)]
@@ -173,7 +175,7 @@ impl Wal {
         metrics: Arc<Metrics>,
         lock: Option<File>,
     ) -> Result<Wal, OpenError> {
-        let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
+        let (meta, parked) = (store.state(META)?, store.shards(PARKED)?);
         let id = cursor::load_or_make_log_id(&*meta)?.into();
         let pool = Pool::new(store);
         let log = recovery::recover(&pool, &*meta, Mode::Repair)?;
@@ -347,7 +349,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let lock = lock_directory(&config.directory)?;
     let shape = SegmentShape::new(config.segment_bytes.as_u64());
     let store = Arc::new(SledStore::new(&config.directory, shape)?);
-    let (meta, parked) = (store.state(META)?, store.state(PARKED)?);
+    let (meta, parked) = (store.state(META)?, store.shards(PARKED)?);
     let pool = Pool::new(store);
     let log = recovery::recover(&pool, &*meta, Mode::Inspect)?;
     let window = Window::new(&DedupConfig { enabled: false, ..DedupConfig::default() });
@@ -363,7 +365,7 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
 pub fn open_parked(directory: &Path) -> Result<(Arc<dyn StateDb>, File), OpenError> {
     let lock = lock_directory(directory)?;
     let store = SledStore::new(directory, SegmentShape::new(8 << 20))?;
-    Ok((store.state(PARKED)?, lock))
+    Ok((store.shards(PARKED)?, lock))
 }
 
 /// Ends the process when a panic strikes one of sled's own threads: their callers would wait for ever.

@@ -15,8 +15,8 @@ use super::error::{OpenError, StoreError};
 use super::log::Position;
 use super::losses::{self, Loss};
 use super::record::Totals;
-use super::store::{StateDb, copy_directory, open_state, segment_directories};
-use super::{META, PARKED, cursor, lock_directory};
+use super::store::{StateDb, copy_directory, open_shards, open_state, segment_directories};
+use super::{META, PARKED, PARKED_OLD, cursor, lock_directory};
 use crate::batch::Sequence;
 use crate::config::WalConfig;
 
@@ -63,6 +63,14 @@ pub struct OfflineLog {
     /// What `meta` says, or why it does not open.
     pub(super) meta: Result<Meta, StoreError>,
     _lock: File,
+}
+
+/// See [`OfflineLog::parked`].
+pub struct ParkedCopy {
+    /// What can be read of it.
+    pub state: Arc<dyn StateDb>,
+    /// Why the rest cannot, part by part.
+    pub damage: Vec<StoreError>,
 }
 
 /// What `meta` says.
@@ -161,18 +169,24 @@ impl OfflineLog {
     /// A copy of the parked store; none if nothing was ever parked here. It is gone with this log.
     ///
     /// # Errors
-    /// [`StoreError`]: [`StoreError::is_damage`] says whether it is damaged.
-    pub fn parked(&self) -> Result<Option<Arc<dyn StateDb>>, StoreError> {
-        self.open_copy(PARKED)
+    /// [`StoreError`]
+    pub fn parked(&self) -> Result<Option<ParkedCopy>, StoreError> {
+        let is_there = self.copy(PARKED)? | self.copy(PARKED_OLD)?;
+        let open = || open_shards(self.scratch.path(), PARKED).map(|(state, damage)| ParkedCopy { state, damage });
+        is_there.then(open).transpose()
     }
 
     fn open_copy(&self, name: &str) -> Result<Option<Arc<dyn StateDb>>, StoreError> {
-        let (original, copy) = (self.directory.join(name), self.scratch.path().join(name));
-        if !original.is_dir() {
-            return Ok(None);
+        self.copy(name)?.then(|| open_state(&self.scratch.path().join(name))).transpose()
+    }
+
+    /// Whether there is something to copy.
+    fn copy(&self, name: &str) -> Result<bool, StoreError> {
+        let original = self.directory.join(name);
+        if original.is_dir() {
+            copy_directory(&original, &self.scratch.path().join(name))?;
         }
-        copy_directory(&original, &copy)?;
-        open_state(&copy).map(Some)
+        Ok(original.is_dir())
     }
 }
 

@@ -564,13 +564,17 @@ fn an_unfinished_snapshot_does_not_keep_the_log_shut() {
     let directory = tempfile::tempdir().unwrap();
     let wal = open_sled(directory.path(), 8 << 20);
     wait(wal.append(batch(1, 100)).unwrap()).unwrap();
+    let id = 1u64.to_be_bytes();
+    wal.parked().put(&id, b"parked").unwrap();
     wal.close();
     drop(wal);
-    for database in ["wal/000000000001", "meta", "parked"] {
+    for database in ["wal/000000000001", "meta", "parked/000000000001"] {
         std::fs::write(directory.path().join(database).join("snap.7FFFFFFFFFFFFFFF.generating"), b"").unwrap();
     }
     let wal = open_sled(directory.path(), 8 << 20);
     assert_eq!(drain(&mut wal.reader()), [1]);
+    assert!(wal.parked().visit(&mut |_, value| assert_eq!(value, b"parked")).unwrap());
+    assert_eq!(wal.parked().last_key().unwrap().unwrap(), id);
     assert_eq!(std::fs::read_dir(directory.path().join("quarantine")).unwrap().count(), 0);
     wal.close();
 }

@@ -150,6 +150,27 @@ fn markers_and_the_small_maps_are_looked_at() {
     assert_eq!((code, field(&report, "problems", "kind")), (1, vec![json!("parked_damaged")]), "{report:#}");
     assert_eq!(field(&report, "problems", "detail"), ["parked event 2 is damaged: a part is missing"]);
     assert!(log.image() == before, "the check changed a file");
+    // As an older version left it.
+    let (parked, old) = (log.wal_directory().join("parked"), log.wal_directory().join("old"));
+    fs::rename(parked.join("000000000001"), &old).unwrap();
+    fs::remove_dir_all(&parked).unwrap();
+    for name in ["parked", "parked.old"] {
+        let parked = log.wal_directory().join(name);
+        fs::rename(&old, &parked).unwrap();
+        let before = log.image();
+        let (_, report) = log.check();
+        assert_eq!(field(&report, "problems", "detail"), ["parked event 2 is damaged: a part is missing"]);
+        assert!(log.image() == before, "the check changed a file");
+        fs::rename(&parked, &old).unwrap();
+    }
+
+    let log = Log::with(&[batch(1, 10)]);
+    log.park_and_damage();
+    log.spoil(&log.wal_directory().join("parked/000000000001"));
+    let before = log.image();
+    let (code, report) = log.check();
+    assert_eq!((code, field(&report, "problems", "kind")), (1, vec![json!("parked_damaged")]), "{report:#}");
+    assert!(log.image() == before, "the check changed a file");
 }
 
 #[test]

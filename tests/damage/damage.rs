@@ -51,7 +51,7 @@ fn one(rng: &mut StdRng, built: &Built, path: &Path, damage: &mut Damage) {
             damage.meta = true;
             ("meta", any_file(&path.join("meta"), rng))
         }
-        (87..98, _) => ("parked", any_file(&path.join("parked"), rng)),
+        (87..98, _) => ("parked", any_file(&any_shard(&path.join("parked"), rng), rng)),
         _ => ("lock", path.join("lock")),
     };
     damage.target = target;
@@ -168,6 +168,12 @@ fn any_file(directory: &Path, rng: &mut StdRng) -> PathBuf {
     let files: Vec<PathBuf> = list(directory).into_iter().filter(|path| path.is_file()).collect();
     // Mostly the log itself.
     if rng.random() { directory.join("db") } else { files.choose(rng).cloned().unwrap_or_else(|| directory.join("db")) }
+}
+
+/// The head or a shard of a map, or the map itself if it has none.
+fn any_shard(directory: &Path, rng: &mut StdRng) -> PathBuf {
+    let shards = if directory.exists() { list(directory) } else { Vec::new() };
+    shards.choose(rng).cloned().unwrap_or_else(|| directory.to_path_buf())
 }
 
 fn snapshot(segment: &Path) -> PathBuf {

@@ -1,10 +1,16 @@
 //! The disk is full: by a neighbour, by the backlog, at any call that takes space. It is a state, and not a failure: what
 //! was acked stays, what comes is refused and told so, and all of it ends by itself once there is room.
 
+use ringtail::forward::{ParkReason, ParkedStore};
+use ringtail::metrics::Metrics;
+use ringtail::wal::Wal;
+
 use crate::disk::{Call, Rule};
-use crate::http::wait_until;
+use crate::http::{status, wait_until};
+use crate::parked::about;
 use crate::seed;
 use crate::service::Service;
+use crate::small_log::small_log;
 
 const MIB: usize = 1 << 20;
 
@@ -61,6 +67,33 @@ async fn a_service_starts_on_a_full_disk() {
     service.wait_until_accepting().await;
     service.stop();
     service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_that_has_parked_much_starts_on_a_full_disk() {
+    const EVENTS: usize = 6000;
+    let mut service = Service::start(seed());
+    service.stop();
+    let wal = Wal::open(&small_log(&service.disk.root()), 1 << 20, Metrics::new()).unwrap();
+    let store = ParkedStore::open(wal.parked()).unwrap();
+    for number in 0..EVENTS {
+        store.park(&about("t", ParkReason::TooLarge), &vec![7; (number % 40) << 10]).unwrap();
+        if number % 100 == 0 {
+            store.sync().unwrap();
+        }
+    }
+    store.sync().unwrap();
+    wal.close();
+    drop((store, wal));
+    let shards = std::fs::read_dir(service.disk.root().join("parked")).unwrap().count();
+    assert!(shards > 6, "{shards}");
+    service.disk.fill();
+    // Twice: what was parked since the last start takes more to open than what was there before.
+    for _ in 0..2 {
+        service.restart();
+        assert_eq!(status(service.addresses.admin)["parked"]["events"], EVENTS);
+        service.stop();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

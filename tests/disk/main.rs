@@ -15,6 +15,8 @@ mod kafka;
 mod load;
 mod model;
 mod order;
+#[path = "../support/parked.rs"]
+mod parked;
 mod power;
 #[path = "../support/process.rs"]
 mod process;

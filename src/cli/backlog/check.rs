@@ -57,16 +57,10 @@ fn check(config: &Config) -> anyhow::Result<CheckReport> {
 
 fn check_parked(log: &OfflineLog, report: &mut CheckReport) -> anyhow::Result<()> {
     let mut damaged = |detail: String| report.problems.push(Problem::new(ProblemKind::ParkedDamaged, detail));
-    let opened = match log.parked() {
-        Ok(None) => return Ok(()),
-        Ok(Some(state)) => ParkedStore::open(state),
-        Err(error) => Err(error.into()),
-    };
-    let errors = match opened {
-        Ok(parked) => parked.events(0).filter_map(Result::err).collect(),
-        Err(error) => vec![error],
-    };
-    for error in errors {
+    let Some(copy) = log.parked()? else { return Ok(()) };
+    let damage = copy.damage.into_iter().map(ParkedError::from);
+    let parked = ParkedStore::open(copy.state)?;
+    for error in damage.chain(parked.events(0).filter_map(Result::err)) {
         match error {
             ParkedError::Store(error) if !error.is_damage() => return Err(error.into()),
             error => damaged(format!("{:#}", anyhow::Error::from(error))),

@@ -53,8 +53,13 @@ pub(super) fn key(id: u64, part: u16) -> [u8; KEY_BYTES] {
 }
 
 pub(super) fn split_key(key: &[u8]) -> Option<(u64, u16)> {
-    let (id, part) = key.split_first_chunk()?;
-    Some((u64::from_be_bytes(*id), u16::from_be_bytes(part.try_into().ok()?)))
+    let (id, part) = split_id(key)?;
+    Some((id, u16::from_be_bytes(part.try_into().ok()?)))
+}
+
+pub(super) fn split_id(key: &[u8]) -> Option<(u64, &[u8])> {
+    let (id, rest) = key.split_first_chunk()?;
+    Some((u64::from_be_bytes(*id), rest))
 }
 
 pub(super) fn encode(about: &ParkedAbout, payload: &[u8]) -> Result<Vec<u8>, ParkedError> {

@@ -3,9 +3,9 @@
 //!
 //! # Format
 //! One event has one id, counted up and never given out again; it is spread over as many parts as its size needs
-//! (`format.rs`). Part 0 is written last and removed first, and sled recovers a prefix of what was written: an id without
-//! a part 0 was never finished, or is removed, and is passed over. An id that has a part 0 and lacks another is reported as
-//! damaged, never passed over. Nothing is overwritten.
+//! (`format.rs`), all in one of the Dbs below (`wal/store/shards.rs`). Part 0 is written last and removed first, and sled
+//! recovers a prefix of what was written to a Db: an id without a part 0 was never finished, or is removed, and is passed
+//! over. An id that has a part 0 and lacks another is reported as damaged, never passed over. Nothing is overwritten.
 //!
 //! # Books
 //! What is removed is counted in the store itself, before it is removed (`removal.rs`). So [`ParkedStore::ever`], the
@@ -40,7 +40,7 @@ use crate::batch::Sequence;
 use crate::config::ParkedConfig;
 use crate::metrics::Metrics;
 use crate::wal::{STATE_VALUE_BYTES_MAX, StateDb, StoreError, Wal};
-use format::{JOURNAL_KEY, Journal, base64_bytes, encode, key, split_key};
+use format::{JOURNAL_KEY, Journal, base64_bytes, encode, key, split_id, split_key};
 
 /// A parked event. As JSON: one flat object, the payload in base64.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,7 +148,7 @@ struct Books {
 
 impl ParkedStore {
     /// Opens the store in `db` ([`Wal::parked`] or [`crate::wal::open_parked`]), without limits. Reads it through once, to
-    /// count.
+    /// count, and to set aside what is damaged.
     ///
     /// # Errors
     /// [`ParkedError::Store`]
@@ -175,19 +175,10 @@ impl ParkedStore {
         limits: ParkedConfig,
         service: Option<Service>,
     ) -> Result<ParkedStore, ParkedError> {
+        let (count, bytes) = measure(&*db)?;
         let journal = db.get(JOURNAL_KEY)?.and_then(|value| Journal::decode(&value)).unwrap_or_default();
-        let last_id = db.last_key()?.and_then(|key| split_key(&key)).map_or(0, |(id, _)| id);
+        let last_id = db.last_key()?.and_then(|key| split_id(&key).map(|(id, _)| id)).unwrap_or_default();
         let next = (last_id + 1).max(journal.next_id);
-        let (mut count, mut bytes, mut counted_id) = (0, 0, None);
-        db.visit(&mut |name, value| {
-            let Some((id, part)) = split_key(name) else { return };
-            if part == 0 {
-                (count, counted_id) = (count + 1, Some(id));
-            }
-            if counted_id == Some(id) {
-                bytes += value.len() as u64;
-            }
-        })?;
         let books = Books {
             next,
             synced: next,
@@ -285,7 +276,7 @@ impl ParkedStore {
         self.0.count.load(Ordering::Relaxed)
     }
 
-    /// Bytes that they take in the store, what is said about them included. On disk it is about twice that.
+    /// Bytes that they take in the store, what is said about them included. On disk it is about three times that.
     pub fn bytes(&self) -> u64 {
         self.0.bytes.load(Ordering::Relaxed)
     }
@@ -329,6 +320,25 @@ impl ParkedStore {
         if let Some(Service { metrics, .. }) = &self.0.service {
             metrics.forward.parked_events.set(self.count() as f64);
             metrics.forward.parked_bytes.set(self.bytes() as f64);
+        }
+    }
+}
+
+/// How many events there are, and their bytes. What is damaged is set aside.
+fn measure(db: &dyn StateDb) -> Result<(u64, u64), StoreError> {
+    loop {
+        let (mut count, mut bytes, mut counted_id) = (0, 0, None);
+        let is_whole = db.visit(&mut |name, value| {
+            let Some((id, part)) = split_key(name) else { return };
+            if part == 0 {
+                (count, counted_id) = (count + 1, Some(id));
+            }
+            if counted_id == Some(id) {
+                bytes += value.len() as u64;
+            }
+        })?;
+        if is_whole {
+            return Ok((count, bytes));
         }
     }
 }

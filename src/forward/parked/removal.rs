@@ -1,8 +1,9 @@
 //! Takes events out of the parked store, durably.
 //!
-//! First the store's journal counts what will be removed, then it goes, then one sync makes both durable: sled recovers a
-//! prefix of that, so a crash in between never leaves events missing that the journal does not know of. If any of it fails,
-//! nobody knows what is still there until the store can be read again: until then these events are counted as held.
+//! First the store's journal counts what will be removed, then it goes, then one sync makes both durable. The store below
+//! lets nothing go before the journal is durable, so a crash in between never leaves events missing that the journal does not
+//! know of. If any of it fails, nobody knows what is still there until the store can be read again: until then these events
+//! are counted as held.
 
 use std::sync::atomic::Ordering;
 

@@ -56,9 +56,9 @@ impl StateDb for MemoryDb {
         let map = self.map.lock().unwrap();
         Ok(map.range(from.to_vec()..).take(limit).map(|(key, value)| (key.clone(), value.clone())).collect())
     }
-    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<bool, StoreError> {
         self.map.lock().unwrap().iter().for_each(|(key, value)| see(key, value));
-        Ok(())
+        Ok(true)
     }
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
         Ok(self.map.lock().unwrap().keys().next_back().cloned())

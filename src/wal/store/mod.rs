@@ -4,7 +4,7 @@
 //! ```text
 //! wal/000000000042/   one segment: a sled Db of its own (db, conf, snap.*, blobs/) and the marker READY
 //! meta/               a small Db: the cursor, the ledger of losses, the dedup window
-//! parked/             a small Db: dead letters
+//! parked/000000000001/  dead letters: small Dbs, of which few are open (`shards.rs`)
 //! quarantine/         what was damaged, set aside: segments under their number, small Dbs as meta-1, parked-1, …
 //! reserve             disk held back for a start on a full disk
 //! ```
@@ -21,14 +21,17 @@
 //!   with zeroes, good messages included. So sled only writes segments; closed ones are read without it (`wal/closed.rs`).
 //! - sled needs free disk to open the small Dbs: on a full one it gets the `reserve`, or nothing could be delivered that would
 //!   make room.
+//! - sled needs memory in proportion to what a Db holds: what may become large is spread over many.
 //! - Every call runs under `catch_unwind`: sled panics on some damage.
 //!
-//! `segments.rs` holds the segments, `state.rs` the small Dbs, `files.rs` what both need of the file system, `copies.rs` what
-//! looks at a log without changing it.
+//! `segments.rs` holds the segments, `state.rs` the small Dbs, `shards.rs` maps of many of them and `old_layout.rs` what those
+//! were before, `files.rs` what all need of the file system, `copies.rs` what looks at a log without changing it.
 
 mod copies;
 mod files;
+mod old_layout;
 mod segments;
+mod shards;
 mod state;
 
 use std::fs;
@@ -39,7 +42,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::error::StoreError;
-pub(super) use copies::{copy_directory, open_state, segment_directories};
+pub(super) use copies::{copy_directory, open_shards, open_state, segment_directories};
 pub(super) use files::wait_to_read_again;
 use files::{await_unlocked, check_readable, remove_files};
 pub use segments::SledStore;
@@ -124,6 +127,9 @@ pub trait Store: Send + Sync {
     fn space(&self) -> Result<Space, StoreError>;
     /// Opens or makes a small map.
     fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError>;
+    /// Opens or makes a map that may become large. Keys begin with an id (u64 big-endian, from 1 on), or are shorter than one.
+    /// Damage in it shows in [`StateDb::visit`].
+    fn shards(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError>;
 }
 
 /// See [`Store::open_readable`].
@@ -179,13 +185,14 @@ pub trait StateDb: Send + Sync {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError>;
     /// Sets `key`. `value` holds at most [`STATE_VALUE_BYTES_MAX`] bytes.
     fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError>;
-    /// Removes `key`.
+    /// Removes `key`. Of a map that may become large: from an id's entries only once all that stands under no id is durable.
     fn remove(&self, key: &[u8]) -> Result<(), StoreError>;
     /// Up to `limit` entries with keys not below `from`, in the order of their keys.
     fn scan(&self, from: &[u8], limit: usize) -> Result<Vec<Entry>, StoreError>;
-    /// Shows every entry, in the order of their keys. Nothing else gets at the map meanwhile.
-    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError>;
-    /// The greatest key.
+    /// Shows every entry, in the order of their keys. Nothing else gets at the map meanwhile. False: a part turned out to be
+    /// damaged and is set aside now, and some of what was shown with it. Then visit what is left.
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<bool, StoreError>;
+    /// The greatest key; or, if that is greater, the last id that is known to have been there.
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError>;
     /// Makes everything put and removed so far durable.
     fn sync(&self) -> Result<(), StoreError>;

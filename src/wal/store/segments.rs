@@ -11,6 +11,7 @@ use super::files::{
     absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
     sync_directory,
 };
+use super::shards::{SHARD_BYTES, ShardedState};
 use super::state::SledState;
 use super::{
     ActiveSegment, READY, RESERVE, Readable, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb,
@@ -60,9 +61,9 @@ impl SledStore {
         self.segment(id).join("db")
     }
 
-    /// Holds disk back: opening fills up the last sled segment of two small maps.
+    /// Holds disk back: opening fills up the last sled segment of `meta`, and of two shards and the head of a larger map.
     fn hold_reserve(&self) -> Result<(), StoreError> {
-        let bytes = (2 * STATE_SLED_SEGMENT_BYTES + (1 << 20)) as u64;
+        let bytes = (3 * STATE_SLED_SEGMENT_BYTES + (1 << 20)) as u64;
         let file = File::options().create(true).truncate(false).write(true).open(self.reserve());
         let file = file.map_err(StoreError::io("open reserve"))?;
         let held = blocks_bytes(&file.metadata().map_err(StoreError::io("measure reserve"))?);
@@ -218,6 +219,10 @@ impl Store for SledStore {
 
     fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
         Ok(Arc::new(SledState::open(&self.directory, name)?))
+    }
+
+    fn shards(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
+        Ok(Arc::new(ShardedState::open(&self.directory, name, SHARD_BYTES)?))
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use super::files::{own_descriptor, settle, sync_conf, sync_directory};
+use super::files::{own_descriptor, reserve, settle, sync_conf, sync_directory};
 use super::segments::SledStore;
 use super::{
     Entry, READY, RESERVE, STATE_SLED_SEGMENT_BYTES, STATE_VALUE_BYTES_MAX, StateDb, close, guard, open_by_ladder,
@@ -24,8 +24,10 @@ fn emptied() -> StoreError {
 pub(super) struct SledState {
     path: PathBuf,
     reserve: PathBuf,
+    sled_segment_bytes: usize,
     open: Mutex<Option<(sled::Db, File)>>,
-    reopened: AtomicU64,
+    /// Shared by the shards of one map.
+    reopened: Arc<AtomicU64>,
 }
 
 impl SledState {
@@ -35,7 +37,7 @@ impl SledState {
         let reserve = directory.join(RESERVE);
         match SledState::open_whole(&path, &reserve) {
             Err(error) if error.is_damage() => {
-                let aside = set_aside(directory, name)?;
+                let aside = set_aside(directory, name, &path)?;
                 tracing::error!(%error, aside = %aside.display(), "{name} is damaged, set aside; it begins anew");
                 SledState::open_whole(&path, &reserve)
             }
@@ -44,46 +46,67 @@ impl SledState {
     }
 
     pub(super) fn open_whole(path: &Path, reserve: &Path) -> Result<SledState, StoreError> {
+        let state = SledState::new(path, reserve, STATE_SLED_SEGMENT_BYTES, Arc::default());
+        // Damage shows now, while it can be set aside, and not when the service rests on it.
+        state.read_through(&mut |_, _| {})?;
+        Ok(state)
+    }
+
+    /// The map in `path`, which is opened when it is used first. `reopened` counts what [`StateDb::reopened`] says.
+    pub(super) fn new(path: &Path, reserve: &Path, sled_segment_bytes: usize, reopened: Arc<AtomicU64>) -> SledState {
+        let (path, reserve) = (path.to_path_buf(), reserve.to_path_buf());
+        SledState { path, reserve, sled_segment_bytes, open: Mutex::new(None), reopened }
+    }
+
+    /// Shows every entry of a map that the last process left, in the order of their keys, and makes a new one if there is
+    /// none. Fails if anything in it is damaged.
+    pub(super) fn read_through(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+        let path = &self.path;
         fs::create_dir_all(path).map_err(StoreError::io("create state directory"))?;
         settle(&path.join("db"))?;
-        let state = SledState {
-            path: path.to_path_buf(),
-            reserve: reserve.to_path_buf(),
-            open: Mutex::new(None),
-            reopened: AtomicU64::new(0),
-        };
-        // Read through once: damage shows now, while it can be set aside, and not when the service rests on it.
-        state.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(drop)))?;
+        self.visit(see)?;
         if path.join(READY).exists() {
-            return if state.is_marked()? { Ok(state) } else { Err(emptied()) };
+            return self.check_marked();
         }
-        state.with("mark state", |(db, _)| db.open_tree(MARK)?.insert(MARK, MARK))?;
-        state.sync()?;
+        self.with("mark state", |(db, _)| db.open_tree(MARK)?.insert(MARK, MARK))?;
+        self.sync()?;
         sync_directory(path)?;
         sync_directory(path.parent().expect("it is below wal.directory"))?;
         let ready = File::create(path.join(READY)).and_then(|ready| ready.sync_all());
         ready.map_err(StoreError::io("mark state ready"))?;
-        sync_directory(path)?;
-        Ok(state)
+        sync_directory(path)
     }
 
-    /// Whether the Db still holds what was put into it first of all. sled takes a log with a damaged beginning for an empty
-    /// one, and says nothing.
-    fn is_marked(&self) -> Result<bool, StoreError> {
-        self.with("read state", |(db, _)| {
+    /// Fails if the Db no longer holds what was put into it first of all. sled takes a log with a damaged beginning for an
+    /// empty one, and says nothing.
+    pub(super) fn check_marked(&self) -> Result<(), StoreError> {
+        let is_marked = self.with("read state", |(db, _)| {
             Ok(db.tree_names().iter().any(|name| **name == *MARK.as_bytes())
                 && db.open_tree(MARK)?.contains_key(MARK)?)
-        })
+        })?;
+        if is_marked { Ok(()) } else { Err(emptied()) }
     }
 
-    fn with<T>(
+    /// Shows every entry, in the order of their keys.
+    pub(super) fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
+        self.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(|(key, value)| see(&key, &value))))
+    }
+
+    /// Takes the disk that the next open fills up, so that a full one does not keep it shut.
+    pub(super) fn provide_for_open(&self) -> Result<(), StoreError> {
+        let file = own_descriptor(&self.path)?;
+        let bytes = file.metadata().map_err(StoreError::io("measure state file"))?.len();
+        reserve(&file, bytes.next_multiple_of(self.sled_segment_bytes as u64))
+    }
+
+    pub(super) fn with<T>(
         &self,
         operation: &'static str,
         call: impl FnOnce(&(sled::Db, File)) -> sled::Result<T>,
     ) -> Result<T, StoreError> {
         let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if open.is_none() {
-            let try_open = || SledStore::open_db(&self.path, STATE_SLED_SEGMENT_BYTES);
+            let try_open = || SledStore::open_db(&self.path, self.sled_segment_bytes);
             let db = open_by_ladder(&self.path, &self.reserve, try_open)?;
             sync_conf(&self.path)?;
             *open = Some((db, own_descriptor(&self.path)?));
@@ -102,15 +125,24 @@ impl SledState {
     }
 }
 
-/// Moves a map into quarantine, under the first free number.
-fn set_aside(directory: &Path, name: &str) -> Result<PathBuf, StoreError> {
+/// Moves what is in `path` into the quarantine of `directory`, as the map called `name`, under the first free number.
+pub(super) fn set_aside(directory: &Path, name: &str, path: &Path) -> Result<PathBuf, StoreError> {
     let quarantine = directory.join("quarantine");
     let free = |number: &u32| !quarantine.join(format!("{name}-{number}")).exists();
     let target = quarantine.join(format!("{name}-{}", (1..).find(free).expect("there is always a next number")));
-    fs::rename(directory.join(name), &target).map_err(StoreError::io("set state aside"))?;
+    fs::rename(path, &target).map_err(StoreError::io("set state aside"))?;
     sync_directory(&quarantine)?;
-    sync_directory(directory)?;
+    sync_directory(path.parent().expect("it is below wal.directory"))?;
     Ok(target)
+}
+
+impl Drop for SledState {
+    fn drop(&mut self) {
+        let open = self.open.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((db, _)) = open.take() {
+            close(db);
+        }
+    }
 }
 
 impl StateDb for SledState {
@@ -134,8 +166,8 @@ impl StateDb for SledState {
         })
     }
 
-    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
-        self.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(|(key, value)| see(&key, &value))))
+    fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<bool, StoreError> {
+        SledState::visit(self, see).map(|()| true)
     }
 
     fn last_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
