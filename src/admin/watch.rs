@@ -192,11 +192,12 @@ impl Watch {
         }
     }
 
-    /// Seconds until `headroom_bytes` are used up, by what is no backlog, and by the backlog if that grows at all; none while
-    /// neither grows.
+    /// Seconds until `headroom_bytes` are used up, by what is no backlog, and by the backlog, if that grows at all; none while
+    /// they do not grow together.
     pub fn full_seconds(&self, headroom_bytes: u64, backlog_grows: bool) -> Option<f64> {
         let state = self.state();
-        let of_backlog = if backlog_grows { state.growth_bytes.rate().max(0.0) } else { 0.0 };
+        let of_backlog = state.growth_bytes.rate();
+        let of_backlog = if backlog_grows { of_backlog } else { of_backlog.min(0.0) };
         let growth = of_backlog + state.shrinking_bytes.rate().max(0.0);
         (growth > 0.0).then(|| (headroom_bytes as f64 / growth).round())
     }

@@ -131,6 +131,7 @@ impl ParkedStore {
     }
 
     fn write_removal(&self, books: &Books, events: &[Going]) -> Result<(), ParkedError> {
+        let reopened = self.0.db.reopened();
         let journal = Journal { removed: books.removed + events.len() as u64, next_id: books.synced };
         self.0.db.put(JOURNAL_KEY, &journal.encode())?;
         for Going { id, parts, .. } in events {
@@ -138,11 +139,17 @@ impl ParkedStore {
                 self.0.db.remove(&key(*id, *part))?;
             }
         }
-        Ok(self.0.db.sync()?)
+        self.0.db.sync()?;
+        // Another's use of the store may have failed in between, and taken this along.
+        if self.0.db.reopened() == reopened { Ok(()) } else { Err(ParkedError::Forgotten) }
     }
 
     /// Finds out what became of removals that failed.
     pub(super) fn settle(&self, books: &mut Books) -> Result<(), ParkedError> {
+        if !books.doubtful.is_empty() {
+            // What is gone must be gone for good.
+            self.0.db.sync()?;
+        }
         while let Some(Doubtful { events, reason }) = books.doubtful.last() {
             let reason = *reason;
             let mut gone = Removed::default();

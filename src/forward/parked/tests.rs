@@ -21,6 +21,8 @@ pub(crate) struct MemoryDb {
     pub(crate) sync_fails: AtomicBool,
     /// Syncs fail and lose nothing.
     sync_lies: AtomicBool,
+    /// Before the next sync another's use fails, and takes along what was not synced.
+    forgets: AtomicBool,
     reopened: AtomicU64,
     /// Everything put (with a value) and removed (without), in turn.
     history: Mutex<Vec<Entry>>,
@@ -66,6 +68,10 @@ impl StateDb for MemoryDb {
     fn sync(&self) -> Result<(), StoreError> {
         self.check("sync")?;
         let (mut map, mut synced) = (self.map.lock().unwrap(), self.synced.lock().unwrap());
+        if self.forgets.swap(false, Ordering::SeqCst) {
+            *map = synced.clone();
+            self.reopened.fetch_add(1, Ordering::SeqCst);
+        }
         let (fails, lies) = (self.sync_fails.load(Ordering::SeqCst), self.sync_lies.load(Ordering::SeqCst));
         if fails || lies {
             if fails {
@@ -442,4 +448,19 @@ proptest! {
         decode(bytes[..cut].to_vec());
         decode(bytes);
     }
+}
+
+#[test]
+fn a_removal_that_another_use_takes_along_is_no_removal() {
+    let (db, store) = open();
+    for _ in 0..3 {
+        store.park(&about("t"), b"x").unwrap();
+    }
+    store.sync().unwrap();
+    db.forgets.store(true, Ordering::SeqCst);
+    let removed = store.drop_events(&[1, 2, 3], ParkedDropReason::Operator);
+    assert!(matches!(removed, Err(ParkedError::Forgotten)), "{removed:?}");
+    assert_eq!((read(&store).len(), store.count()), (3, 3));
+    assert_eq!(store.drop_events(&[1, 2, 3], ParkedDropReason::Operator).unwrap().events, 3);
+    assert_eq!((read(&store).len(), store.count(), store.bytes(), store.ever()), (0, 0, 0, 3));
 }

@@ -25,7 +25,13 @@ pub(super) fn take_over(directory: &Path, name: &str) -> Result<(), StoreError> 
     if old.is_dir() {
         fs::create_dir_all(&path).map_err(StoreError::io("create state directory"))?;
         sync_directory(directory)?;
-        fs::rename(&old, path.join("000000000001")).map_err(StoreError::io("take over state"))?;
+        let first = path.join("000000000001");
+        if first.is_dir() {
+            let aside = set_aside(directory, name, &old)?;
+            tracing::error!(aside = %aside.display(), "{name} was taken over before, set aside");
+        } else {
+            fs::rename(&old, first).map_err(StoreError::io("take over state"))?;
+        }
         sync_directory(&path)?;
         sync_directory(directory)?;
     }

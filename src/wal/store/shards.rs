@@ -12,8 +12,8 @@
 //!
 //! # Order
 //! sled recovers a prefix of what was written to one Db, and shards know nothing of each other. So the head is durable before
-//! anything is removed from a shard, and a shard is closed only when it is durable. A shard that becomes empty is removed,
-//! unless it is the newest. One that a start finds empty stays: nobody knows then whether its entries were removed or are
+//! anything is removed from a shard, and a shard is closed only when it is durable. If that fails,
+//! whoever wrote to it learns of it by [`StateDb::reopened`]. A shard that becomes empty is removed, by a sync, unless it is the newest. One that a start finds empty stays: nobody knows then whether its entries were removed or are
 //! hidden by damage.
 //!
 //! # Damage
@@ -64,8 +64,10 @@ struct Shards {
     newest_bytes: u64,
     /// Written since the last sync.
     unsynced: BTreeSet<u64>,
-    /// Those that may have become empty since the last sync.
+    /// Those that entries were removed from, and that may be empty.
     drained: BTreeSet<u64>,
+    /// Those that failed to be closed: what the page cache shows of them may not be on the disk.
+    failed: BTreeSet<u64>,
 }
 
 impl ShardedState {
@@ -89,6 +91,7 @@ impl ShardedState {
             newest_bytes: 0,
             unsynced: BTreeSet::new(),
             drained: BTreeSet::new(),
+            failed: BTreeSet::new(),
         };
         Ok(ShardedState { shards: Mutex::new(shards), reopened })
     }
@@ -174,7 +177,11 @@ impl Shards {
         } else {
             self.make_room_for(first)?;
             let state = self.closed(first);
+            if self.failed.contains(&first) {
+                state.distrust();
+            }
             state.check_marked()?;
+            self.failed.remove(&first);
             self.open.push((first, state));
         }
         Ok(&self.open.last().expect("pushed above").1)
@@ -193,7 +200,6 @@ impl Shards {
             let _ = fs::remove_dir_all(&path);
             return Err(error);
         }
-        self.drained.extend(self.newest());
         self.firsts.insert(first);
         self.open.push((first, state));
         if self.newest() == Some(first) {
@@ -212,6 +218,9 @@ impl Shards {
         let unused = self.open.iter().map(|(open, _)| *open).find(|open| *open != HEAD && Some(*open) != newest);
         let unused = unused.expect("one of two is not the newest");
         let closed = self.settle(unused);
+        if closed.is_err() {
+            self.failed.insert(unused);
+        }
         // Also after an error: that is counted, and the others stay within reach.
         self.forget(unused);
         closed
@@ -220,9 +229,6 @@ impl Shards {
     /// Leaves nothing to do for a shard that is about to be closed.
     fn settle(&mut self, first: u64) -> Result<(), StoreError> {
         self.sync_shard(first)?;
-        if self.drained.contains(&first) {
-            self.remove_if_empty(first);
-        }
         match self.open.iter().find(|(open, _)| *open == first).map(|(_, state)| state.provide_for_open()) {
             // Then the reserve must do.
             Some(Err(error)) if !error.is_full() => Err(error),
@@ -234,7 +240,6 @@ impl Shards {
     fn forget(&mut self, first: u64) {
         self.open.retain(|(open, _)| *open != first);
         self.unsynced.remove(&first);
-        self.drained.remove(&first);
     }
 
     fn sync_shard(&mut self, first: u64) -> Result<(), StoreError> {
@@ -247,16 +252,18 @@ impl Shards {
         while let Some(first) = self.unsynced.first().copied() {
             self.sync_shard(first)?;
         }
-        for first in std::mem::take(&mut self.drained) {
+        let newest = self.newest();
+        for first in self.drained.clone().into_iter().filter(|first| Some(*first) != newest) {
+            self.drained.remove(&first);
             self.remove_if_empty(first);
         }
         Ok(())
     }
 
-    /// Removes a shard that is durable, if it is empty and not the newest. Everything is as durable if that fails.
+    /// Removes a shard that is durable, if it is empty. Everything is as durable if that fails.
     fn remove_if_empty(&mut self, first: u64) {
         let removed = match self.last_key_of(first) {
-            Ok(None) if self.newest() != Some(first) => self.remove_shard(first),
+            Ok(None) => self.remove_shard(first),
             is_empty => is_empty.map(drop),
         };
         if let Err(error) = removed {
@@ -386,6 +393,8 @@ impl Shards {
         await_unlocked(&self.path(first))?;
         let aside = set_aside(&self.directory, &self.name, &self.path(first))?;
         self.firsts.remove(&first);
+        self.drained.remove(&first);
+        self.failed.remove(&first);
         if is_newest {
             self.add(first)?;
         }

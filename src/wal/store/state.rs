@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::files::{own_descriptor, reserve, settle, sync_conf, sync_directory};
@@ -28,6 +28,8 @@ pub(super) struct SledState {
     open: Mutex<Option<(sled::Db, File)>>,
     /// Shared by the shards of one map.
     reopened: Arc<AtomicU64>,
+    /// Something failed: what the page cache shows may not be on the disk.
+    distrusted: AtomicBool,
 }
 
 impl SledState {
@@ -55,7 +57,8 @@ impl SledState {
     /// The map in `path`, which is opened when it is used first. `reopened` counts what [`StateDb::reopened`] says.
     pub(super) fn new(path: &Path, reserve: &Path, sled_segment_bytes: usize, reopened: Arc<AtomicU64>) -> SledState {
         let (path, reserve) = (path.to_path_buf(), reserve.to_path_buf());
-        SledState { path, reserve, sled_segment_bytes, open: Mutex::new(None), reopened }
+        let (open, distrusted) = (Mutex::new(None), AtomicBool::new(false));
+        SledState { path, reserve, sled_segment_bytes, open, reopened, distrusted }
     }
 
     /// Shows every entry of a map that the last process left, in the order of their keys, and makes a new one if there is
@@ -87,12 +90,17 @@ impl SledState {
         if is_marked { Ok(()) } else { Err(emptied()) }
     }
 
+    /// Makes the next open go by what is on the disk. For one that is not open.
+    pub(super) fn distrust(&self) {
+        self.distrusted.store(true, Ordering::SeqCst);
+    }
+
     /// Shows every entry, in the order of their keys.
     pub(super) fn visit(&self, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), StoreError> {
         self.with("read state", |(db, _)| db.iter().try_for_each(|entry| entry.map(|(key, value)| see(&key, &value))))
     }
 
-    /// Takes the disk that the next open fills up, so that a full one does not keep it shut.
+    /// Takes the disk that the next open fills up of the log. The snapshot that it may write is small.
     pub(super) fn provide_for_open(&self) -> Result<(), StoreError> {
         let file = own_descriptor(&self.path)?;
         let bytes = file.metadata().map_err(StoreError::io("measure state file"))?.len();
@@ -106,6 +114,10 @@ impl SledState {
     ) -> Result<T, StoreError> {
         let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if open.is_none() {
+            if self.distrusted.load(Ordering::SeqCst) {
+                settle(&self.path.join("db"))?;
+                self.distrusted.store(false, Ordering::SeqCst);
+            }
             let try_open = || SledStore::open_db(&self.path, self.sled_segment_bytes);
             let db = open_by_ladder(&self.path, &self.reserve, try_open)?;
             sync_conf(&self.path)?;
@@ -115,6 +127,7 @@ impl SledState {
         if result.is_err() {
             let (db, _) = open.take().expect("opened above");
             self.reopened.fetch_add(1, Ordering::SeqCst);
+            self.distrust();
             close(db);
             if result.as_ref().is_err_and(StoreError::is_full) && fs::remove_file(&self.reserve).is_ok() {
                 // The cursor must get on for segments to go.

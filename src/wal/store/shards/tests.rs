@@ -313,3 +313,32 @@ fn what_an_older_version_kept_beside_the_shards_is_set_aside() {
     let aside = SledState::open(&directory.path().join("quarantine"), "parked-1").unwrap();
     assert_eq!(ids(&aside), (1..=7).collect::<Vec<_>>());
 }
+
+#[test]
+fn a_read_removes_no_shard() {
+    let directory = directory();
+    let state = filled(&directory);
+    put(&state, 18..=20);
+    (16..=20).for_each(|id| state.remove(&key(id, 0)).unwrap());
+    state.sync().unwrap();
+    // The next one begins, and is not durable yet: the empty one may go from now on.
+    state.put(&key(21, 0), &VALUE).unwrap();
+    let expected: Vec<u64> = (1..=15).chain([21]).collect();
+    assert_eq!(ids(&state), expected);
+    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 6, 11, 16, 21]));
+    state.sync().unwrap();
+    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 6, 11, 21]));
+    assert_eq!(ids(&state), expected);
+}
+
+#[test]
+fn a_map_that_is_there_twice_is_taken_over_once() {
+    let directory = directory();
+    old(&directory);
+    drop(open(&directory));
+    fs::create_dir(directory.path().join("parked.old")).unwrap();
+    fs::write(directory.path().join("parked.old/db"), b"again").unwrap();
+    let state = open(&directory);
+    assert_eq!(names(&directory, "quarantine"), ["parked-1"]);
+    assert!(!ids(&state).is_empty());
+}
