@@ -386,18 +386,17 @@ impl Shards {
         self.sync_shard(HEAD)
     }
 
-    /// The newest one begins anew: its name says which ids were given out.
+    /// If it is the newest one, another begins before: its name says which ids were given out.
     fn set_aside(&mut self, first: u64) -> Result<PathBuf, StoreError> {
-        let is_newest = self.newest() == Some(first);
+        if self.newest() == Some(first) {
+            self.add(first + 1)?;
+        }
         self.forget(first);
         await_unlocked(&self.path(first))?;
         let aside = set_aside(&self.directory, &self.name, &self.path(first))?;
         self.firsts.remove(&first);
         self.drained.remove(&first);
         self.failed.remove(&first);
-        if is_newest {
-            self.add(first)?;
-        }
         Ok(aside)
     }
 }

@@ -112,7 +112,7 @@ fn few_are_open_and_all_parts_of_an_id_are_in_one() {
 }
 
 #[test]
-fn what_is_closed_needs_no_disk_to_be_opened() {
+fn what_is_closed_holds_the_disk_that_opening_its_log_fills_up() {
     let directory = directory();
     let state = filled(&directory);
     let disk = |first: u64| disk_bytes(&directory.path().join(format!("parked/{first:012}"))).unwrap();
@@ -180,23 +180,23 @@ fn a_damaged_shard_is_set_aside_alone() {
     assert_eq!(ids(&state), (1..=5).chain(11..=17).collect::<Vec<_>>());
     assert_eq!(names(&directory, "quarantine"), ["parked-1"]);
     drop(state);
-    // The newest one begins anew under its name, and so do the ids.
+    // In the place of the newest one another begins, and so do the ids.
     flip_first_byte(&directory, 16);
     let state = open(&directory);
     assert_eq!(ids(&state), (1..=5).chain(11..=15).collect::<Vec<_>>());
-    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 11, 16]));
+    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 11, 17]));
     drop(state);
     // All before it are gone as well.
     [1, 11].iter().for_each(|first| flip_first_byte(&directory, *first));
     let state = open(&directory);
-    assert_eq!(state.last_key().unwrap().map(|key| id_of(&key)), Some(15));
+    assert_eq!(state.last_key().unwrap().map(|key| id_of(&key)), Some(16));
     assert_eq!(state.get(JOURNAL).unwrap().as_deref(), Some(&b"first"[..]));
-    put(&state, 16..=16);
+    put(&state, 17..=17);
     drop(state);
     // The head takes nothing with it.
     flip_first_byte(&directory, HEAD);
     let state = open(&directory);
-    assert_eq!((state.get(JOURNAL).unwrap(), ids(&state)), (None, vec![16]));
+    assert_eq!((state.get(JOURNAL).unwrap(), ids(&state)), (None, vec![17]));
     assert_eq!(names(&directory, "quarantine").len(), 5);
 }
 
