@@ -19,7 +19,7 @@ fn idle(address: SocketAddr, connections: usize) -> Vec<TcpStream> {
 }
 
 fn request() -> SendEventRequest {
-    let event = Event { event_bytes: vec![7; 1 << 20].into(), r#type: "page".into(), ..Event::default() };
+    let event = Event { event_bytes: vec![7; 1 << 20].into(), r#type: "page".into() };
     SendEventRequest { req_guid: client::new_req_guid(), sent_time: Some(client::sent_time_now()), events: vec![event] }
 }
 
