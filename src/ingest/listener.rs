@@ -61,7 +61,7 @@ fn slots(config: &IngestConfig, descriptors: usize) -> [usize; 2] {
     let wanted = config.connections_max.saturating_add(CONNECTIONS_HEADROOM).min(Semaphore::MAX_PERMITS);
     let http = wanted.min(descriptors / 4 * 3);
     let grpc = wanted.min(descriptors - http);
-    if config.connections_max > grpc.min(http) {
+    if config.connections_max > http {
         let (connections_max, open_files_max) = (config.connections_max, descriptors::limit());
         tracing::warn!(
             connections_max,
