@@ -45,7 +45,7 @@ impl Connections {
     }
 
     /// Most connections that may be open.
-    pub fn limit(&self) -> usize {
+    fn limit(&self) -> usize {
         self.0.limit.load(Ordering::Relaxed)
     }
 

@@ -38,9 +38,7 @@ pub(super) struct Slots {
 
 impl Slots {
     pub fn new(config: &IngestConfig) -> Slots {
-        Slots {
-            ports: slots(config, descriptors::connections_max()).map(|slots| (slots, Arc::new(Semaphore::new(slots)))),
-        }
+        Slots { ports: slots(config).map(|slots| (slots, Arc::new(Semaphore::new(slots)))) }
     }
 
     fn of(&self, port: Port) -> Arc<Semaphore> {
@@ -49,7 +47,7 @@ impl Slots {
 
     /// More places, if the limit grew. If it shrank they stay: other limits refuse then.
     pub fn grow(&mut self, config: &IngestConfig) {
-        for ((slots, port), wanted) in self.ports.iter_mut().zip(slots(config, descriptors::connections_max())) {
+        for ((slots, port), wanted) in self.ports.iter_mut().zip(slots(config)) {
             port.add_permits(wanted.saturating_sub(*slots));
             *slots = wanted.max(*slots);
         }
@@ -57,7 +55,8 @@ impl Slots {
 }
 
 /// The places of each [`Port`]: as many as the configuration wants, or as there are descriptors for.
-fn slots(config: &IngestConfig, descriptors: usize) -> [usize; 2] {
+fn slots(config: &IngestConfig) -> [usize; 2] {
+    let descriptors = descriptors::connections_max();
     let wanted = config.connections_max.saturating_add(CONNECTIONS_HEADROOM).min(Semaphore::MAX_PERMITS);
     let http = wanted.min(descriptors / 4 * 3);
     let grpc = wanted.min(descriptors - http);

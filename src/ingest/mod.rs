@@ -78,11 +78,6 @@ impl Ingest {
         self.metrics.connections_limit.set(config.connections_max as f64);
     }
 
-    /// `ingest.connections_max`
-    pub fn connections_max(&self) -> usize {
-        self.connections.limit()
-    }
-
     /// Open connections of one protocol.
     pub fn connections(&self, protocol: Protocol) -> u64 {
         self.open[protocol as usize].load(Ordering::Relaxed)
