@@ -2,6 +2,8 @@
 
 use std::process::{Command, Output};
 
+use serde_json::{Value, json};
+
 fn ringtail(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     let ours = std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("RINGTAIL_"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringtail"));
@@ -32,6 +34,16 @@ fn init_check_and_show_agree() {
     let checked = ringtail(&["config", "check", "--config", file], &[]);
     assert_eq!(checked.status.code(), Some(0), "{}", text(&checked.stderr));
     assert!(checked.stdout.is_empty());
+    let data = directory.path().join("data");
+    let here = [("RINGTAIL_WAL__DIRECTORY", data.to_str().unwrap())];
+    let checked = ringtail(&["config", "check", "--json", "--config", file], &here);
+    assert_eq!((checked.status.code(), text(&checked.stderr)), (Some(0), String::new()));
+    let verdict: Value = serde_json::from_slice(&checked.stdout).unwrap();
+    let service = json!({"directory": data, "reload": "not_running"});
+    let expected = json!({
+        "valid": true, "error": null, "problems": [], "file": file, "without_effect": [], "service": service
+    });
+    assert_eq!(verdict, expected);
 
     let shown = ringtail(&["config", "show", "--config", file], &[("RINGTAIL_LOG__LEVEL", "debug")]);
     let shown = text(&shown.stdout);
@@ -39,7 +51,7 @@ fn init_check_and_show_agree() {
     assert!(shown.lines().any(|line| line.starts_with("segment_bytes") && line.contains(file)), "{shown}");
 
     let shown = ringtail(&["config", "show", "--json", "--config", file], &[("RINGTAIL_LOG__LEVEL", "debug")]);
-    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    let shown: Value = serde_json::from_slice(&shown.stdout).unwrap();
     let level = shown.as_array().unwrap().iter().find(|setting| setting["key"] == "log.level").unwrap();
     assert_eq!(level["value"], "debug");
     assert_eq!(level["source"]["variable"], "RINGTAIL_LOG__LEVEL");
@@ -55,6 +67,12 @@ fn a_bad_configuration_exits_with_64_and_names_every_problem() {
     for expected in ["wal.segment_bytes", "256MiB", "RINGTAIL_WAL__DIRECTRY", "RINGTAIL_WAL__DIRECTORY"] {
         assert!(message.contains(expected), "{expected} in {message}");
     }
+    let checked = ringtail(&["config", "check", "--json"], &environment);
+    assert_eq!((checked.status.code(), text(&checked.stderr)), (Some(64), message));
+    let verdict: Value = serde_json::from_slice(&checked.stdout).unwrap();
+    assert_eq!((&verdict["valid"], &verdict["service"]), (&json!(false), &Value::Null));
+    let keys: Vec<&Value> = verdict["problems"].as_array().unwrap().iter().map(|problem| &problem["key"]).collect();
+    assert_eq!(keys, ["RINGTAIL_WAL__DIRECTRY", "wal.segment_bytes"], "{verdict}");
     let both = [("RINGTAIL_FORWARD__DELIVERY", "exactly_once"), ("RINGTAIL_FORWARD__LIVE_FIRST", "true")];
     let checked = ringtail(&["config", "check"], &both);
     assert_eq!(checked.status.code(), Some(64));

@@ -36,6 +36,11 @@ async fn one_frame_shows_the_path_of_a_batch() {
     }
     assert!(!frame.contains("waiting          0 events") && !frame.contains(" ago"), "{frame}");
 
+    let json = ringtail(&["top", "--once", "--json", "--url", &format!("http://{}", addresses.admin)]);
+    assert!(json.status.success(), "{}", text(&json.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert!(json["wal"]["pending_events"].as_u64() > Some(0), "{json}");
+
     let changed = "log.level = \"debug\"\nwal.bytes_max = \"1GiB\"\n";
     let before = std::fs::read_to_string(process.configuration()).unwrap();
     std::fs::write(process.configuration(), before + changed).unwrap();
@@ -52,7 +57,7 @@ async fn one_frame_shows_the_path_of_a_batch() {
 
 #[test]
 fn without_a_terminal_or_an_address_it_is_bad_usage() {
-    for args in [&["top"][..], &["top", "--once", "--url", "https://x"]] {
+    for args in [&["top"][..], &["top", "--json"], &["top", "--once", "--url", "https://x"]] {
         let output = ringtail(args);
         assert_eq!(output.status.code(), Some(64), "{args:?}: {}", text(&output.stderr));
     }

@@ -1,5 +1,5 @@
 //! The Debian package on a real systemd, in a container made of this machine's own files: installed, restarted under load,
-//! killed, frozen, crashing again and again, reloaded, upgraded with a backlog, removed, purged.
+//! killed, frozen, crashing again and again, reloaded, upgraded with a backlog, rebooted, removed, purged.
 //!
 //! Needs root, systemd-nspawn, nsenter and dpkg-deb. The package is made from the metadata that `cargo deb` reads, around the
 //! binary of the tests. `RINGTAIL_DEB` names one to take instead; what needs the points of a test build
@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use container::Container;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const README: &str = include_str!("../README.md");
 const RESTARTS: usize = 10;
@@ -175,7 +175,7 @@ fn the_package_lives_on_a_real_systemd() {
         // Images for containers forbid packages to start services.
         let _ = std::fs::remove_file(root.join("usr/sbin/policy-rc.d"));
     }));
-    let host = Host { container, began };
+    let mut host = Host { container, began };
     host.say("systemd is up");
 
     install(&host);
@@ -194,6 +194,7 @@ fn the_package_lives_on_a_real_systemd() {
     // A frozen process is killed, and a batch that is sent again is known again: the books are exact.
     assert_eq!(host.pending(), acked, "events in the log");
 
+    reboot(&mut host);
     stop(&host);
     upgrade_what_failed(&host);
     remove_and_purge(&host);
@@ -265,6 +266,9 @@ fn reload(host: &Host) {
     let foretold = host.run("ringtail config check 2>&1");
     let expected = "a reload changes ingest.connections_max; only its next start changes wal.bytes_max";
     assert!(foretold.contains(expected), "{foretold}");
+    let foretold: Value = serde_json::from_str(&host.run("ringtail config check --json")).unwrap();
+    let expected = json!({"reload": "taken", "live": ["ingest.connections_max"], "restart": ["wal.bytes_max"]});
+    assert!(expected.as_object().unwrap().iter().all(|(key, value)| foretold["service"][key] == *value), "{foretold}");
     let pid = host.property("MainPID");
     let (succeeded, output) = host.container.try_run("systemctl reload ringtail.service");
     assert!(succeeded, "{output}{}", host.run("journalctl -u ringtail --no-pager -n 20"));
@@ -360,6 +364,20 @@ fn upgrade_what_failed(host: &Host) {
     host.run("dpkg --no-triggers -i /root/first.deb");
     host.wait_until_active();
     host.say("gave up on a bad configuration, and started with the next package");
+}
+
+/// The whole host: the backlog is there again, and nobody had to start anything.
+fn reboot(host: &mut Host) {
+    let (pending, boot) = (host.pending(), host.run("cut -d' ' -f22 /proc/1/stat"));
+    let before = Instant::now();
+    Arc::get_mut(&mut host.container).expect("no client is left").reboot();
+    let took = before.elapsed();
+    host.wait_until_active();
+    assert_ne!(host.run("cut -d' ' -f22 /proc/1/stat"), boot, "it is another process 1");
+    assert_eq!(host.property("NRestarts"), "0");
+    assert_eq!(host.run("systemctl is-active ringtail.socket").trim(), "active");
+    assert_eq!(host.pending(), pending, "events in the log");
+    host.say(format!("rebooted in {took:?} with a backlog of {pending} events: {}", host.property("StatusText")));
 }
 
 fn stop(host: &Host) {

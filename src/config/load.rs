@@ -117,7 +117,7 @@ impl Loaded {
 }
 
 /// One thing that is wrong with the configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// The key, or the variable if it names no key.
     pub key: String,

@@ -18,6 +18,7 @@ pub struct Container {
     nspawn: Child,
     /// Its process 1.
     leader: i32,
+    work: PathBuf,
     layers: PathBuf,
     root: PathBuf,
     groups: ControlGroups,
@@ -38,6 +39,12 @@ impl Container {
         run_here("mount", &["-t", "overlay", "ringtail-test", "-o", &options, path(&root)]);
         // Without one systemd takes it for the first boot of a new machine, and asks.
         fs::write(root.join("etc/machine-id"), "0123456789abcdef0123456789abcdef\n").unwrap();
+        // Nothing that happens to be installed here starts along.
+        for wanted in ["etc/systemd/system/multi-user.target.wants", "usr/lib/systemd/system/multi-user.target.wants"] {
+            if root.join(wanted).exists() {
+                fs::remove_dir_all(root.join(wanted)).unwrap();
+            }
+        }
         prepare(&root);
         let groups = ControlGroups::make();
         let mut nspawn = Command::new("systemd-nspawn");
@@ -52,22 +59,29 @@ impl Container {
             "-D",
             path(&root),
             "--boot",
-            // Nothing that happens to be installed here starts along.
-            "systemd.unit=basic.target",
+            "systemd.unit=multi-user.target",
         ]);
         groups.enter(&mut nspawn);
         nspawn.stdin(Stdio::null()).stdout(File::create(work.join("console")).unwrap());
         let nspawn = nspawn.stderr(File::create(work.join("nspawn")).unwrap()).spawn().expect("start systemd-nspawn");
-        let mut container = Container { nspawn, leader: 0, layers, root, groups };
-        container.wait_until_up(work);
+        let mut container = Container { nspawn, leader: 0, work: work.to_owned(), layers, root, groups };
+        container.wait_until_up(0);
         container
     }
 
-    fn wait_until_up(&mut self, work: &Path) {
+    /// Reboots: every process ends, and systemd starts from nothing on the same files.
+    pub fn reboot(&mut self) {
+        let before = self.leader;
+        self.run("systemctl reboot");
+        self.wait_until_up(before);
+    }
+
+    /// Waits until another process 1 than `before` is done with its start.
+    fn wait_until_up(&mut self, before: i32) {
         let said =
-            || ["nspawn", "console"].map(|file| fs::read_to_string(work.join(file)).unwrap_or_default()).concat();
+            || ["nspawn", "console"].map(|file| fs::read_to_string(self.work.join(file)).unwrap_or_default()).concat();
         let deadline = Instant::now() + PATIENCE;
-        while self.leader == 0 || !self.is_up() {
+        while [0, before].contains(&self.leader) || !self.is_up() {
             assert!(Instant::now() < deadline, "the container does not boot: {}", said());
             assert!(self.nspawn.try_wait().unwrap().is_none(), "systemd-nspawn ended: {}", said());
             let id = self.nspawn.id();

@@ -50,6 +50,9 @@ pub struct TopArgs {
     /// Print one frame as text and end
     #[arg(long)]
     once: bool,
+    /// With --once, print the service's own answer, /status of its admin port, as JSON
+    #[arg(long, requires = "once")]
+    json: bool,
 }
 
 /// Runs `ringtail top`.
@@ -67,6 +70,10 @@ pub async fn run(args: TopArgs) -> anyhow::Result<ExitCode> {
             Err(exit_code) => return Ok(exit_code),
         },
     };
+    if args.json {
+        let status: serde_json::Value = get(&authority, "/status").await?;
+        return print(&(serde_json::to_string_pretty(&status)? + "\n"));
+    }
     if args.once {
         return once(&authority).await;
     }
@@ -101,7 +108,11 @@ async fn once(authority: &str) -> anyhow::Result<ExitCode> {
     let answer = Answer { history: get(authority, "/history").await?, ..answer };
     let mut terminal = Terminal::new(TestBackend::new(FRAME.0, FRAME.1))?;
     terminal.draw(|frame| view::draw(frame, &answer))?;
-    io::stdout().write_all(as_text(terminal.backend().buffer()).as_bytes()).context("write to standard output")?;
+    print(&as_text(terminal.backend().buffer()))
+}
+
+fn print(text: &str) -> anyhow::Result<ExitCode> {
+    io::stdout().write_all(text.as_bytes()).context("write to standard output")?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,13 +1,14 @@
 //! `ringtail config`: check, show and write the configuration. Also how every command finds its configuration.
 
+mod check;
+
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use ringtail::admin::control::{self, Foretold};
-use ringtail::config::{Changes, Config, ConfigError, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
+use ringtail::config::{Config, ConfigError, DEFAULT_FILE, Files, Loaded, Override, RaccoonSetting, TEMPLATE};
 
 /// Validate, show or write the configuration
 #[derive(Debug, clap::Args)]
@@ -24,7 +25,7 @@ enum ConfigCommand {
     #[command(after_help = "Example:\n  ringtail config check --config /etc/ringtail/ringtail.toml\n\n\
         The service, if one runs on wal.directory, is asked which settings a reload would change at once and which take\n\
         effect at its next start only. That takes root or the service's user.")]
-    Check(ConfigFile),
+    Check(check::CheckArgs),
     /// Print the effective configuration, and where each value came from
     #[command(after_help = "Example:\n  ringtail config show --raccoon-env /etc/raccoon/.env")]
     Show(ShowArgs),
@@ -82,11 +83,20 @@ impl ConfigFile {
 
     /// Loads and validates the configuration. Problems are printed, and the exit code is returned.
     pub fn load(&self, overrides: &[Override]) -> Result<Loaded, ExitCode> {
-        self.read(overrides).map_err(|error| {
-            eprintln!("ringtail: {:#}", anyhow::Error::from(error));
-            ExitCode::from(super::EXIT_USAGE)
-        })
+        self.read(overrides).map_err(|error| refuse(&error))
     }
+}
+
+/// Prints what is wrong with the configuration.
+fn refuse(error: &ConfigError) -> ExitCode {
+    eprintln!("ringtail: {}", words(error));
+    ExitCode::from(super::EXIT_USAGE)
+}
+
+/// What is wrong, with the reason behind it.
+fn words(error: &ConfigError) -> String {
+    let reason = std::error::Error::source(error).map(|source| format!(": {source}"));
+    error.to_string() + &reason.unwrap_or_default()
 }
 
 /// The log that a command works with.
@@ -114,46 +124,9 @@ impl LogArgs {
 /// Runs `ringtail config`.
 pub async fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     match args.command {
-        ConfigCommand::Check(file) => check(&file).await,
+        ConfigCommand::Check(args) => check::run(&args).await,
         ConfigCommand::Show(args) => show(&args),
         ConfigCommand::Init(args) => init(&args),
-    }
-}
-
-async fn check(file: &ConfigFile) -> anyhow::Result<ExitCode> {
-    let loaded = match file.load(&[]) {
-        Ok(loaded) => loaded,
-        Err(code) => return Ok(code),
-    };
-    eprintln!("the configuration is valid ({})", describe(&loaded));
-    let settings = loaded.raccoon.iter().flat_map(|env| &env.settings);
-    for setting in settings.filter(|setting| setting.unsupported().is_some()) {
-        eprintln!("  {}", setting.to_line(&loaded));
-    }
-    let directory = &loaded.config.wal.directory;
-    let service = format!("the service that runs on {}", directory.display());
-    match control::foretell_reload(directory, &file.files().read()?).await {
-        Ok(Some(Foretold::Taken(changes))) => eprintln!("{service}: {}", foretell(&changes)),
-        Ok(Some(Foretold::Refused(reason))) => {
-            eprintln!("ringtail: {service} would refuse it, with its own environment and credentials: {reason}");
-            return Ok(ExitCode::from(super::EXIT_USAGE));
-        }
-        Ok(None) => eprintln!("no service runs on {}: not compared with one", directory.display()),
-        // The configuration itself is valid all the same.
-        Err(error) => eprintln!("not compared with {service}: {:#}", anyhow::Error::from(error)),
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// What a reload would do, in a line.
-fn foretell(Changes { live, restart }: &Changes) -> String {
-    let at_once = format!("a reload changes {}", live.join(", "));
-    let later = format!("only its next start changes {}", restart.join(", "));
-    match (live.is_empty(), restart.is_empty()) {
-        (true, true) => "has these settings already".into(),
-        (false, true) => at_once,
-        (true, false) => later,
-        (false, false) => format!("{at_once}; {later}"),
     }
 }
 
