@@ -11,6 +11,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Exit code of `systemd-nspawn --keep-unit` after a reboot.
+const REBOOT: i32 = 133;
 
 /// A booted container. Ends with the test.
 pub struct Container {
@@ -47,41 +49,27 @@ impl Container {
         }
         prepare(&root);
         let groups = ControlGroups::make();
-        let mut nspawn = Command::new("systemd-nspawn");
-        nspawn.args([
-            "--register=no",
-            "--keep-unit",
-            "--private-network",
-            "--resolv-conf=off",
-            "--timezone=off",
-            "--link-journal=no",
-            "--console=pipe",
-            "-D",
-            path(&root),
-            "--boot",
-            "systemd.unit=multi-user.target",
-        ]);
-        groups.enter(&mut nspawn);
-        nspawn.stdin(Stdio::null()).stdout(File::create(work.join("console")).unwrap());
-        let nspawn = nspawn.stderr(File::create(work.join("nspawn")).unwrap()).spawn().expect("start systemd-nspawn");
+        let nspawn = nspawn(work, &root, &groups);
         let mut container = Container { nspawn, leader: 0, work: work.to_owned(), layers, root, groups };
-        container.wait_until_up(0);
+        container.wait_until_up();
         container
     }
 
     /// Reboots: every process ends, and systemd starts from nothing on the same files.
     pub fn reboot(&mut self) {
-        let before = self.leader;
         self.run("systemctl reboot");
-        self.wait_until_up(before);
+        let status = self.nspawn.wait().unwrap();
+        assert_eq!(status.code(), Some(REBOOT), "how systemd-nspawn says that it wants to be started again");
+        self.leader = 0;
+        self.nspawn = nspawn(&self.work, &self.root, &self.groups);
+        self.wait_until_up();
     }
 
-    /// Waits until another process 1 than `before` is done with its start.
-    fn wait_until_up(&mut self, before: i32) {
+    fn wait_until_up(&mut self) {
         let said =
             || ["nspawn", "console"].map(|file| fs::read_to_string(self.work.join(file)).unwrap_or_default()).concat();
         let deadline = Instant::now() + PATIENCE;
-        while [0, before].contains(&self.leader) || !self.is_up() {
+        while self.leader == 0 || !self.is_up() {
             assert!(Instant::now() < deadline, "the container does not boot: {}", said());
             assert!(self.nspawn.try_wait().unwrap().is_none(), "systemd-nspawn ended: {}", said());
             let id = self.nspawn.id();
@@ -178,6 +166,27 @@ impl Drop for Container {
         }
         self.groups.remove();
     }
+}
+
+/// Starts systemd on the files in `root`.
+fn nspawn(work: &Path, root: &Path, groups: &ControlGroups) -> Child {
+    let mut nspawn = Command::new("systemd-nspawn");
+    nspawn.args([
+        "--register=no",
+        "--keep-unit",
+        "--private-network",
+        "--resolv-conf=off",
+        "--timezone=off",
+        "--link-journal=no",
+        "--console=pipe",
+        "-D",
+        path(root),
+        "--boot",
+        "systemd.unit=multi-user.target",
+    ]);
+    groups.enter(&mut nspawn);
+    nspawn.stdin(Stdio::null()).stdout(File::create(work.join("console")).unwrap());
+    nspawn.stderr(File::create(work.join("nspawn")).unwrap()).spawn().expect("start systemd-nspawn")
 }
 
 /// A control group for the container in each hierarchy that systemd uses, so that two of them do not share theirs.
