@@ -55,6 +55,11 @@ impl Certificates {
 
     /// Makes `<name>.pem` and `<name>.key`, signed by `ca`, and `<name>.both`.
     fn make(&self, name: &str, ca: &str) {
+        self.make_for(name, ca, "30");
+    }
+
+    /// The same, valid for so many days from now, which may be less than none.
+    fn make_for(&self, name: &str, ca: &str, days: &str) {
         let subject = format!("/CN={name}");
         let (key, request, pem) = (format!("{name}.key"), format!("{name}.csr"), format!("{name}.pem"));
         let (ca_key, ca_pem) = (format!("{ca}.key"), format!("{ca}.pem"));
@@ -70,7 +75,7 @@ impl Certificates {
             &ca_key,
             "-CAcreateserial",
             "-days",
-            "30",
+            days,
             "-extfile",
             "san",
             "-out",
@@ -210,6 +215,57 @@ fn a_rotated_certificate_is_picked_up() {
     let fault = Fault { name: "certificate rotated", what, exactly_once: false };
     let findings = finish(fault, &mut service, traffic, &kafka, Vec::new());
     assert_eq!((findings.parked, findings.out_of_order), (0, 0));
+}
+
+#[test]
+fn an_expired_certificate_is_told_and_its_successor_taken() {
+    let certificates = Certificates::new();
+    certificates.make_ca("ca");
+    for (name, days) in [("broker", "30"), ("client", "30"), ("old-broker", "-1"), ("old-client", "-1")] {
+        certificates.make_for(name, "ca", days);
+    }
+    certificates.join("client.now", &["client.pem", "client.key"]);
+    let now = certificates.path("client.now");
+    let mut kafka = kafka(&certificates, "ca.pem", &[]);
+    let forward = format!(
+        "[forward.kafka]\n\"security.protocol\" = \"ssl\"\n{}{}{}",
+        setting("ssl.ca.location", &certificates.path("ca.pem")),
+        setting("ssl.certificate.location", &now),
+        setting("ssl.key.location", &now)
+    );
+    let mut service = Service::start(&kafka.bootstrap_of("SSL"), &forward);
+    let traffic = Traffic::start(service.ports(), load());
+    service.wait_for_deliveries(1000.0);
+    let certificate_of_the_broker = |kafka: &mut Kafka, name: &str| {
+        kafka.kill();
+        kafka.set_property("ssl.keystore.location", &certificates.path(name).display().to_string());
+        kafka.restart();
+    };
+
+    certificate_of_the_broker(&mut kafka, "old-broker.both");
+    wait_for_refusal(&mut service, &traffic, "certificate has expired");
+    certificate_of_the_broker(&mut kafka, "broker.both");
+    service.wait_for_deliveries(1000.0);
+
+    certificates.join("client.now", &["old-client.pem", "old-client.key"]);
+    service.wait_for("the new file to be seen", PATIENCE, |service| service.logged("credentials have changed") == 1);
+    wait_for_refusal(&mut service, &traffic, "certificate");
+    certificates.join("client.now", &["client.pem", "client.key"]);
+    service.wait_for_deliveries(1000.0);
+    let what = "mutual TLS: the broker's certificate expired and replaced, then the client's";
+    let fault = Fault { name: "certificates expired", what, exactly_once: false };
+    let findings = finish(fault, &mut service, traffic, &kafka, Vec::new());
+    assert_eq!((findings.parked, findings.out_of_order), (0, 0));
+}
+
+/// Waits until the status names the error and nothing is delivered any more; collecting goes on.
+fn wait_for_refusal(service: &mut Service, traffic: &Traffic, error: &str) {
+    service.wait_for("the error to be told", PATIENCE, |service| {
+        service.status()["forward"]["last_error"].to_string().contains(error)
+    });
+    let delivered = service.delivered();
+    traffic.flow(service, 500);
+    assert_eq!((service.delivered(), service.get("/readyz").0), (delivered, 200));
 }
 
 #[test]

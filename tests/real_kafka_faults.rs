@@ -26,7 +26,7 @@ use environment::number_from_environment;
 use kafka::{Denied, Kafka, Options};
 use proxy::Proxy;
 use row::{Fault, finish};
-use service::Service;
+use service::{Hosts, Service};
 use traffic::{Load, TYPES, Traffic, topic};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -265,6 +265,67 @@ fn a_connection_that_swallows_everything_is_replaced() {
     let findings = finish(fault("connection blackholed", what), &mut service, traffic, &kafka, Vec::new());
     assert_eq!((findings.parked, findings.out_of_order), (0, 0));
     assert_eq!((service.logged("kafka lost"), service.logged("kafka back")), (1, 1), "{}", service.life_log());
+}
+
+#[test]
+fn a_name_that_cannot_be_resolved_for_a_while_is_asked_for_again() {
+    const NAME: &str = "kafka.invalid";
+    let mut kafka = Kafka::start_with(Options { advertised_host: Some(NAME), ..Options::default() });
+    // Nobody knows it at the start either.
+    let mut service = Service::start_among(Some(Hosts::none()), &kafka.bootstrap(), "");
+    let traffic = Traffic::start(service.ports(), Load::default());
+    let told = |service: &mut Service| last_error(service).contains("resolve");
+    service.wait_for("the error to be told", PATIENCE, told);
+    traffic.flow(&mut service, 5000);
+    assert_eq!((service.delivered(), service.get("/readyz").0), (0.0, 200));
+    service.set_hosts(&[NAME]);
+    service.wait_for_deliveries(5000.0);
+
+    // A connection that is there needs no name.
+    service.set_hosts(&[]);
+    service.wait_for_deliveries(5000.0);
+    kafka.kill();
+    kafka.restart();
+    wait_until_connected(&mut service, false);
+    service.wait_for("the error to be told", PATIENCE, told);
+    let delivered = service.delivered();
+    traffic.flow(&mut service, 5000);
+    assert_eq!(service.delivered(), delivered);
+    service.kill();
+    service.restart();
+    traffic.flow(&mut service, 2000);
+    service.set_hosts(&[NAME]);
+    service.wait_for_deliveries(10_000.0);
+    let what = "the broker's name not known at the start; then gone, the broker killed and started, ringtail killed";
+    let findings = finish(fault("DNS gone", what), &mut service, traffic, &kafka, Vec::new());
+    assert_eq!((findings.parked, findings.out_of_order), (0, 0));
+}
+
+#[test]
+fn new_events_that_go_first_and_the_backlog_all_arrive() {
+    let mut kafka = Kafka::start();
+    let settings = "live_first = true\nin_flight_bytes_max = \"1MiB\"\npace.events_per_second_max = 4000";
+    let mut service = start(&kafka, settings);
+    let traffic = Traffic::start(service.ports(), Load { pause: Duration::from_millis(300), ..Load::default() });
+    traffic.flow(&mut service, 2000);
+    kafka.kill();
+    traffic.flow(&mut service, 20_000);
+    kafka.restart();
+    service.wait_for("new events to go ahead", PATIENCE, |service| service.status()["forward"]["live_first"] == true);
+    service.wait_for_deliveries(4000.0);
+    // The stretch that went ahead is known after a kill.
+    service.kill();
+    service.restart();
+    assert!(service.backlog().0 > 5000, "the backlog drains still");
+    service.wait_for_deliveries(2000.0);
+    kafka.kill();
+    kafka.restart();
+    service.wait_for_deliveries(2000.0);
+    let what =
+        "live_first, a backlog of 20,000 events at 4,000/s beside new ones; ringtail and the broker killed meanwhile";
+    let findings = finish(fault("new events first", what), &mut service, traffic, &kafka, Vec::new());
+    assert_eq!(findings.parked, 0);
+    assert!(findings.out_of_order > 0, "none went ahead");
 }
 
 #[test]

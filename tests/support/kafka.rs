@@ -51,6 +51,8 @@ pub struct Options {
     pub acls: bool,
     /// Where clients are sent instead of to the broker's own port: a proxy.
     pub advertised_port: Option<u16>,
+    /// By which name clients are sent to it, instead of by its address.
+    pub advertised_host: Option<&'static str>,
     /// More listeners, by security protocol, which is also the listener's name.
     pub listeners: Vec<&'static str>,
     /// SCRAM-SHA-256 users and their passwords.
@@ -130,7 +132,8 @@ impl Kafka {
 
     /// `host:port` for clients.
     pub fn bootstrap(&self) -> String {
-        format!("127.0.0.1:{}", self.options.advertised_port.unwrap_or(self.node.port))
+        let host = self.options.advertised_host.unwrap_or("127.0.0.1");
+        format!("{host}:{}", self.options.advertised_port.unwrap_or(self.node.port))
     }
 
     /// `host:port` for clients of one of [`Options::listeners`].
@@ -411,8 +414,10 @@ impl Kafka {
         listeners.extend(more.map(|(protocol, port)| (*protocol, *protocol, *port)));
         let list = |of: &dyn Fn(&(&str, &str, u16)) -> String| listeners.iter().map(of).collect::<Vec<_>>().join(",");
         let advertised = |(name, _, port): &(&str, &str, u16)| {
-            let port = self.options.advertised_port.filter(|_| *name == "PLAINTEXT").unwrap_or(*port);
-            format!("{name}://127.0.0.1:{port}")
+            let is_plain = *name == "PLAINTEXT";
+            let port = self.options.advertised_port.filter(|_| is_plain).unwrap_or(*port);
+            let host = self.options.advertised_host.filter(|_| is_plain).unwrap_or("127.0.0.1");
+            format!("{name}://{host}:{port}")
         };
         let listened = list(&|(name, _, port)| format!("{name}://127.0.0.1:{port}"));
         let protocols = list(&|(name, protocol, _)| format!("{name}:{protocol}"));

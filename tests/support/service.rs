@@ -7,6 +7,7 @@
 #[path = "turns.rs"]
 pub mod turns;
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -65,10 +66,49 @@ impl Ports {
     }
 }
 
+/// The names that a service can resolve: files of its own in place of `/etc/hosts` and `/etc/resolv.conf`. Needs root.
+pub struct Hosts {
+    directory: TempDir,
+}
+
+impl Hosts {
+    /// No names yet.
+    pub fn none() -> Hosts {
+        let hosts = Hosts { directory: tempfile::tempdir().expect("make a directory") };
+        hosts.set(&[]);
+        // Nobody answers there.
+        fs::write(hosts.path("resolv.conf"), "nameserver 127.0.0.1\n").expect("write");
+        hosts
+    }
+
+    /// These names are loopback's from now on, and no others are known.
+    pub fn set(&self, names: &[&str]) {
+        let lines: String = names.iter().map(|name| format!("127.0.0.1 {name}\n")).collect();
+        // In place: the file is mounted.
+        fs::write(self.path("hosts"), lines).expect("write");
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A command that runs `program` with them, in a mount namespace of its own and as the same process.
+    fn command(&self, program: &OsStr) -> Command {
+        const SCRIPT: &str =
+            "mount --bind \"$1\" /etc/hosts && mount --bind \"$2\" /etc/resolv.conf && shift 2 && exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-ec", SCRIPT, "sh"]).args([self.path("hosts"), self.path("resolv.conf")]);
+        command.arg(program);
+        command
+    }
+}
+
 /// The service, running or not.
 pub struct Service {
     directory: TempDir,
     ports: Ports,
+    /// It sees these hosts, and no name server.
+    hosts: Option<Hosts>,
     child: Option<Child>,
     /// Where the log of this life begins.
     log_from: usize,
@@ -78,6 +118,11 @@ pub struct Service {
 impl Service {
     /// Starts the service on an empty directory and waits until it is ready. `forward` is more lines for `[forward]`.
     pub fn start(brokers: &str, forward: &str) -> Service {
+        Service::start_among(None, brokers, forward)
+    }
+
+    /// The same, which can resolve these names only.
+    pub fn start_among(hosts: Option<Hosts>, brokers: &str, forward: &str) -> Service {
         let directory = tempfile::Builder::new().prefix("ringtail-service-").tempdir().expect("make a directory");
         let ports = Ports { http: free_port(), grpc: free_port(), admin: free_port() };
         let Ports { http, grpc, admin } = ports;
@@ -88,7 +133,7 @@ impl Service {
              [forward]\nbrokers = [\"{brokers}\"]\n{forward}\n",
             wal.display()
         );
-        let mut service = Service { directory, ports, child: None, log_from: 0, peak_rss_kib: 0 };
+        let mut service = Service { directory, ports, hosts, child: None, log_from: 0, peak_rss_kib: 0 };
         fs::write(service.config_path(), config).expect("write the configuration");
         service.restart();
         service
@@ -109,6 +154,11 @@ impl Service {
             assert!(ended.is_none(), "the service ended, {ended:?}");
             service.life_log().contains(&ready)
         });
+    }
+
+    /// Changes the names that it can resolve.
+    pub fn set_hosts(&self, names: &[&str]) {
+        self.hosts.as_ref().expect("it has hosts of its own").set(names);
     }
 
     /// Where clients connect to.
@@ -306,7 +356,7 @@ impl Service {
 
     fn command(&self) -> Command {
         let binary = std::env::var_os("RINGTAIL_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_ringtail").into());
-        let mut command = Command::new(binary);
+        let mut command = self.hosts.as_ref().map_or_else(|| Command::new(&binary), |hosts| hosts.command(&binary));
         // They would be taken for configuration.
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"RINGTAIL_")) {
             command.env_remove(name);
