@@ -110,7 +110,7 @@ impl Bench {
         self.events as f64 / began.elapsed().as_secs_f64()
     }
 
-    /// Events a second from the start of the forwarder until the log is empty.
+    /// Events a second from the first delivery until the log is empty.
     fn drain(&self, delivery: Delivery) -> f64 {
         let directory = tempfile::tempdir_in(&self.directory).expect("make a directory");
         let config = WalConfig {
@@ -135,12 +135,17 @@ impl Bench {
             kafka: [("compression.type".to_owned(), KafkaProperty::Text(self.compression.into()))].into(),
             ..ForwardConfig::default()
         };
-        let began = Instant::now();
         let forwarder = Forwarder::start(&forward, 4 << 20, wal.clone(), metrics).expect("start the forwarder");
-        while !wal.status().is_drained() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let rate = self.events as f64 / began.elapsed().as_secs_f64();
+        let wait_until = |holds: &dyn Fn() -> bool| {
+            while !holds() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        // Its connection is made by then, as the bare producer's is.
+        wait_until(&|| wal.status().pending_events < self.events);
+        let (began, pending) = (Instant::now(), wal.status().pending_events);
+        wait_until(&|| wal.status().is_drained());
+        let rate = pending as f64 / began.elapsed().as_secs_f64();
         forwarder.stop(Duration::from_secs(10));
         wal.close();
         rate

@@ -243,7 +243,7 @@ fn an_expired_certificate_is_told_and_its_successor_taken() {
     };
 
     certificate_of_the_broker(&mut kafka, "old-broker.both");
-    wait_for_refusal(&mut service, &traffic, "certificate has expired");
+    wait_for_refusal(&mut service, &traffic, "certificate verify failed");
     certificate_of_the_broker(&mut kafka, "broker.both");
     service.wait_for_deliveries(1000.0);
 

@@ -34,6 +34,9 @@ const REPORTS_MAX: usize = 64 * 1024;
 /// One line per kind of librdkafka message in so long.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Kinds that are told apart.
+const KINDS_MAX: usize = 64;
+
 /// librdkafka's properties, by name.
 pub(super) type Properties = Vec<(String, String)>;
 
@@ -259,10 +262,13 @@ impl Context {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether to log a message of that kind now: with how many were left out since the last one.
-    fn admit(&self, kind: &str) -> Option<u64> {
+    /// Whether to log a message of that facility now: with how many like it were left out since the last one. What says
+    /// something new is not left out.
+    fn admit(&self, facility: &str, message: &str) -> Option<u64> {
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
-        logged.entry(kind.to_owned()).or_insert_with(|| LogLimit::new(LOG_INTERVAL)).admit(Instant::now())
+        let kind = format!("{facility}: {}", gist(message));
+        let kind = if logged.len() < KINDS_MAX || logged.contains_key(&kind) { kind } else { facility.to_owned() };
+        logged.entry(kind).or_insert_with(|| LogLimit::new(LOG_INTERVAL)).admit(Instant::now())
     }
 }
 
@@ -292,7 +298,7 @@ impl ClientContext for Context {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        if let Some(suppressed) = self.admit("error callback") {
+        if let Some(suppressed) = self.admit("error callback", reason) {
             warn!(%error, suppressed, "kafka client: {reason}");
         }
         let mut inbox = self.inbox();
@@ -316,7 +322,7 @@ impl ClientContext for Context {
         if facility == "ADDPARTS" {
             self.inbox().refused_topics.extend(refused_topic(message));
         }
-        let Some(suppressed) = self.admit(facility) else { return };
+        let Some(suppressed) = self.admit(facility, message) else { return };
         match level {
             RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info | RDKafkaLogLevel::Debug => {
                 info!(facility, suppressed, "kafka client: {message}");
@@ -325,6 +331,14 @@ impl ClientContext for Context {
             _ => warn!(facility, suppressed, "kafka client: {message}"),
         }
     }
+}
+
+/// What a message of librdkafka's says, whichever broker it is about, and whatever was counted: `broker:9092/1: Connect to … failed:
+/// Connection refused (after 0ms in state CONNECT, 3 identical …)` says "Connection refused".
+fn gist(message: &str) -> String {
+    let said = message.split(" (after ").next().unwrap_or_default();
+    let said = said.rsplit(": ").next().unwrap_or_default();
+    said.chars().filter(|letter| !letter.is_ascii_digit()).collect()
 }
 
 /// The topic that was not let into a transaction. librdkafka tells of it in its log alone: the events of every topic in the
@@ -385,6 +399,25 @@ mod tests {
         assert_eq!(said("Broker: Operation not attempted"), None);
         assert_eq!(said("Broker: Producer attempted an operation with an old epoch"), None);
         assert_eq!(refused_topic("Disconnected"), None);
+    }
+
+    #[test]
+    fn what_says_something_new_is_logged_at_once_and_the_same_again_is_not() {
+        let context = Context::default();
+        let refused =
+            |ms: u32| format!("b:9092/1: Connect to ipv4#1 failed: Connection refused (after {ms}ms in state CONNECT)");
+        assert_eq!(context.admit("FAIL", &refused(0)), Some(0));
+        assert_eq!(context.admit("FAIL", &refused(17)), None);
+        let expired =
+            "b:9092/1: SSL handshake failed: error:0A000086: certificate verify failed: not verified (after 9ms in x)";
+        assert_eq!(context.admit("FAIL", expired), Some(0));
+        assert_eq!(context.admit("FAIL", &refused(3)), None);
+        // However much there is to say, not all of it is kept.
+        let lines = (0..1000).filter(|at| {
+            let word: String = at.to_string().chars().map(|digit| char::from(b'a' + digit as u8 - b'0')).collect();
+            context.admit("FAIL", &word).is_some()
+        });
+        assert_eq!(lines.count(), KINDS_MAX - 2 + 1);
     }
 
     #[test]
