@@ -426,5 +426,12 @@ fn torn(value: &Bytes, rng: &mut StdRng) -> Bytes {
 
 /// A small shape, so that tests meet every boundary.
 pub(super) fn small_shape() -> SegmentShape {
-    SegmentShape { bytes_max: 4096, slots: 12, value_bytes_max: 512, sled_segment_bytes: 1 << 20, reserved_bytes: 4096 }
+    SegmentShape {
+        bytes_max: 4096,
+        slots: 12,
+        value_bytes_max: 512,
+        sled_segment_bytes: 1 << 20,
+        reserved_bytes: 4096,
+        shard_bytes: 2048,
+    }
 }

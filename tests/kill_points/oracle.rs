@@ -32,6 +32,8 @@ pub struct Oracle {
     sequences: BTreeMap<u64, Name>,
     /// Parked events that the test has removed.
     removed: HashSet<(u32, Place)>,
+    /// The test has damaged the parked store.
+    pub is_parked_damaged: bool,
     /// Batches that were pending when the test damaged the log: only they may be lost.
     at_risk: HashSet<Name>,
 }
@@ -55,6 +57,9 @@ impl Oracle {
         // The topic is closed. A write to the spill was cut off by the kill.
         if complaint.contains("topic held: ") || complaint.contains("the rest of a spill file cannot be read") {
             return true;
+        }
+        if complaint.contains("parked events are missing") {
+            return self.is_parked_damaged;
         }
         if complaint.contains("damaged segment set aside") {
             return !self.at_risk.is_empty();
@@ -81,12 +86,21 @@ impl Oracle {
         pending
     }
 
+    /// What is parked may be gone from now on: the test drops or damages it. The newest id.
+    pub fn give_up_parked(&mut self, directory: &Path, load: &Load) -> u64 {
+        let wal = open(directory);
+        let (parked, last_id) = self.read_parked(&wal, load, false);
+        wal.close();
+        self.removed.extend(parked);
+        last_id
+    }
+
     /// Opens the log, compares everything with everything, and closes it. `sweep`: parked events are removed, as an
     /// operator would. `drained`: nothing may be in the log or the spill. Says in a line what it found.
     pub fn check(&mut self, directory: &Path, load: &Load, seen: &Seen, sweep: bool, drained: bool) -> String {
         let wal = open(directory);
         let in_log: HashSet<Name> = self.read(&wal, load).into_iter().collect();
-        let parked = self.read_parked(&wal, load, sweep);
+        let (parked, _) = self.read_parked(&wal, load, sweep);
         let losses = wal.losses();
         let quarantined = wal.status().quarantined_segments;
         wal.close();
@@ -169,7 +183,8 @@ impl Oracle {
         names
     }
 
-    fn read_parked(&mut self, wal: &Wal, load: &Load, sweep: bool) -> HashSet<(u32, Place)> {
+    /// The parked events, and the newest id.
+    fn read_parked(&mut self, wal: &Wal, load: &Load, sweep: bool) -> (HashSet<(u32, Place)>, u64) {
         let store = ParkedStore::open(wal.parked()).expect("the parked store opens");
         let mut parked = HashSet::new();
         let mut ids = Vec::new();
@@ -191,7 +206,7 @@ impl Oracle {
             let removed = store.remove(&ids).expect("parked events can be removed");
             assert_eq!(removed.events, ids.len() as u64);
         }
-        parked
+        (parked, store.last_id())
     }
 }
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::files::list;
-use super::shards::{SHARD_BYTES, ShardedState};
+use super::shards::ShardedState;
 use super::state::SledState;
-use super::{RESERVE, StateDb};
+use super::{RESERVE, SHARD_BYTES_MAX, StateDb};
 use crate::wal::error::StoreError;
 
 /// Opens the map in `path`, which must be a copy.
@@ -19,7 +19,7 @@ pub fn open_state(path: &Path) -> Result<Arc<dyn StateDb>, StoreError> {
 /// Opens the map called `name` in `directory`, which must be a copy. What is damaged in it is set aside there, and told.
 pub fn open_shards(directory: &Path, name: &str) -> Result<(Arc<dyn StateDb>, Vec<StoreError>), StoreError> {
     fs::create_dir_all(directory.join("quarantine")).map_err(StoreError::io("create directory"))?;
-    let (state, mut damage) = (ShardedState::open(directory, name, SHARD_BYTES)?, Vec::new());
+    let (state, mut damage) = (ShardedState::open(directory, name, SHARD_BYTES_MAX)?, Vec::new());
     state.read_through(&mut |_, _| {}, &mut |error, _| damage.push(error))?;
     Ok((Arc::new(state), damage))
 }

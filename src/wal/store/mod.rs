@@ -59,11 +59,13 @@ const READY: &str = "READY";
 const RESERVE: &str = "reserve";
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
+/// Most bytes of values in a shard, but for those of its last id.
+const SHARD_BYTES_MAX: u64 = 16 << 20;
 /// Bounds of sled's `segment_size`.
 const SLED_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 const SLED_SEGMENT_BYTES_MAX: u64 = 8 << 20;
 
-/// Sizes of a segment, all derived from `wal.segment_bytes`.
+/// Sizes of a segment and of a shard, all derived from `wal.segment_bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentShape {
     /// Most bytes of values.
@@ -77,6 +79,8 @@ pub struct SegmentShape {
     pub sled_segment_bytes: usize,
     /// Disk reserved for the segment: its values, and what sled writes around them.
     pub reserved_bytes: u64,
+    /// A shard of a map that may become large is full with so many bytes of values (`shards.rs`).
+    pub shard_bytes: u64,
 }
 
 impl SegmentShape {
@@ -90,6 +94,7 @@ impl SegmentShape {
             value_bytes_max: sled_segment_bytes as usize / 16,
             sled_segment_bytes: sled_segment_bytes as usize,
             reserved_bytes: segment_bytes + segment_bytes / 16 + sled_segment_bytes,
+            shard_bytes: (segment_bytes / 2).min(SHARD_BYTES_MAX),
         }
     }
 }

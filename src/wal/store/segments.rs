@@ -11,7 +11,7 @@ use super::files::{
     absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
     sync_directory,
 };
-use super::shards::{SHARD_BYTES, ShardedState};
+use super::shards::ShardedState;
 use super::state::SledState;
 use super::{
     ActiveSegment, READY, RESERVE, Readable, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb,
@@ -222,7 +222,7 @@ impl Store for SledStore {
     }
 
     fn shards(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
-        Ok(Arc::new(ShardedState::open(&self.directory, name, SHARD_BYTES)?))
+        Ok(Arc::new(ShardedState::open(&self.directory, name, self.shape.shard_bytes)?))
     }
 }
 
