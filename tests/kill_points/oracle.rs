@@ -30,6 +30,8 @@ pub struct Oracle {
     open: HashSet<Name>,
     /// The batch of every sequence that was ever read from the log.
     sequences: BTreeMap<u64, Name>,
+    /// Parked events that were found, and not removed then.
+    kept: HashSet<(u32, Place)>,
     /// Parked events that the test has removed.
     removed: HashSet<(u32, Place)>,
     /// The test has damaged the parked store.
@@ -101,6 +103,9 @@ impl Oracle {
         let wal = open(directory);
         let in_log: HashSet<Name> = self.read(&wal, load).into_iter().collect();
         let (parked, _) = self.read_parked(&wal, load, sweep);
+        let gone: Vec<_> =
+            self.kept.iter().filter(|event| !parked.contains(event) && !self.removed.contains(event)).collect();
+        assert!(gone.is_empty(), "parked, and gone: {gone:?}");
         let losses = wal.losses();
         let quarantined = wal.status().quarantined_segments;
         wal.close();
@@ -144,6 +149,7 @@ impl Oracle {
         if sweep {
             self.removed.extend(parked.iter().copied());
         }
+        self.kept.clone_from(&parked);
         format!(
             "{} in the log, {waiting} wait in the spill, {settled} settled, {} parked, {} losses in the ledger, {quarantined} in quarantine",
             in_log.len(),
