@@ -85,8 +85,6 @@ use store::{SegmentShape, SledStore, Store};
 /// Names of the maps beside the segments.
 const META: &str = "meta";
 const PARKED: &str = "parked";
-/// What an older version parked, while it is taken over.
-const PARKED_OLD: &str = "parked.old";
 
 /// The log. Clones share it.
 #[derive(Clone)]

@@ -45,6 +45,7 @@ use super::error::StoreError;
 pub(super) use copies::{copy_directory, open_shards, open_state, segment_directories};
 pub(super) use files::wait_to_read_again;
 use files::{await_unlocked, check_readable, remove_files};
+pub(super) use old_layout::old_name;
 pub use segments::SledStore;
 pub(super) use segments::is_marked;
 

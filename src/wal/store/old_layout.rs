@@ -9,9 +9,14 @@ use super::state::set_aside;
 use crate::kill_point;
 use crate::wal::error::StoreError;
 
+/// What is in the place of the map called `name` while it is taken over.
+pub fn old_name(name: &str) -> String {
+    format!("{name}.old")
+}
+
 /// Makes a shard of the map called `name` if it is one Db. A crash at any moment is made up for by the next call.
 pub(super) fn take_over(directory: &Path, name: &str) -> Result<(), StoreError> {
-    let (path, old) = (directory.join(name), directory.join(format!("{name}.old")));
+    let (path, old) = (directory.join(name), directory.join(old_name(name)));
     if !path.is_dir() && !old.is_dir() {
         return Ok(());
     }
