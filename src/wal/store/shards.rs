@@ -390,10 +390,11 @@ impl Shards {
         self.sync_shard(HEAD)
     }
 
-    /// If it is the newest one, another begins before: its name says which ids were given out.
+    /// If it is the newest one, another begins before: its name says which ids were given out, for certain all that it held. It
+    /// has not met as many ids as it may hold bytes.
     fn set_aside(&mut self, first: u64) -> Result<PathBuf, StoreError> {
         if self.newest() == Some(first) {
-            self.add(first + 1)?;
+            self.add(first + self.shard_bytes)?;
         }
         self.forget(first);
         await_unlocked(&self.path(first))?;
