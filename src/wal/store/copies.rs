@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::files::list;
+use super::files::{absent_is_default, list};
 use super::shards::ShardedState;
 use super::state::SledState;
 use super::{RESERVE, SHARD_BYTES_MAX, StateDb};
@@ -41,6 +41,18 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Names of the small Dbs that were set aside in `directory`, the log's: `meta-1`, `parked-1`, ….
+pub fn quarantined_states(directory: &Path) -> Result<Vec<String>, StoreError> {
+    let error = StoreError::io("list quarantine");
+    let names = fs::read_dir(directory.join("quarantine")).and_then(|entries| {
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect::<io::Result<Vec<_>>>()
+    });
+    let mut names = names.or_else(absent_is_default).map_err(error)?;
+    names.retain(|name| name.parse::<u64>().is_err());
+    names.sort();
+    Ok(names)
 }
 
 /// Numbers and paths of the segments in `directory`, ascending; marked or not. None if it is not there.

@@ -42,7 +42,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::error::StoreError;
-pub(super) use copies::{copy_directory, open_shards, open_state, segment_directories};
+pub(super) use copies::{copy_directory, open_shards, open_state, quarantined_states, segment_directories};
 pub(super) use files::wait_to_read_again;
 use files::{await_unlocked, check_readable, remove_files};
 pub(super) use old_layout::old_name;
@@ -109,6 +109,8 @@ pub trait Store: Send + Sync {
     fn remove_unfinished(&self, first_needed: u64) -> Result<(), StoreError>;
     /// Ids of the segments set aside.
     fn quarantined(&self) -> Result<Vec<u64>, StoreError>;
+    /// Names of the small Dbs set aside: that of the map, and a number.
+    fn quarantined_states(&self) -> Result<Vec<String>, StoreError>;
     /// Makes a segment with empty slots. It is durable when this returns.
     fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError>;
     /// Makes what the last process wrote to a segment durable, before it is believed. The segment is not open.
@@ -155,6 +157,8 @@ pub struct Space {
     pub other_bytes: u64,
     /// Segments in quarantine.
     pub quarantined_segments: u64,
+    /// Small Dbs in quarantine.
+    pub quarantined_stores: u64,
     /// Free on the file system, for an unprivileged process.
     pub free_bytes: u64,
 }
