@@ -50,6 +50,22 @@ pub const ALL: &[&str] = &[
     // Parking: in the store; durable there, and still open in flight.
     "park.written",
     "park.synced",
+    // A shard of the parked store: its directory is there; it is made; it is durable and about to be closed; it is empty and
+    // about to be removed; it has lost its name, and not durably.
+    "shard.begun",
+    "shard.made",
+    "shard.settled",
+    "shard.emptied",
+    "shard.removed",
+    // A damaged one: another has begun if it was the newest; it is set aside.
+    "shard.damaged",
+    "shard.set_aside",
+    // A parked store of an older version becomes a shard: it is out of the way; there is a place for it; it is there, and not
+    // durably. One that was left beside shards is about to be set aside.
+    "take_over.moved",
+    "take_over.made",
+    "take_over.done",
+    "take_over.gathered",
     // A topic moves out of the way: its events are in the spill; durable there. What was delivered from there is noted.
     "spill.written",
     "spill.synced",

@@ -118,6 +118,8 @@ pub struct WalMetrics {
     pub segments: Gauge,
     /// Segments set aside as damaged.
     pub quarantined_segments: Gauge,
+    /// Small databases set aside as damaged.
+    pub quarantined_stores: Gauge,
 }
 
 /// `ringtail_forward_*`
@@ -274,6 +276,7 @@ impl WalMetrics {
             full: gauge!("ringtail_wal_full"),
             segments: gauge!("ringtail_wal_segments"),
             quarantined_segments: gauge!("ringtail_wal_quarantined_segments"),
+            quarantined_stores: gauge!("ringtail_wal_quarantined_stores"),
         }
     }
 }
@@ -407,6 +410,10 @@ fn describe() {
     describe_gauge!("ringtail_wal_full", "1 while batches are refused for lack of space.");
     describe_gauge!("ringtail_wal_segments", "Segments on disk, prepared spares included.");
     describe_gauge!("ringtail_wal_quarantined_segments", "Damaged segments set aside.");
+    describe_gauge!(
+        "ringtail_wal_quarantined_stores",
+        "Damaged small databases set aside: the cursor's, or a part of the parked events."
+    );
     describe_gauge!(
         "ringtail_forward_enabled",
         "1 if there are brokers to forward to, 0 if batches are only collected."

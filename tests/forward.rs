@@ -832,6 +832,39 @@ fn parked_events_that_vanish_are_reported_and_counted() {
     assert_eq!(setup.wal.noted_parked(), 1);
 }
 
+#[test]
+fn parked_events_that_are_set_aside_as_damaged_are_counted() {
+    use std::path::Path;
+    fn damage(directory: &Path) {
+        std::fs::remove_file(directory.join("parked/000000000001/db")).unwrap();
+    }
+    /// It is set aside by a process that is killed before it counts.
+    fn damage_and_kill(directory: &Path) {
+        damage(directory);
+        let wal = Wal::open(&small_log(directory), 64 << 20, Metrics::new()).unwrap();
+        assert_eq!(ParkedStore::open(wal.parked()).unwrap().count(), 0);
+        wal.close();
+    }
+    fn remove(directory: &Path) {
+        std::fs::remove_dir_all(directory.join("parked")).unwrap();
+    }
+    type Between = fn(&Path);
+    let cases: [(Between, u64); 3] = [(damage, 2), (damage_and_kill, 2), (remove, 0)];
+    for (between, lost) in cases {
+        let setup = Setup::new();
+        let forwarder = setup.start();
+        setup.send("client", &[("not a topic", vec![1]), ("nor this", vec![2])]);
+        setup.wait_for_empty_log(&forwarder);
+        forwarder.stop(DEADLINE);
+        drop(forwarder);
+        let setup = setup.reopened_after(between);
+        let _forwarder = setup.start();
+        assert_eq!(setup.metric("ringtail_forward_dropped_events_total"), lost);
+        assert_eq!(setup.wal.noted_parked(), 0);
+        wait_until("it is seen", || setup.wal.status().quarantined_stores == u64::from(lost > 0));
+    }
+}
+
 fn exactly_once() -> Setup {
     let mut setup = Setup::new();
     setup.config.delivery = Delivery::ExactlyOnce;

@@ -329,4 +329,5 @@ fn record(wal: &WalStatus, limits: &Limits, metrics: &WalMetrics) {
     metrics.full.set(f64::from(u8::from(wal.full)));
     metrics.segments.set(wal.segments as f64);
     metrics.quarantined_segments.set(wal.quarantined_segments as f64);
+    metrics.quarantined_stores.set(wal.quarantined_stores as f64);
 }

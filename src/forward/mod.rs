@@ -135,8 +135,8 @@ impl Forwarder {
         validate(config)?;
         let parked = ParkedStore::open_for(&config.parked, &wal, &metrics)?;
         let missing = wal.noted_parked().saturating_sub(parked.ever());
-        if missing > 0 && parked.ever() == 0 {
-            // Removed by the operator; or set aside as damaged, which was reported as an error of its own.
+        if missing > 0 && parked.ever() == 0 && !wal.is_parked_set_aside().map_err(ParkedError::from)? {
+            // Removed by the operator.
             tracing::info!(
                 events = missing,
                 "the parked store is empty, it held events when the cursor was last saved"

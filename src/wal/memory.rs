@@ -206,6 +206,10 @@ impl Store for MemoryStore {
         Ok(self.disk().quarantined.clone())
     }
 
+    fn quarantined_states(&self) -> Result<Vec<String>, StoreError> {
+        Ok(Vec::new())
+    }
+
     fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError> {
         let mut disk = self.disk();
         disk.faults.check(disk.faults.prepare_fails, "prepare segment")?;
@@ -284,7 +288,7 @@ impl Store for MemoryStore {
 
     fn space(&self) -> Result<Space, StoreError> {
         let quarantined_segments = self.disk().quarantined.len() as u64;
-        Ok(Space { other_bytes: 0, quarantined_segments, free_bytes: u64::MAX })
+        Ok(Space { quarantined_segments, free_bytes: u64::MAX, ..Space::default() })
     }
 
     fn state(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
@@ -426,5 +430,12 @@ fn torn(value: &Bytes, rng: &mut StdRng) -> Bytes {
 
 /// A small shape, so that tests meet every boundary.
 pub(super) fn small_shape() -> SegmentShape {
-    SegmentShape { bytes_max: 4096, slots: 12, value_bytes_max: 512, sled_segment_bytes: 1 << 20, reserved_bytes: 4096 }
+    SegmentShape {
+        bytes_max: 4096,
+        slots: 12,
+        value_bytes_max: 512,
+        sled_segment_bytes: 1 << 20,
+        reserved_bytes: 4096,
+        shard_bytes: 2048,
+    }
 }

@@ -85,8 +85,6 @@ use store::{SegmentShape, SledStore, Store};
 /// Names of the maps beside the segments.
 const META: &str = "meta";
 const PARKED: &str = "parked";
-/// What an older version parked, while it is taken over.
-const PARKED_OLD: &str = "parked.old";
 
 /// The log. Clones share it.
 #[derive(Clone)]
@@ -139,6 +137,9 @@ pub struct WalStatus {
     pub segments: u64,
     /// Damaged segments set aside.
     pub quarantined_segments: u64,
+    /// Damaged small databases set aside: the cursor's, or a part of the parked events.
+    #[serde(default)]
+    pub quarantined_stores: u64,
     /// Batches that were committed and are missing, as long as they stand in the ledger.
     pub lost_batches: u64,
     /// The same in events.
@@ -281,6 +282,7 @@ impl Wal {
             failed: self.shared.failed.is_cancelled(),
             segments: (log.segments.len() + log.spares.len()) as u64,
             quarantined_segments: log.space.quarantined_segments,
+            quarantined_stores: log.space.quarantined_stores,
             lost_batches: log.losses.values().map(|loss| loss.end_sequence - loss.first_sequence).sum(),
             lost_events: log.losses.values().map(|loss| loss.events).sum(),
             commit_busy_ms: self.shared.commit_busy_ms(),
@@ -312,6 +314,15 @@ impl Wal {
     /// What [`Wal::note_parked`] said last, before the start.
     pub fn noted_parked(&self) -> u64 {
         self.shared.log().parked_events
+    }
+
+    /// Whether parked events were ever set aside as damaged, and are still there.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn is_parked_set_aside(&self) -> Result<bool, StoreError> {
+        let names = self.shared.store.quarantined_states()?;
+        Ok(names.iter().any(|name| name.starts_with(PARKED)))
     }
 
     /// How many events the forwarder keeps beside the log, which no longer counts them: they belong to the backlog. Less than

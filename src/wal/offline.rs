@@ -15,8 +15,8 @@ use super::error::{OpenError, StoreError};
 use super::log::Position;
 use super::losses::{self, Loss};
 use super::record::Totals;
-use super::store::{StateDb, copy_directory, open_shards, open_state, segment_directories};
-use super::{META, PARKED, PARKED_OLD, cursor, lock_directory};
+use super::store::{StateDb, copy_directory, old_name, open_shards, open_state, segment_directories};
+use super::{META, PARKED, cursor, lock_directory};
 use crate::batch::Sequence;
 use crate::config::WalConfig;
 
@@ -171,7 +171,7 @@ impl OfflineLog {
     /// # Errors
     /// [`StoreError`]
     pub fn parked(&self) -> Result<Option<ParkedCopy>, StoreError> {
-        let is_there = self.copy(PARKED)? | self.copy(PARKED_OLD)?;
+        let is_there = self.copy(PARKED)? | self.copy(&old_name(PARKED))?;
         let open = || open_shards(self.scratch.path(), PARKED).map(|(state, damage)| ParkedCopy { state, damage });
         is_there.then(open).transpose()
     }

@@ -37,6 +37,8 @@ struct Life {
 pub fn check(built: &Built, damage: &Damage, path: &Path) -> Found {
     let mut new = BTreeMap::new();
     let whole = carve(path);
+    // What holds no record is worth nothing.
+    let existing = holding_records(&path.join("wal"));
     let (first, parked_missing, last_sequence) = {
         let (wal, metrics) = open(path);
         let first = live(built, &new, damage, &wal, &metrics);
@@ -57,9 +59,6 @@ pub fn check(built: &Built, damage: &Damage, path: &Path) -> Found {
         wal.close();
         (first, parked_missing, last)
     };
-    // What holds no record is worth nothing.
-    let existing: BTreeSet<u64> =
-        ["wal", "quarantine"].iter().flat_map(|place| holding_records(&path.join(place))).collect();
     // A restart finds the same.
     {
         let (wal, metrics) = open(path);

@@ -62,8 +62,8 @@ pub fn check(directory: &Path, promise: &Promise) -> Result<Found, String> {
     wal.close();
     let mut found = result?;
     found.segments = status.segments;
-    if status.quarantined_segments > 0 {
-        return Err(format!("{} segments in quarantine: {:#?}", status.quarantined_segments, complaints()));
+    if (status.quarantined_segments, status.quarantined_stores) != (0, 0) {
+        return Err(format!("something is in quarantine: {:#?}", complaints()));
     }
     let dropped = "ringtail_forward_dropped_events_total{reason=\"damaged\"} 0";
     if !metrics.handle().render().lines().any(|line| line == dropped) {
@@ -108,6 +108,7 @@ fn read(wal: &Wal, promise: &Promise) -> Result<Found, String> {
             let event_ref = (*name, event);
             let there = match kind {
                 BAD_TYPE => parked.contains(&event_ref),
+                HELD_TYPE if parked.contains(&event_ref) => true,
                 _ => promise.delivered.contains(&event_ref) || spilled.contains(&event_ref),
             };
             if !there {
@@ -146,7 +147,9 @@ fn read_parked(wal: &Wal, load: &Load) -> Result<HashSet<(Name, usize)>, String>
     for event in store.events(0) {
         let event = event.map_err(|error| format!("a parked event is damaged: {error}"))?;
         let (name, number) = Load::parse_payload(&event.payload).ok_or("a parked event was never sent")?;
-        if load.events(name).get(number) != Some(&(BAD_TYPE, event.payload)) {
+        let is_parked =
+            |(kind, payload): &(&str, _)| matches!(*kind, BAD_TYPE | HELD_TYPE) && *payload == event.payload;
+        if !load.events(name).get(number).is_some_and(is_parked) {
             return Err(format!("parked event {number} of {name:?} is not what was sent"));
         }
         parked.insert((name, number));

@@ -90,6 +90,14 @@ impl Kafka {
         options
     }
 
+    /// The same, so that a closed topic soon is parked, with all that then waits for it.
+    pub fn forward_parking(&self, options: Options) -> Options {
+        let mut options = self.forward(options, "connection_id");
+        let settings = [("topic_grace", "1s"), ("in_flight_bytes_max", "64MiB")];
+        options.settings.extend(settings.map(|(name, value)| format!("forward.{name} = {value:?}")));
+        options
+    }
+
     /// Waits until events of the closed topic are in the spill, and few are in flight.
     pub async fn wait_until_spilled(&self, addresses: Addresses) {
         wait_until("events to be spilled", || {
@@ -175,7 +183,8 @@ impl Kafka {
     pub fn missing(&self, clients: &Clients) -> Vec<(Name, usize)> {
         let deliveries = self.deliveries.lock().unwrap();
         let events = |name| self.load.events(name).into_iter().enumerate().map(move |(at, (kind, _))| (name, at, kind));
-        let good = clients.acks().into_keys().flat_map(events).filter(|(.., kind)| *kind != BAD_TYPE);
+        let is_good = |kind| kind != BAD_TYPE && !(self.is_closed && kind == HELD_TYPE);
+        let good = clients.acks().into_keys().flat_map(events).filter(|(.., kind)| is_good(*kind));
         good.map(|(name, event, _)| (name, event)).filter(|event| !deliveries.contains_key(event)).collect()
     }
 

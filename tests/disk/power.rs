@@ -13,9 +13,10 @@ use rand::rngs::StdRng;
 
 use crate::cuts::{Outcome, cut};
 use crate::environment::number_from_environment;
+use crate::journal::{Change, records};
 use crate::model::Disbelief;
 use crate::order::Order;
-use crate::runs::{Run, collect, forward, spill};
+use crate::runs::{Run, collect, forward, park, spill};
 use crate::seed;
 
 /// Cuts of a plain run.
@@ -78,6 +79,21 @@ async fn a_power_cut_loses_nothing_that_was_spilled() {
     let run = spill(&mut rng).await;
     let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
     assert!(outcome.found.passed > 0 && outcome.found.spilled > 0, "nothing was spilled");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_power_cut_loses_nothing_that_was_parked_in_several_shards() {
+    let mut rng = StdRng::seed_from_u64(seed());
+    let began = Instant::now();
+    let run = park(&mut rng).await;
+    let is_shard = |path: &str| path.strip_prefix("parked/").is_some_and(|name| !name.contains('/'));
+    let makes_shard = |change: &_| matches!(change, Change::MakeDirectory { path } if is_shard(path));
+    let shards = records(&run.journal).filter(|record| makes_shard(&record.change)).count();
+    println!("{shards} shards");
+    // While it puts so much into the newest one that another begins, the one before is closed.
+    assert!(shards > 3, "hardly anything was parked at once");
+    let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
+    assert!(outcome.found.passed > 0 && outcome.found.parked > 0, "nothing was parked");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -118,6 +118,34 @@ pub async fn spill(rng: &mut StdRng) -> Run {
     finish(&disk, load, clients, deliveries, [Vec::new(), closed])
 }
 
+/// Clients send to a service that forwards nothing; the next one parks at once what Kafka refuses of that, more than fits into
+/// a shard of the parked store, and goes on for long. The first of them ends with SIGKILL at a random sync.
+pub async fn park(rng: &mut StdRng) -> Run {
+    const AT_ONCE_BYTES: usize = 20 << 20;
+    const LATER_BYTES: usize = 6 << 20;
+    let disk = Arc::new(Disk::new());
+    let load = Load::with_held(rng.random(), 700 << 10);
+    let mut clients = Clients::new(&load, &disk);
+    let kafka = Kafka::start_closed(&load, &disk);
+    let options = kafka.forward_parking(disk.options());
+    for is_killed in [true, false] {
+        let (mut process, addresses) = Process::start(&disk.options());
+        clients.send(addresses, AT_ONCE_BYTES).await;
+        assert!(process.stop().success());
+        let (mut process, addresses) = Process::start(&options);
+        kafka.wait_until_delivered(addresses, &clients).await;
+        clients.send(addresses, LATER_BYTES).await;
+        if is_killed {
+            kill_at_sync(&disk, rng.random_range(20..60), &mut clients, &mut process, addresses).await;
+        } else {
+            kafka.wait_until_delivered(addresses, &clients).await;
+            assert!(process.stop().success());
+        }
+    }
+    let deliveries = kafka.deliveries();
+    finish(&disk, load, clients, deliveries, [Vec::new(), Vec::new()])
+}
+
 /// Clients send until SIGKILL ends the service, so many syncs from now.
 async fn kill_at_sync(disk: &Disk, syncs: u64, clients: &mut Clients, process: &mut Process, addresses: Addresses) {
     disk.kill_at_sync(disk.syncs() + syncs);

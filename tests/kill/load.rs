@@ -26,8 +26,6 @@ const WINDOW: usize = 16;
 pub const EVENT_TYPE: &str = "click";
 /// The type of a few, on request: Kafka takes no such name for a topic, so they are parked.
 pub const PARKED_TYPE: &str = "not a topic";
-/// One event in so many has that type.
-const PARKED_ONE_IN: u32 = 16;
 /// The type of some, on request: their topic is closed at times, and they are held.
 pub const HELD_TYPE: &str = "held";
 /// One event in so many has that type.
@@ -38,16 +36,16 @@ pub struct Load {
     seed: u64,
     noise: Vec<u8>,
     payload_bytes_max: usize,
-    with_others: bool,
+    parked_one_in: Option<u32>,
 }
 
 impl Load {
     /// A load with random contents. A slot of a segment of 8 MiB holds 64 KiB: a few payloads are larger, up to
-    /// `payload_bytes_max`. `with_others`: with some events that Kafka cannot take, and some that it does not always take.
-    pub fn new(rng: &mut StdRng, payload_bytes_max: usize, with_others: bool) -> Arc<Load> {
+    /// `payload_bytes_max`. With `parked_one_in`, Kafka cannot take one event in so many, and does not always take some others.
+    pub fn new(rng: &mut StdRng, payload_bytes_max: usize, parked_one_in: Option<u32>) -> Arc<Load> {
         let mut noise = vec![0; 2 * payload_bytes_max];
         rng.fill_bytes(&mut noise);
-        Arc::new(Load { seed: rng.random(), noise, payload_bytes_max, with_others })
+        Arc::new(Load { seed: rng.random(), noise, payload_bytes_max, parked_one_in })
     }
 
     /// Name of a batch; [`Load::parse_name`] is its inverse.
@@ -80,9 +78,9 @@ impl Load {
             let from = rng.random_range(0..=self.noise.len() - length);
             let mut payload = format!("{}-{place} ", Load::name(client, number)).into_bytes();
             payload.extend_from_slice(&self.noise[from..from + length]);
-            let event_type = match self.with_others {
-                true if rng.random_ratio(1, PARKED_ONE_IN) => PARKED_TYPE,
-                true if rng.random_ratio(1, HELD_ONE_IN) => HELD_TYPE,
+            let event_type = match self.parked_one_in {
+                Some(one_in) if rng.random_ratio(1, one_in) => PARKED_TYPE,
+                Some(_) if rng.random_ratio(1, HELD_ONE_IN) => HELD_TYPE,
                 _ => EVENT_TYPE,
             };
             (event_type, payload.into())

@@ -51,7 +51,7 @@ async fn every_acked_batch_survives_kill_9() {
     let mut rng = StdRng::seed_from_u64(seed);
     let directory = KeptOnPanic(tempfile::tempdir().unwrap());
     let options = Options::small(&directory.0.path().join("wal"));
-    let load = Load::new(&mut rng, PAYLOAD_BYTES_MAX, false);
+    let load = Load::new(&mut rng, PAYLOAD_BYTES_MAX, None);
     let oracle = Arc::new(Mutex::new(Oracle::default()));
     let mut clients = Clients::new(&load, &oracle);
     let began = Instant::now();

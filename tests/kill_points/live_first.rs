@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use super::environment::number_from_environment;
 use super::http::wait_until;
 use super::process::{Options, Process};
-use super::{Test, metric, passages_max};
+use super::{PARKED_ONE_IN, Test, metric, passages_max};
 
 /// Where the process is killed: around everything that the two places in the log rest on.
 const POINTS: [&str; 13] = [
@@ -36,7 +36,7 @@ async fn what_goes_ahead_of_a_backlog_survives_kills() {
     let seed = number_from_environment("RINGTAIL_SEED").unwrap_or_else(|| rand::rng().random());
     println!("RINGTAIL_SEED={seed}");
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut test = Test::new(&mut rng, true);
+    let mut test = Test::new(&mut rng, true, PARKED_ONE_IN);
     let collecting = Options { brokers: Vec::new(), ..test.options.clone() };
     test.collect(&collecting).await;
     let began = Instant::now();

@@ -30,8 +30,12 @@ pub struct Oracle {
     open: HashSet<Name>,
     /// The batch of every sequence that was ever read from the log.
     sequences: BTreeMap<u64, Name>,
+    /// Parked events that were found, and not removed then.
+    kept: HashSet<(u32, Place)>,
     /// Parked events that the test has removed.
     removed: HashSet<(u32, Place)>,
+    /// The test has damaged the parked store.
+    pub is_parked_damaged: bool,
     /// Batches that were pending when the test damaged the log: only they may be lost.
     at_risk: HashSet<Name>,
 }
@@ -55,6 +59,9 @@ impl Oracle {
         // The topic is closed. A write to the spill was cut off by the kill.
         if complaint.contains("topic held: ") || complaint.contains("the rest of a spill file cannot be read") {
             return true;
+        }
+        if complaint.contains("parked events are missing") {
+            return self.is_parked_damaged;
         }
         if complaint.contains("damaged segment set aside") {
             return !self.at_risk.is_empty();
@@ -81,12 +88,24 @@ impl Oracle {
         pending
     }
 
+    /// What is parked may be gone from now on: the test drops or damages it. The newest id.
+    pub fn give_up_parked(&mut self, directory: &Path, load: &Load) -> u64 {
+        let wal = open(directory);
+        let (parked, last_id) = self.read_parked(&wal, load, false);
+        wal.close();
+        self.removed.extend(parked);
+        last_id
+    }
+
     /// Opens the log, compares everything with everything, and closes it. `sweep`: parked events are removed, as an
     /// operator would. `drained`: nothing may be in the log or the spill. Says in a line what it found.
     pub fn check(&mut self, directory: &Path, load: &Load, seen: &Seen, sweep: bool, drained: bool) -> String {
         let wal = open(directory);
         let in_log: HashSet<Name> = self.read(&wal, load).into_iter().collect();
-        let parked = self.read_parked(&wal, load, sweep);
+        let (parked, _) = self.read_parked(&wal, load, sweep);
+        let gone: Vec<_> =
+            self.kept.iter().filter(|event| !parked.contains(event) && !self.removed.contains(event)).collect();
+        assert!(gone.is_empty(), "parked, and gone: {gone:?}");
         let losses = wal.losses();
         let quarantined = wal.status().quarantined_segments;
         wal.close();
@@ -130,6 +149,7 @@ impl Oracle {
         if sweep {
             self.removed.extend(parked.iter().copied());
         }
+        self.kept.clone_from(&parked);
         format!(
             "{} in the log, {waiting} wait in the spill, {settled} settled, {} parked, {} losses in the ledger, {quarantined} in quarantine",
             in_log.len(),
@@ -169,7 +189,8 @@ impl Oracle {
         names
     }
 
-    fn read_parked(&mut self, wal: &Wal, load: &Load, sweep: bool) -> HashSet<(u32, Place)> {
+    /// The parked events, and the newest id.
+    fn read_parked(&mut self, wal: &Wal, load: &Load, sweep: bool) -> (HashSet<(u32, Place)>, u64) {
         let store = ParkedStore::open(wal.parked()).expect("the parked store opens");
         let mut parked = HashSet::new();
         let mut ids = Vec::new();
@@ -191,7 +212,7 @@ impl Oracle {
             let removed = store.remove(&ids).expect("parked events can be removed");
             assert_eq!(removed.events, ids.len() as u64);
         }
-        parked
+        (parked, store.last_id())
     }
 }
 

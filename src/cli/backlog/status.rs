@@ -92,6 +92,10 @@ fn describe(backlog: &WalStatus) -> String {
         let (batches, events) = (count(backlog.lost_batches, "batch"), count(backlog.lost_events, "event"));
         text += &format!("LOST         {batches} with {events}, by damage\n");
     }
+    if backlog.quarantined_stores > 0 {
+        let stores = count(backlog.quarantined_stores, "small database");
+        text += &format!("DAMAGED      {stores} set aside: the cursor's, or a part of the parked events\n");
+    }
     if backlog.lost_batches > 0 || backlog.quarantined_segments > 0 {
         text += "what can be done: stop the service, then ringtail backlog check, ringtail backlog repair\n";
     }

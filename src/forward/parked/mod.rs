@@ -2,10 +2,11 @@
 //! operator takes them out (`ringtail parked`), or a limit of `[forward.parked]` does (`limits.rs`).
 //!
 //! # Format
-//! One event has one id, counted up and never given out again, unless damage took the newest of them; it is spread over as many parts as its size needs
-//! (`format.rs`), all in one of the Dbs below (`wal/store/shards.rs`). Part 0 is written last and removed first, and sled
-//! recovers a prefix of what was written to a Db: an id without a part 0 was never finished, or is removed, and is passed
-//! over. An id that has a part 0 and lacks another is reported as damaged, never passed over. Nothing is overwritten.
+//! One event has one id, counted up and never given out again, unless damage that sled does not notice took the newest; it
+//! is spread over as many parts as its size needs (`format.rs`), all in one of the Dbs below (`wal/store/shards.rs`). Part 0
+//! is written last and removed first, and sled recovers a prefix of what was written to a Db: an id without a part 0 was
+//! never finished, or is removed, and is passed over. An id that has a part 0 and lacks another is reported as damaged, never
+//! passed over. Nothing is overwritten.
 //!
 //! # Books
 //! What is removed is counted in the store itself, before it is removed (`removal.rs`). So [`ParkedStore::ever`], the

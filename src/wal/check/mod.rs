@@ -6,7 +6,6 @@
 mod report;
 
 use std::collections::BTreeSet;
-use std::fs;
 
 pub use report::{CheckReport, LedgerEntry, Missing, Problem, ProblemKind, Quarantined};
 
@@ -19,7 +18,7 @@ use super::offline::{OfflineLog, SegmentFiles};
 use super::record::{ChunkHeader, Totals, split_record};
 use super::search::Unreadable;
 use super::slots::{Slot, read_slot};
-use super::store::{SegmentFile, is_marked};
+use super::store::{SegmentFile, is_marked, quarantined_states};
 
 impl OfflineLog {
     /// Verifies every segment. `progress` is told the bytes of each one that is done.
@@ -264,11 +263,7 @@ impl<'a> Check<'a> {
 
     /// Small maps in quarantine: `meta-1`, `parked-1`, ….
     fn quarantined_states(&mut self) -> Result<(), StoreError> {
-        let directory = self.log.directory.join("quarantine");
-        let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut names: Vec<String> = names.filter(|name| name.parse::<u64>().is_err()).collect();
-        names.sort();
+        let names = quarantined_states(&self.log.directory)?;
         let problems = names.into_iter().map(|name| Problem::new(ProblemKind::StateQuarantined, name));
         self.report.problems.extend(problems);
         Ok(())

@@ -42,9 +42,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::error::StoreError;
-pub(super) use copies::{copy_directory, open_shards, open_state, segment_directories};
+pub(super) use copies::{copy_directory, open_shards, open_state, quarantined_states, segment_directories};
 pub(super) use files::wait_to_read_again;
 use files::{await_unlocked, check_readable, remove_files};
+pub(super) use old_layout::old_name;
 pub use segments::SledStore;
 pub(super) use segments::is_marked;
 
@@ -59,11 +60,13 @@ const READY: &str = "READY";
 const RESERVE: &str = "reserve";
 /// Most slots of a segment.
 const SLOTS_MAX: u32 = 4096;
+/// Most bytes of values in a shard, but for those of its last id.
+const SHARD_BYTES_MAX: u64 = 16 << 20;
 /// Bounds of sled's `segment_size`.
 const SLED_SEGMENT_BYTES_MIN: u64 = 1 << 20;
 const SLED_SEGMENT_BYTES_MAX: u64 = 8 << 20;
 
-/// Sizes of a segment, all derived from `wal.segment_bytes`.
+/// Sizes of a segment and of a shard, all derived from `wal.segment_bytes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentShape {
     /// Most bytes of values.
@@ -77,6 +80,8 @@ pub struct SegmentShape {
     pub sled_segment_bytes: usize,
     /// Disk reserved for the segment: its values, and what sled writes around them.
     pub reserved_bytes: u64,
+    /// A shard of a map that may become large is full with so many bytes of values (`shards.rs`).
+    pub shard_bytes: u64,
 }
 
 impl SegmentShape {
@@ -90,6 +95,7 @@ impl SegmentShape {
             value_bytes_max: sled_segment_bytes as usize / 16,
             sled_segment_bytes: sled_segment_bytes as usize,
             reserved_bytes: segment_bytes + segment_bytes / 16 + sled_segment_bytes,
+            shard_bytes: (segment_bytes / 2).min(SHARD_BYTES_MAX),
         }
     }
 }
@@ -103,6 +109,8 @@ pub trait Store: Send + Sync {
     fn remove_unfinished(&self, first_needed: u64) -> Result<(), StoreError>;
     /// Ids of the segments set aside.
     fn quarantined(&self) -> Result<Vec<u64>, StoreError>;
+    /// Names of the small Dbs set aside: that of the map, and a number.
+    fn quarantined_states(&self) -> Result<Vec<String>, StoreError>;
     /// Makes a segment with empty slots. It is durable when this returns.
     fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError>;
     /// Makes what the last process wrote to a segment durable, before it is believed. The segment is not open.
@@ -149,6 +157,8 @@ pub struct Space {
     pub other_bytes: u64,
     /// Segments in quarantine.
     pub quarantined_segments: u64,
+    /// Small Dbs in quarantine.
+    pub quarantined_stores: u64,
     /// Free on the file system, for an unprivileged process.
     pub free_bytes: u64,
 }

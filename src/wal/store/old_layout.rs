@@ -6,11 +6,17 @@ use std::path::{Path, PathBuf};
 
 use super::files::{list, sync_directory};
 use super::state::set_aside;
+use crate::kill_point;
 use crate::wal::error::StoreError;
+
+/// What is in the place of the map called `name` while it is taken over.
+pub fn old_name(name: &str) -> String {
+    format!("{name}.old")
+}
 
 /// Makes a shard of the map called `name` if it is one Db. A crash at any moment is made up for by the next call.
 pub(super) fn take_over(directory: &Path, name: &str) -> Result<(), StoreError> {
-    let (path, old) = (directory.join(name), directory.join(format!("{name}.old")));
+    let (path, old) = (directory.join(name), directory.join(old_name(name)));
     if !path.is_dir() && !old.is_dir() {
         return Ok(());
     }
@@ -21,16 +27,19 @@ pub(super) fn take_over(directory: &Path, name: &str) -> Result<(), StoreError> 
         set_files_aside(directory, name, files)?;
     } else if !files.is_empty() {
         fs::rename(&path, &old).map_err(StoreError::io("take over state"))?;
+        kill_point::pass("take_over.moved");
     }
     if old.is_dir() {
         fs::create_dir_all(&path).map_err(StoreError::io("create state directory"))?;
         sync_directory(directory)?;
+        kill_point::pass("take_over.made");
         let first = path.join("000000000001");
         if first.is_dir() {
             let aside = set_aside(directory, name, &old)?;
             tracing::error!(aside = %aside.display(), "{name} was taken over before, set aside");
         } else {
             fs::rename(&old, first).map_err(StoreError::io("take over state"))?;
+            kill_point::pass("take_over.done");
         }
         sync_directory(&path)?;
         sync_directory(directory)?;
@@ -49,6 +58,7 @@ fn set_files_aside(directory: &Path, name: &str, files: Vec<PathBuf>) -> Result<
     if gathered.is_dir() {
         sync_directory(&gathered)?;
         sync_directory(&directory.join(name))?;
+        kill_point::pass("take_over.gathered");
         let aside = set_aside(directory, name, &gathered)?;
         tracing::error!(aside = %aside.display(), "an older version kept {name} beside this one's, set aside");
     }

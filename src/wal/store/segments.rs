@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::copies::quarantined_states;
 use super::files::{
     absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
     sync_directory,
 };
-use super::shards::{SHARD_BYTES, ShardedState};
+use super::shards::ShardedState;
 use super::state::SledState;
 use super::{
     ActiveSegment, READY, RESERVE, Readable, STATE_SLED_SEGMENT_BYTES, SegmentFile, SegmentShape, Space, StateDb,
@@ -119,6 +120,10 @@ impl Store for SledStore {
         list(&self.directory.join("quarantine"))
     }
 
+    fn quarantined_states(&self) -> Result<Vec<String>, StoreError> {
+        quarantined_states(&self.directory)
+    }
+
     fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError> {
         // No new segment before the next start is provided for.
         self.hold_reserve()?;
@@ -214,6 +219,7 @@ impl Store for SledStore {
         let reserve = fs::metadata(self.reserve()).map(|reserve| blocks_bytes(&reserve));
         space.other_bytes += reserve.or_else(absent_is_default).map_err(StoreError::io("measure disk usage"))?;
         space.quarantined_segments = self.quarantined()?.len() as u64;
+        space.quarantined_stores = self.quarantined_states()?.len() as u64;
         Ok(space)
     }
 
@@ -222,7 +228,7 @@ impl Store for SledStore {
     }
 
     fn shards(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
-        Ok(Arc::new(ShardedState::open(&self.directory, name, SHARD_BYTES)?))
+        Ok(Arc::new(ShardedState::open(&self.directory, name, self.shape.shard_bytes)?))
     }
 }
 

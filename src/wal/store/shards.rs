@@ -30,10 +30,9 @@ use super::files::{await_unlocked, list, sync_directory};
 use super::old_layout;
 use super::state::{SledState, set_aside};
 use super::{Entry, RESERVE, STATE_SLED_SEGMENT_BYTES, StateDb};
+use crate::kill_point;
 use crate::wal::error::StoreError;
 
-/// A new shard begins once so many bytes of values were put into the newest one.
-pub(super) const SHARD_BYTES: u64 = 16 << 20;
 /// Most shards open at a time, without the head.
 const OPEN_MAX: usize = 2;
 /// The name of the head. Its values are small.
@@ -53,7 +52,7 @@ struct Shards {
     /// `wal.directory`
     directory: PathBuf,
     name: String,
-    /// See [`SHARD_BYTES`].
+    /// Another shard begins once so many bytes of values are in the newest one.
     shard_bytes: u64,
     reopened: Arc<AtomicU64>,
     /// All there are, and the head.
@@ -193,6 +192,7 @@ impl Shards {
         let path = self.path(first);
         fs::create_dir_all(&path).map_err(StoreError::io("create shard"))?;
         sync_directory(&self.directory)?;
+        kill_point::pass("shard.begun");
         let state = self.closed(first);
         if let Err(error) = state.read_through(&mut |_, _| {}) {
             drop(state);
@@ -200,6 +200,7 @@ impl Shards {
             let _ = fs::remove_dir_all(&path);
             return Err(error);
         }
+        kill_point::pass("shard.made");
         self.firsts.insert(first);
         self.open.push((first, state));
         if self.newest() == Some(first) {
@@ -229,6 +230,7 @@ impl Shards {
     /// Leaves nothing to do for a shard that is about to be closed.
     fn settle(&mut self, first: u64) -> Result<(), StoreError> {
         self.sync_shard(first)?;
+        kill_point::pass("shard.settled");
         match self.open.iter().find(|(open, _)| *open == first).map(|(_, state)| state.provide_for_open()) {
             // Then the reserve must do.
             Some(Err(error)) if !error.is_full() => Err(error),
@@ -277,7 +279,9 @@ impl Shards {
         let path = self.path(first);
         let removed = path.with_extension(REMOVED);
         await_unlocked(&path)?;
+        kill_point::pass("shard.emptied");
         fs::rename(&path, &removed).map_err(StoreError::io("remove shard"))?;
+        kill_point::pass("shard.removed");
         // A shard with a part of its files must not come back.
         sync_directory(&self.directory.join(&self.name))?;
         fs::remove_dir_all(&removed).map_err(StoreError::io("remove shard"))
@@ -386,14 +390,17 @@ impl Shards {
         self.sync_shard(HEAD)
     }
 
-    /// If it is the newest one, another begins before: its name says which ids were given out.
+    /// If it is the newest one, another begins before: its name says which ids were given out, for certain all that it held. It
+    /// has not met as many ids as it may hold bytes.
     fn set_aside(&mut self, first: u64) -> Result<PathBuf, StoreError> {
         if self.newest() == Some(first) {
-            self.add(first + 1)?;
+            self.add(first + self.shard_bytes)?;
         }
         self.forget(first);
         await_unlocked(&self.path(first))?;
+        kill_point::pass("shard.damaged");
         let aside = set_aside(&self.directory, &self.name, &self.path(first))?;
+        kill_point::pass("shard.set_aside");
         self.firsts.remove(&first);
         self.drained.remove(&first);
         self.failed.remove(&first);

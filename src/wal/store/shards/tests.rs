@@ -1,4 +1,5 @@
 use std::ops::RangeInclusive;
+use std::os::fd::AsRawFd;
 
 use tempfile::TempDir;
 
@@ -184,19 +185,20 @@ fn a_damaged_shard_is_set_aside_alone() {
     flip_first_byte(&directory, 16);
     let state = open(&directory);
     assert_eq!(ids(&state), (1..=5).chain(11..=15).collect::<Vec<_>>());
-    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 11, 17]));
+    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 11, 16 + SMALL_SHARD_BYTES]));
     drop(state);
     // All before it are gone as well.
     [1, 11].iter().for_each(|first| flip_first_byte(&directory, *first));
     let state = open(&directory);
-    assert_eq!(state.last_key().unwrap().map(|key| id_of(&key)), Some(16));
+    let next = state.last_key().unwrap().map_or(1, |key| id_of(&key) + 1);
+    assert!(next > 17, "an id that the damaged one held comes again");
     assert_eq!(state.get(JOURNAL).unwrap().as_deref(), Some(&b"first"[..]));
-    put(&state, 17..=17);
+    put(&state, next..=next);
     drop(state);
     // The head takes nothing with it.
     flip_first_byte(&directory, HEAD);
     let state = open(&directory);
-    assert_eq!((state.get(JOURNAL).unwrap(), ids(&state)), (None, vec![17]));
+    assert_eq!((state.get(JOURNAL).unwrap(), ids(&state)), (None, vec![next]));
     assert_eq!(names(&directory, "quarantine").len(), 5);
 }
 
@@ -243,6 +245,23 @@ fn an_error_in_one_shard_is_counted_and_keeps_nobody_from_the_others() {
     assert!(state.get(&key(6, 0)).unwrap().is_some());
     put(&state, 18..=18);
     assert!(state.get(&key(1, 0)).is_err());
+}
+
+#[test]
+fn a_shard_that_cannot_be_made_durable_is_not_closed_in_silence() {
+    let directory = directory();
+    let state = filled(&directory);
+    state.put(&key(1, 1), &VALUE).unwrap();
+    let nowhere = fs::File::open("/dev/null").unwrap();
+    let break_sync = |(_, file): &(sled::Db, fs::File)| {
+        // SAFETY: both descriptors are open, and the file's own stays its own.
+        unsafe { libc::dup2(nowhere.as_raw_fd(), file.as_raw_fd()) };
+        Ok(())
+    };
+    state.shards().shard(1).unwrap().with("break", break_sync).unwrap();
+    assert!(state.get(&key(6, 0)).is_err(), "it takes the place of the other one");
+    assert_eq!(state.reopened(), 1);
+    assert!(state.get(&key(6, 0)).unwrap().is_some());
 }
 
 /// A map of one Db, with ids 1 to 7.
