@@ -1,6 +1,8 @@
 //! The forwarder against librdkafka's in-process mock cluster. The mock keeps 5 MiB a partition and no more, so the data
 //! sets are small.
 
+#[path = "forward/books.rs"]
+mod books;
 #[path = "forward/live_first.rs"]
 mod live_first;
 #[path = "support/small_log.rs"]
@@ -117,6 +119,11 @@ impl Setup {
     /// Makes a topic that may not be written.
     fn closed_topic(&self, name: &str) {
         self.topic(name, 1);
+        self.close_topic(name);
+    }
+
+    /// It may not be written any more.
+    fn close_topic(&self, name: &str) {
         self.cluster.topic_error(name, Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
     }
 

@@ -13,12 +13,11 @@ use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
 use super::backoff::{Every, LogLimit, Retry};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, RECORDS_MAX, Walk};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, Passed, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
 use super::router::Router;
 use super::spill::{FoundEvent, Spill, SpillError, SpilledEvent};
 use crate::batch::{Event, Sequence, now_ms};
-use crate::metrics::Metrics;
 use crate::wal::Wal;
 
 /// Without a delivery of any topic for so long, topics are moved blindly.
@@ -184,9 +183,9 @@ impl Spilling {
         self.succeeded(Ok(()), now);
         self.blind_at = Some(now);
         for ((lane, moving), numbers) in events.into_iter().zip(numbers) {
-            lanes.moved(lane, &moving.refs, numbers, now);
-            for (event, _, bytes) in &moving.refs {
-                in_flight.spilled(*event, *bytes - EVENT_OVERHEAD_BYTES, now_ms());
+            lanes.moved(lane, &moving.refs, numbers.clone(), now);
+            for ((event, _, bytes), number) in moving.refs.iter().zip(numbers) {
+                in_flight.spilled(*event, (lane, number), *bytes - EVENT_OVERHEAD_BYTES, now_ms());
             }
         }
         true
@@ -210,24 +209,26 @@ impl Spilling {
         self.spill.event(topic, number)
     }
 
-    /// Tells how many events of `topic` a damaged block has cost, and counts them.
-    pub(super) fn report_lost(&mut self, topic: &str, events: u64, metrics: &Metrics, now: Instant) {
-        metrics.forward.dropped_events_damaged.increment(events);
+    /// Tells that a damaged block has cost an event of `topic`.
+    pub(super) fn report_lost(&mut self, topic: &str, now: Instant) {
         if let Some(suppressed) = self.lost.admit(now) {
-            error!(%topic, events, suppressed, "events are lost: the spill is damaged");
+            error!(%topic, suppressed, "an event is lost: the spill is damaged");
         }
     }
 
-    /// Lets go of what the lanes have worked off, durably every so often.
-    pub(super) fn work_off(&mut self, lanes: &mut Lanes, now: Instant) {
-        for (lane, number) in lanes.take_worked_off() {
+    /// Lets go of what the lanes have worked off, durably every so often. What of it is to be counted now.
+    pub(super) fn work_off(&mut self, lanes: &mut Lanes, in_flight: &mut InFlight, now: Instant) -> Passed {
+        let mut passed = Passed::default();
+        for (lane, number, fate) in lanes.take_worked_off() {
             self.worked_off_at = Some(now);
-            self.spill.consume(lanes.topic(lane), number);
+            self.spill.consume(lanes.topic(lane), number + 1);
+            in_flight.worked_off((lane, number), fate, &mut passed);
         }
         if self.settled && self.storing.due(now).is_none() && self.saving.is_due(now) {
             let result = self.spill.save();
             self.succeeded(result, now);
         }
+        passed
     }
 
     /// Makes everything durable, before the end.

@@ -1,6 +1,6 @@
 //! A held lane: what of its topic waits to be sent, and when the next attempt is due.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use super::super::backoff::Backoff;
 use super::super::in_flight::EventRef;
 use super::super::kafka::Failure;
 use super::super::{FailureReason, ParkReason};
-use super::{RetryLimits, ToPark};
+use super::{Fate, RetryLimits, ToPark};
 
 /// Most events of one round.
 pub(super) const ROUND_EVENTS_MAX: usize = 4096;
@@ -43,15 +43,15 @@ pub(super) struct Hold {
 /// The events of the lane that are in the spill. They come before all those of the log.
 #[derive(Debug, Default)]
 pub(super) struct Spilled {
-    /// All before are delivered or parked.
+    /// All before are done for.
     pub(super) consumed: u64,
     /// The first one that no round had yet.
     next: u64,
     end: u64,
     /// With exactly-once delivery, those before are no longer the log's.
     committed: u64,
-    /// Those beyond `consumed` that are delivered or parked.
-    done: BTreeSet<u64>,
+    /// Those beyond `consumed` that are, too.
+    done: BTreeMap<u64, Fate>,
     /// Those that are being parked.
     parking: BTreeSet<u64>,
 }
@@ -253,20 +253,19 @@ impl Hold {
         round
     }
 
-    /// Events in the spill before `number` were delivered earlier, and none of them is in the client. How many that are. A
+    /// Events in the spill before `number` were delivered earlier, and none of them is in the client. What became of them all. A
     /// number that was never given out is not believed.
-    pub(super) fn skip_to(&mut self, number: u64) -> u64 {
+    pub(super) fn skip_to(&mut self, number: u64) -> Vec<(u64, Fate)> {
         let spilled = &mut self.spilled;
-        if number <= spilled.consumed || number > spilled.end {
-            return 0;
+        if number > spilled.end {
+            return Vec::new();
         }
-        let before = spilled.len();
-        spilled.consumed = number;
-        spilled.next = spilled.next.max(number);
-        spilled.done = spilled.done.split_off(&number);
-        spilled.parking = spilled.parking.split_off(&number);
+        for skipped in spilled.consumed..number {
+            spilled.done.entry(skipped).or_insert(Fate::Delivered { payload_bytes: 0 });
+        }
+        spilled.parking.retain(|parking| *parking >= number);
         self.events.retain(|event| !event.is_spilled() || event.number() >= number);
-        before - self.spilled.len()
+        self.spilled.consume()
     }
 
     /// The first event that may go.
@@ -301,15 +300,20 @@ impl Hold {
 }
 
 impl Spilled {
-    /// One event is delivered or parked. Whether that moved `consumed`.
-    pub(super) fn done(&mut self, number: u64) -> bool {
+    /// One event is done for. Those that `consumed` passed for that.
+    pub(super) fn done(&mut self, number: u64, fate: Fate) -> Vec<(u64, Fate)> {
         self.parking.remove(&number);
-        self.done.insert(number);
-        let before = self.consumed;
-        while self.done.remove(&self.consumed) {
+        self.done.insert(number, fate);
+        self.consume()
+    }
+
+    fn consume(&mut self) -> Vec<(u64, Fate)> {
+        let mut passed = Vec::new();
+        while let Some(fate) = self.done.remove(&self.consumed) {
+            passed.push((self.consumed, fate));
             self.consumed += 1;
         }
-        self.consumed > before
+        passed
     }
 
     /// `event` is being parked: no round gets it.
@@ -319,14 +323,14 @@ impl Spilled {
         }
     }
 
-    /// Events not yet delivered or parked.
+    /// Events that are not done for.
     pub(super) fn len(&self) -> u64 {
         self.end - self.consumed - self.done.len() as u64
     }
 
     fn skip_done(&mut self) {
         self.next = self.next.max(self.consumed);
-        while self.done.contains(&self.next) || self.parking.contains(&self.next) {
+        while self.done.contains_key(&self.next) || self.parking.contains(&self.next) {
             self.next += 1;
         }
     }

@@ -37,7 +37,8 @@ use tracing::{info, warn};
 
 use super::ParkReason;
 use super::backoff::LogLimit;
-use super::in_flight::EventRef;
+use super::discard::Dropped;
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef};
 use super::kafka::Failure;
 use super::router::{Router, is_topic_name};
 use hold::{Blame, Hold, Next, blame};
@@ -86,6 +87,21 @@ pub(super) struct ToPark {
     pub(super) failure: Option<Failure>,
 }
 
+/// What became of an event of the spill.
+#[derive(Debug)]
+pub(super) enum Fate {
+    /// Kafka acked it.
+    Delivered { payload_bytes: u64 },
+    /// It is in the parked store.
+    Parked(ParkReason),
+    /// It is in the spill again, for the dead letter topic.
+    Redirected,
+    /// It was given up.
+    Dropped(Dropped),
+    /// Its block is damaged.
+    Lost,
+}
+
 /// Every lane.
 pub(super) struct Lanes {
     limits: RetryLimits,
@@ -103,8 +119,8 @@ pub(super) struct Lanes {
     spilled_client_bytes: u64,
     /// Events that went to the spill while the client had them: their numbers there, by the tag that they were sent with.
     moved: HashMap<usize, (LaneId, EventRef)>,
-    /// Lanes of which events in the spill were worked off.
-    worked_off: Vec<LaneId>,
+    /// Events of the spill that are done for, each after all those before it in its topic.
+    worked_off: Vec<(LaneId, u64, Fate)>,
     rng: SmallRng,
     log_limit: LogLimit,
 }
@@ -211,11 +227,12 @@ impl Lanes {
         self.settle(id, now, &mut Vec::new());
     }
 
-    /// Events of the log, of other topics, are in the spill now as events of `topic`, with those numbers.
-    pub(super) fn redirected(&mut self, topic: &str, numbers: Range<u64>, now: Instant) {
+    /// Events of other topics are in the spill now as events of `topic`, with those numbers. Its lane.
+    pub(super) fn redirected(&mut self, topic: &str, numbers: Range<u64>, now: Instant) -> LaneId {
         let id = self.lane_of(topic);
         self.hold_lane(id, now).append(numbers);
         self.settle(id, now, &mut Vec::new());
+        id
     }
 
     /// The lane's topic.
@@ -303,21 +320,10 @@ impl Lanes {
         if let Some(hold) = &mut lane.hold {
             hold.delivered();
             if event.is_spilled() {
-                self.done(id, event);
+                self.done(id, event, Fate::Delivered { payload_bytes: bytes - EVENT_OVERHEAD_BYTES });
             }
             self.settle(id, now, to_park);
         }
-    }
-
-    /// An event of the spill is parked.
-    pub(super) fn parked(&mut self, id: LaneId, event: EventRef, now: Instant) {
-        self.done(id, event);
-        self.settle(id, now, &mut Vec::new());
-    }
-
-    /// An event of the spill that was to be sent in a round is lost. [`Lanes::settle`] must follow once the round is sent.
-    pub(super) fn lost(&mut self, id: LaneId, event: EventRef) {
-        self.done(id, event);
     }
 
     /// An event of the spill that was to be sent in a round is too old, and to be parked. [`Lanes::settle`] must follow.
@@ -326,20 +332,17 @@ impl Lanes {
         self.lane_mut(id).hold.as_mut().expect("a lane with spilled events is held").spilled.parking(event);
     }
 
-    fn done(&mut self, id: LaneId, event: EventRef) {
+    /// An event of the spill that the client does not have is done for. [`Lanes::settle`] must follow, after the round if it was
+    /// to be sent in one.
+    pub(super) fn done(&mut self, id: LaneId, event: EventRef, fate: Fate) {
         let hold = self.lane_mut(id).hold.as_mut().expect("a lane with spilled events is held");
-        if hold.spilled.done(event.number()) {
-            self.worked_off.push(id);
-        }
+        let passed = hold.spilled.done(event.number(), fate);
+        self.worked_off.extend(passed.into_iter().map(|(number, fate)| (id, number, fate)));
     }
 
-    /// The topics of which events in the spill were worked off since the last call, and all up to which number.
-    pub(super) fn take_worked_off(&mut self) -> Vec<(LaneId, u64)> {
-        let mut ids = std::mem::take(&mut self.worked_off);
-        ids.sort_unstable();
-        ids.dedup();
-        let consumed = |id| self.lane(id).hold.as_ref().map_or(u64::MAX, |hold| hold.spilled.consumed);
-        ids.into_iter().map(|id| (id, consumed(id))).collect()
+    /// Events of the spill that are done for since the last call, with all those before them in their topics.
+    pub(super) fn take_worked_off(&mut self) -> Vec<(LaneId, u64, Fate)> {
+        std::mem::take(&mut self.worked_off)
     }
 
     /// The client reports an event failed.
@@ -419,15 +422,15 @@ impl Lanes {
         }
     }
 
-    /// Everything of `topic` in the spill before `number` was delivered earlier. How many events that are.
-    pub(super) fn skip_to(&mut self, topic: &str, number: u64, now: Instant) -> u64 {
-        let Some(id) = self.by_topic.get(topic).copied() else { return 0 };
-        let Some(skipped) = self.lane_mut(id).hold.as_mut().map(|hold| hold.skip_to(number)) else { return 0 };
-        if skipped > 0 {
-            self.worked_off.push(id);
+    /// Everything of `topic` in the spill before `number` was delivered earlier.
+    pub(super) fn skip_to(&mut self, topic: &str, number: u64, now: Instant) {
+        let Some(id) = self.by_topic.get(topic).copied() else { return };
+        let Some(hold) = &mut self.lane_mut(id).hold else { return };
+        let skipped = hold.skip_to(number);
+        if !skipped.is_empty() {
+            self.worked_off.extend(skipped.into_iter().map(|(number, fate)| (id, number, fate)));
             self.settle(id, now, &mut Vec::new());
         }
-        skipped
     }
 
     /// An event of the spill came back and is to be sent again.

@@ -213,7 +213,7 @@ impl Driver {
     }
 
     fn worked_off(&mut self) -> Option<u64> {
-        self.lanes.take_worked_off().first().map(|(_, number)| *number)
+        self.lanes.take_worked_off().last().map(|(_, number, _)| *number + 1)
     }
 }
 
@@ -252,7 +252,7 @@ fn what_failed_of_it_goes_again_in_order() {
         order.extend(round);
     }
     assert_eq!(order, [11, 12, 14, 15]);
-    assert_eq!(driver.worked_off(), Some(u64::MAX), "a released lane has nothing left");
+    assert_eq!(driver.worked_off(), Some(16));
 }
 
 #[test]
@@ -270,7 +270,8 @@ fn a_refused_topic_is_parked_out_of_the_spill_and_no_event_twice() {
         }
         for ToPark { event, lane, .. } in std::mem::take(&mut driver.parked) {
             parked.push(event.number());
-            driver.lanes.parked(lane.unwrap(), event, driver.now);
+            driver.lanes.done(lane.unwrap(), event, Fate::Parked(ParkReason::NotAuthorised));
+            driver.lanes.settle(lane.unwrap(), driver.now, &mut Vec::new());
         }
     }
     parked.sort_unstable();
@@ -301,13 +302,15 @@ fn what_was_delivered_earlier_is_skipped_and_not_sent_again() {
         driver.lanes.returned(driver.lane, event, BYTES, driver.now);
     }
     // A number that was never given out, as after the spill was removed, is not believed.
-    assert_eq!(driver.lanes.skip_to("t", 5000, driver.now), 0);
-    assert_eq!(driver.lanes.skip_to("t", 105, driver.now), 5);
+    driver.lanes.skip_to("t", 5000, driver.now);
+    assert_eq!(driver.worked_off(), None);
+    driver.lanes.skip_to("t", 105, driver.now);
     assert_eq!(driver.worked_off(), Some(105));
     driver.now = driver.lanes.due().unwrap_or(driver.now).max(driver.now);
     let round = spilled_round(&mut driver);
     assert_eq!(round[0], 105);
     round.iter().for_each(|number| driver.delivered_spilled(driver.tag(*number)));
-    assert_eq!(driver.lanes.skip_to("t", 110, driver.now), 110 - 105 - round.len() as u64);
+    driver.lanes.skip_to("t", 110, driver.now);
+    assert_eq!(driver.worked_off(), Some(110));
     assert!(!driver.lanes.is_held(driver.lane));
 }

@@ -242,7 +242,7 @@ impl Replay {
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
             worked |= self.spill(now);
-            self.spilling.work_off(&mut self.lanes, now);
+            self.work_off(now);
             self.move_watermark(now);
             let more_to_read = self.read_on(now, &mut worked);
             self.report(now);
@@ -276,7 +276,7 @@ impl Replay {
             }
             self.poll_wait = POLL_MAX.min(stop_by - now);
         }
-        self.spilling.work_off(&mut self.lanes, Instant::now());
+        self.work_off(Instant::now());
         self.spilling.finish();
         self.report(Instant::now());
         info!(undelivered_events = self.in_flight.events(), "forwarder stopped");
@@ -303,11 +303,7 @@ impl Replay {
                 continue;
             }
             let (lane, event) = self.reported_event(reported);
-            if event.is_spilled() {
-                self.metrics.forward.delivered_events.increment(1);
-                self.metrics.forward.delivered_bytes.increment(u64::from(reported.payload_bytes));
-                self.shared.status().delivered_events += 1;
-            } else {
+            if !event.is_spilled() {
                 self.in_flight.delivered(event, now_ms);
             }
             self.lanes.delivered(lane, event, charge(reported.payload_bytes as usize), now, &mut self.to_park);
@@ -426,8 +422,9 @@ impl Replay {
 
     /// Forgets everything behind the watermark: it is read again.
     fn rewind(&mut self, now: Instant) {
+        self.work_off(now);
+        self.note_spilled();
         self.in_flight.clear();
-        self.spilling.work_off(&mut self.lanes, now);
         self.spilling.unsettle();
         self.lanes.clear();
         self.full_lane = None;

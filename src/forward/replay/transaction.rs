@@ -593,8 +593,7 @@ impl Replay {
             let cursors = once.names.read(&self.properties)?;
             side.started = true;
             for (topic, next) in cursors.iter().filter(|(topic, _)| !topic.is_empty()) {
-                let events = self.lanes.skip_to(topic, *next, now);
-                self.metrics.forward.delivered_events.increment(events);
+                self.lanes.skip_to(topic, *next, now);
             }
             return Ok(true);
         }
@@ -656,7 +655,7 @@ impl Replay {
     }
 
     fn begin_side(&mut self, lane: LaneId, events: Vec<EventRef>, now: Instant) -> Result<(), TransactionError> {
-        let Aged { rest: events, parked } = self.discard_aged(lane, events, now);
+        let Aged { rest: events, parked } = self.discard_aged(lane, events);
         if parked || events.is_empty() {
             // A transaction says up to where everything is settled: not beyond what is not parked yet.
             events.into_iter().for_each(|event| self.lanes.hold(lane, event));
@@ -704,12 +703,7 @@ impl Replay {
         for (event, bytes, failure) in round.outcomes {
             let failure = failure.map(cause);
             match failure {
-                None if committed => {
-                    self.metrics.forward.delivered_events.increment(1);
-                    self.metrics.forward.delivered_bytes.increment(bytes - charge(0));
-                    self.shared.status().delivered_events += 1;
-                    self.lanes.delivered(lane, event, bytes, now, &mut self.to_park);
-                }
+                None if committed => self.lanes.delivered(lane, event, bytes, now, &mut self.to_park),
                 None => self.lanes.returned(lane, event, bytes, now),
                 Some(failure) => {
                     self.failures.count(lane, failure, &self.metrics);
