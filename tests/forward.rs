@@ -858,6 +858,8 @@ fn transactions_carry_the_cursor() {
     assert_eq!(by_key(setup.consume("click", 2, 500))["a"], (0..500).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(1000);
+    wait_until("the broker is counted", || forwarder.status().brokers > 0);
+    assert_eq!(forwarder.status().brokers, 1, "its coordinator is no other one");
     forwarder.stop(Duration::from_secs(5));
     let cursors = setup.consume("ringtail-cursors", 1, 1);
     let id = format!("ringtail-{}", setup.wal.id());
