@@ -78,16 +78,23 @@ impl Parking {
         self.store.last_id()
     }
 
-    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then.
+    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then. The others that
+    /// `is_spilled` finds in the spill must not be: they are only not yet worked off there.
     ///
     /// # Errors
     /// [`ParkedError`]: worth a retry.
-    pub(super) fn take_back(&self, id: u64, undelivered: &Undelivered) -> Result<(), ParkedError> {
+    pub(super) fn take_back(
+        &self,
+        id: u64,
+        undelivered: &Undelivered,
+        mut is_spilled: impl FnMut(&ParkedEvent) -> bool,
+    ) -> Result<Vec<ParkedAbout>, ParkedError> {
         let shown_again = |event: &ParkedEvent| undelivered.contains(event.about.sequence);
-        let mut ids = Vec::new();
+        let (mut ids, mut spilled) = (Vec::new(), Vec::new());
         for event in self.store.events(id + 1) {
             match event {
                 Ok(event) if shown_again(&event) => ids.push(event.id),
+                Ok(event) if is_spilled(&event) => spilled.push(event.about),
                 Ok(_) | Err(ParkedError::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -95,7 +102,7 @@ impl Parking {
         if !ids.is_empty() {
             self.store.remove(&ids)?;
         }
-        Ok(())
+        Ok(spilled)
     }
 
     /// When [`Parking::run`] has something to do; none without events.
@@ -254,6 +261,7 @@ fn about(to_park: &ToPark, topic: String, found: SpilledEvent) -> (ParkedAbout, 
         sequence: Sequence(found.sequence),
         received_at_ms: found.received_at_ms,
         parked_at_ms: now_ms(),
+        spill_number: to_park.spilled_of().map(|_| to_park.event.number()),
     };
     (about, found.payload)
 }

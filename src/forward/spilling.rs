@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 use super::backoff::{Every, LogLimit, Retry};
 use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, Passed, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
+use super::parked::{ParkedAbout, ParkedEvent};
 use super::router::Router;
 use super::spill::{FoundEvent, Spill, SpillError, SpilledEvent};
 use crate::batch::{Event, Sequence, now_ms};
@@ -207,6 +208,14 @@ impl Spilling {
     /// [`SpillError`], as [`Spill::event`]
     pub(super) fn event(&mut self, topic: &str, number: u64) -> Result<FoundEvent, SpillError> {
         self.spill.event(topic, number)
+    }
+
+    /// Whether a parked event is still in the spill as well.
+    pub(super) fn has(&mut self, parked: &ParkedEvent) -> bool {
+        let ParkedAbout { topic, sequence, spill_number, .. } = &parked.about;
+        let number = spill_number.filter(|number| self.spill.numbers(topic).contains(number));
+        let found = number.and_then(|number| self.spill.event(topic, number).ok());
+        found.is_some_and(|found| found.sequence == sequence.0 && found.payload == parked.payload)
     }
 
     /// Tells that a damaged block has cost an event of `topic`.

@@ -122,3 +122,49 @@ fn what_the_log_shows_again_of_the_spill_is_counted_once() {
     setup.assert_books_balance(182);
     forwarder.stop(DEADLINE);
 }
+
+/// As after a kill between the two.
+#[test]
+fn what_was_parked_out_of_the_spill_before_that_was_noted_there_is_parked_once() {
+    let mut setup = exactly_once();
+    setup.config.in_flight_bytes_max = ByteSize::mib(1);
+    setup.topic("open", 1);
+    setup.closed_topic("closed");
+    let forwarder = setup.start();
+    // Two of each, that nothing but their place tells apart.
+    for at in 0..20 {
+        let closed = ("closed", number(at));
+        setup.send("a", &[closed.clone(), closed, ("open", number(at))]);
+    }
+    wait_until("the topic is out of the way", || setup.delivered() == 20 && forwarder.status().spilled_events == 40);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+    let (spill, kept) = (setup._directory.path().join("spill"), setup._directory.path().join("kept"));
+    copy(&spill, &kept);
+
+    setup.config.topic_grace = Duration::from_millis(100);
+    let forwarder = setup.start();
+    setup.wait_for_empty_log(&forwarder);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+    assert_eq!(setup.parked().len(), 40);
+
+    let setup = setup.reopened_after(|directory| {
+        std::fs::remove_dir_all(directory.join("spill")).unwrap();
+        copy(&directory.join("kept"), &directory.join("spill"));
+    });
+    let forwarder = setup.start();
+    setup.wait_for_empty_log(&forwarder);
+    assert_eq!(setup.parked().len(), 40);
+    assert_eq!(setup.metric("ringtail_forward_parked_events_total"), 40, "all that were pending at the start");
+    forwarder.stop(DEADLINE);
+}
+
+/// Copies the files of a directory.
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}

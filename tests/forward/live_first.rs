@@ -58,7 +58,7 @@ impl Setup {
         }
     }
 
-    fn delivered(&self) -> u64 {
+    pub(super) fn delivered(&self) -> u64 {
         self.metric("ringtail_forward_delivered_events_total")
     }
 

@@ -323,6 +323,11 @@ impl Spilled {
         }
     }
 
+    /// Whether the event with that number is not done for.
+    pub(super) fn holds(&self, number: u64) -> bool {
+        (self.consumed..self.end).contains(&number) && !self.done.contains_key(&number)
+    }
+
     /// Events that are not done for.
     pub(super) fn len(&self) -> u64 {
         self.end - self.consumed - self.done.len() as u64

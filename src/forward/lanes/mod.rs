@@ -340,6 +340,15 @@ impl Lanes {
         self.worked_off.extend(passed.into_iter().map(|(number, fate)| (id, number, fate)));
     }
 
+    /// An event of `topic` in the spill was parked earlier.
+    pub(super) fn parked_earlier(&mut self, topic: &str, number: u64, reason: ParkReason, now: Instant) {
+        let Some(id) = self.by_topic.get(topic).copied() else { return };
+        if self.lane(id).hold.as_ref().is_some_and(|hold| hold.spilled.holds(number)) {
+            self.done(id, EventRef::spilled(number), Fate::Parked(reason));
+            self.settle(id, now, &mut Vec::new());
+        }
+    }
+
     /// Events of the spill that are done for since the last call, with all those before them in their topics.
     pub(super) fn take_worked_off(&mut self) -> Vec<(LaneId, u64, Fate)> {
         std::mem::take(&mut self.worked_off)
