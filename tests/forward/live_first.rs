@@ -173,6 +173,25 @@ fn a_pace_holds_the_backlog_and_no_new_event() {
 }
 
 #[test]
+fn new_events_that_use_all_of_the_pace_leave_a_part_to_the_backlog() {
+    let mut setup = Setup::with_backlog(0..200);
+    setup.config.pace.windows.clear();
+    setup.config.pace.events_per_second_max = 50;
+    let forwarder = setup.start();
+    wait_for_live(&forwarder);
+    let (begun, mut next) = (Instant::now(), 200);
+    let backlog = || setup.delivered() - setup.wal.status().delivered_ahead.map_or(0, |ahead| ahead.events);
+    let before = backlog();
+    wait_until("some of the backlog is delivered", || {
+        setup.send_all("click", now_ms(), next..next + 20);
+        next += 20;
+        backlog() >= before + 20
+    });
+    assert!(next - 200 > 50 * begun.elapsed().as_secs(), "they use all of it: {} in {:?}", next - 200, begun.elapsed());
+    setup.assert_drains_without_a_pace(&forwarder, 200, next);
+}
+
+#[test]
 fn new_events_do_not_wait_for_a_window_without_a_backlog_either() {
     let setup = Setup::with_backlog(0..0);
     let forwarder = setup.start();

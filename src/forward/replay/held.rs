@@ -108,7 +108,7 @@ impl Replay {
         let producer = if by_side { side } else { self.producer.as_ref() };
         let mut walk = Walk::new(&self.in_flight);
         let (mut sent, mut refusal, mut bytes, mut is_over) = (Vec::new(), None, 0, false);
-        let in_time = self.pace.may_send();
+        let in_time = self.pace.is_in_time();
         for event in round {
             let Some(producer) = producer.filter(|_| !is_over) else {
                 self.lanes.hold(lane, event);

@@ -140,8 +140,13 @@ impl Replay {
         let slot = self.in_flight.push(side, record);
         let batch = &record.batch;
         let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
-        let in_time = self.pace.may_send();
-        self.pace.spent(u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64, in_time);
+        let (events, bytes) = (u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64);
+        if self.waits(side, batch.received_at_ms, now_ms()) {
+            self.pace.spent_waiting(events, bytes);
+        } else {
+            let in_time = self.pace.is_in_time();
+            self.pace.spent(events, bytes, in_time);
+        }
         for (index, event) in batch.request.events().enumerate() {
             let event_ref = InFlight::event_ref(slot, index);
             let lane = self.lanes.route(&self.router, event.event_type);
