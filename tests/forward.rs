@@ -898,6 +898,35 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
 }
 
 #[test]
+fn a_busy_topic_that_failed_its_transaction_catches_up_and_flows_again() {
+    let setup = exactly_once();
+    setup.topic("open", 1);
+    setup.closed_topic("closed");
+    let forwarder = setup.start();
+    let mut sent = 0;
+    let mut send = || {
+        setup.send("a", &[("closed", number(sent)), ("open", number(sent))]);
+        sent += 1;
+    };
+    wait_until("events of it go to disk", || {
+        send();
+        forwarder.status().spilled_events > 20
+    });
+    setup.open_topic("closed");
+    // There is never a transaction's time without a new event.
+    wait_until("it is no longer held", || {
+        send();
+        forwarder.status().held_topics == 0
+    });
+    send();
+    assert_eq!(by_key(setup.consume("closed", 1, sent as usize))["a"], (0..sent).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(2 * sent);
+    assert_eq!(forwarder.status().held_topics, 0);
+    forwarder.stop(DEADLINE);
+}
+
+#[test]
 fn parked_events_over_the_limits_go_and_are_counted_apart() {
     let mut setup = Setup::new();
     let limits = |bytes_max, age_max| ParkedConfig { bytes_max, when_full: WhenParkedFull::DropOldest, age_max };

@@ -36,6 +36,8 @@ pub(super) struct Hold {
     expecting: bool,
     /// Rounds take only events of the spill that are committed there.
     exactly_once: bool,
+    /// Since the last failure, an event of the spill was delivered.
+    recovered: bool,
     /// The newest failure, for people; none if the topic just stands still.
     pub(super) last_failure: Option<Failure>,
 }
@@ -98,6 +100,7 @@ impl Hold {
             topic_failing_since: None,
             expecting: false,
             exactly_once: limits.exactly_once,
+            recovered: false,
             last_failure: None,
         }
     }
@@ -134,6 +137,7 @@ impl Hold {
     /// `event` is held because of `failure`.
     pub(super) fn refused(&mut self, event: EventRef, failure: Failure) {
         self.insert(event);
+        self.recovered = false;
         self.round_failed += 1;
         self.last_failure = Some(failure);
         if self.failure.is_none_or(|(_, worst)| blame(worst) < blame(failure)) {
@@ -156,8 +160,17 @@ impl Hold {
     }
 
     /// One event was delivered: the topic is there and may be written.
-    pub(super) fn delivered(&mut self) {
+    pub(super) fn delivered(&mut self, event: EventRef) {
         self.topic_failing_since = None;
+        self.recovered |= event.is_spilled();
+    }
+
+    /// With exactly-once delivery, if the topic takes events again and everything in the spill is delivered: the events of the
+    /// log that came meanwhile.
+    pub(super) fn caught_up(&self) -> Option<Vec<EventRef>> {
+        let is_worked_off = self.spilled.consumed >= self.spilled.end && !self.expecting;
+        let goes = self.exactly_once && self.recovered && is_worked_off && !self.events.is_empty();
+        goes.then(|| self.events.iter().copied().collect())
     }
 
     /// Decides what comes next, `in_client` events of the lane being in the client. `refused` is set when the topic's grace

@@ -318,7 +318,7 @@ impl Lanes {
         let lane = self.lane_mut(id);
         lane.refused = false;
         if let Some(hold) = &mut lane.hold {
-            hold.delivered();
+            hold.delivered(event);
             if event.is_spilled() {
                 self.done(id, event, Fate::Delivered { payload_bytes: bytes - EVENT_OVERHEAD_BYTES });
             }
@@ -533,6 +533,13 @@ impl Lanes {
         }
         let hold = self.lane_mut(id).hold.as_mut()?;
         Some((id, hold.begin_round()))
+    }
+
+    /// Releases a held lane if it has caught up with the log: the events of the log that are to be sent now, in order.
+    pub(super) fn release_caught_up(&mut self, id: LaneId, now: Instant) -> Vec<EventRef> {
+        let Some(events) = self.lane(id).hold.as_ref().and_then(|hold| hold.caught_up()) else { return Vec::new() };
+        self.release(id, now);
+        events
     }
 
     /// When the next round is due.
