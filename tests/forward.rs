@@ -898,7 +898,7 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
 }
 
 #[test]
-fn a_busy_topic_that_failed_its_transaction_catches_up_and_flows_again() {
+fn a_busy_topic_that_failed_its_transaction_catches_up_in_order() {
     let setup = exactly_once();
     setup.topic("open", 1);
     setup.closed_topic("closed");

@@ -140,14 +140,14 @@ impl Spilling {
         if lanes.held() == 0 || !(far_behind || is_short) {
             return false;
         }
-        let held = lanes.held_log_events();
-        let events = if is_backlog_full { in_flight.backlog_events() } else { in_flight.events() };
-        if held == 0 || (!far_behind && held * 4 < events) {
-            return false;
-        }
         let is_blind = self.delivered_at.is_none_or(|at| now.saturating_duration_since(at) >= STALL_PATIENCE);
         let pause = Duration::from_millis(in_flight.bytes() * 1000 / BLIND_BYTES_PER_SECOND);
-        !is_blind || self.blind_at.is_none_or(|at| now.saturating_duration_since(at) >= pause)
+        if is_blind && self.blind_at.is_some_and(|at| now.saturating_duration_since(at) < pause) {
+            return false;
+        }
+        let held = lanes.held_log_events();
+        let events = if is_backlog_full { in_flight.backlog_events() } else { in_flight.events() };
+        held > 0 && (far_behind || held * 4 >= events)
     }
 
     /// Moves the open events of held topics into the spill. Whether any were.

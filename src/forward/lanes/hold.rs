@@ -29,6 +29,8 @@ pub(super) struct Hold {
     round_open: bool,
     next_round: usize,
     retry_at: Instant,
+    /// When the lane has its turn.
+    pub(super) due: Option<Instant>,
     backoff: Backoff,
     pub(super) since: Instant,
     topic_failing_since: Option<Instant>,
@@ -95,6 +97,7 @@ impl Hold {
             round_open: true,
             next_round: 1,
             retry_at: now,
+            due: None,
             backoff: Backoff::new(limits.delay_min, limits.delay_max),
             since: now,
             topic_failing_since: None,

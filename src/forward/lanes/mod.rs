@@ -27,7 +27,8 @@ mod hold;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -112,8 +113,8 @@ pub(super) struct Lanes {
     by_topic: HashMap<Box<str>, LaneId>,
     evict_at: usize,
     held: Vec<LaneId>,
-    /// When the first held lane wants to send.
-    due: Option<Instant>,
+    /// When held lanes want to send, the first one on top. What a lane does not name as [`Hold::due`] counts no more.
+    due: BinaryHeap<Reverse<(Instant, LaneId)>>,
     in_client: u64,
     /// Bytes in the client of events that are in the spill.
     spilled_client_bytes: u64,
@@ -162,7 +163,7 @@ impl Lanes {
             by_topic: HashMap::new(),
             evict_at: LANES_MAX,
             held: Vec::new(),
-            due: None,
+            due: BinaryHeap::new(),
             in_client: 0,
             spilled_client_bytes: 0,
             moved: HashMap::new(),
@@ -502,7 +503,7 @@ impl Lanes {
         }
         match next {
             Next::Release => self.release(id, now),
-            Next::Round(at) => self.due = Some(self.due.map_or(at, |due| due.min(at))),
+            Next::Round(at) => self.round_is_due(id, at),
             Next::Wait | Next::Parked => {}
         }
     }
@@ -510,29 +511,24 @@ impl Lanes {
     /// The next round of a held lane, if one is due: events to send, in order. For each, [`Lanes::sent`],
     /// [`Lanes::refused`] or [`Lanes::hold`] must follow, and then [`Lanes::settle`].
     pub(super) fn next_round(&mut self, now: Instant) -> Option<(LaneId, Vec<EventRef>)> {
-        if self.due.is_none_or(|due| due > now) {
-            return None;
-        }
-        let mut found = None;
-        self.due = None;
-        for id in &self.held {
-            let Some(retry_at) = self.lanes[id.0 as usize].hold.as_mut().and_then(|hold| hold.retry_at()) else {
-                continue;
-            };
-            if found.is_none() && retry_at <= now {
-                found = Some(*id);
-            } else {
-                self.due = Some(self.due.map_or(retry_at, |due| due.min(retry_at)));
+        loop {
+            let Reverse((at, id)) = *self.due.peek().filter(|Reverse((at, _))| *at <= now)?;
+            self.due.pop();
+            let Some(hold) = self.lane_mut(id).hold.as_mut().filter(|hold| hold.due == Some(at)) else { continue };
+            hold.due = None;
+            match hold.retry_at() {
+                Some(retry_at) if retry_at <= now => return Some((id, hold.begin_round())),
+                Some(retry_at) => self.round_is_due(id, retry_at),
+                None => {}
             }
         }
-        let id = found?;
-        // Whoever comes next has its turn before this one again.
-        if let Some(at) = self.held.iter().position(|held| *held == id) {
-            self.held.remove(at);
-            self.held.push(id);
+    }
+
+    fn round_is_due(&mut self, id: LaneId, at: Instant) {
+        let Some(hold) = &mut self.lane_mut(id).hold else { return };
+        if hold.due.replace(at) != Some(at) {
+            self.due.push(Reverse((at, id)));
         }
-        let hold = self.lane_mut(id).hold.as_mut()?;
-        Some((id, hold.begin_round()))
     }
 
     /// Releases a held lane if it has caught up with the log: the events of the log that are to be sent now, in order.
@@ -544,7 +540,7 @@ impl Lanes {
 
     /// When the next round is due.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.due
+        self.due.peek().map(|Reverse((at, _))| *at)
     }
 
     /// Events that the client holds.
@@ -605,7 +601,8 @@ impl Lanes {
         self.held.clear();
         self.moved.clear();
         self.worked_off.clear();
-        (self.due, self.in_client, self.spilled_client_bytes) = (None, 0, 0);
+        self.due.clear();
+        (self.in_client, self.spilled_client_bytes) = (0, 0);
     }
 
     fn release(&mut self, id: LaneId, now: Instant) {
