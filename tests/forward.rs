@@ -1,6 +1,8 @@
 //! The forwarder against librdkafka's in-process mock cluster. The mock keeps 5 MiB a partition and no more, so the data
 //! sets are small.
 
+#[path = "forward/books.rs"]
+mod books;
 #[path = "forward/live_first.rs"]
 mod live_first;
 #[path = "support/small_log.rs"]
@@ -117,6 +119,11 @@ impl Setup {
     /// Makes a topic that may not be written.
     fn closed_topic(&self, name: &str) {
         self.topic(name, 1);
+        self.close_topic(name);
+    }
+
+    /// It may not be written any more.
+    fn close_topic(&self, name: &str) {
         self.cluster.topic_error(name, Code::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED).unwrap();
     }
 
@@ -884,6 +891,8 @@ fn transactions_carry_the_cursor() {
     assert_eq!(by_key(setup.consume("click", 2, 500))["a"], (0..500).collect::<Vec<_>>());
     setup.wait_for_empty_log(&forwarder);
     setup.assert_books_balance(1000);
+    wait_until("the broker is counted", || forwarder.status().brokers > 0);
+    assert_eq!(forwarder.status().brokers, 1, "its coordinator is no other one");
     forwarder.stop(Duration::from_secs(5));
     let cursors = setup.consume("ringtail-cursors", 1, 1);
     let id = format!("ringtail-{}", setup.wal.id());
@@ -919,6 +928,35 @@ fn a_topic_that_fails_its_transaction_is_worked_off_beside_the_others() {
     let parked: Vec<Vec<u8>> = setup.parked().iter().map(|event| event.payload.to_vec()).collect();
     assert_eq!(parked, (0..50).map(number).collect::<Vec<_>>());
     wait_until("no topic is held", || forwarder.status().held_topics == 0);
+}
+
+#[test]
+fn a_busy_topic_that_failed_its_transaction_catches_up_in_order() {
+    let setup = exactly_once();
+    setup.topic("open", 1);
+    setup.closed_topic("closed");
+    let forwarder = setup.start();
+    let mut sent = 0;
+    let mut send = || {
+        setup.send("a", &[("closed", number(sent)), ("open", number(sent))]);
+        sent += 1;
+    };
+    wait_until("events of it go to disk", || {
+        send();
+        forwarder.status().spilled_events > 20
+    });
+    setup.open_topic("closed");
+    // There is never a transaction's time without a new event.
+    wait_until("it is no longer held", || {
+        send();
+        forwarder.status().held_topics == 0
+    });
+    send();
+    assert_eq!(by_key(setup.consume("closed", 1, sent as usize))["a"], (0..sent).collect::<Vec<_>>());
+    setup.wait_for_empty_log(&forwarder);
+    setup.assert_books_balance(2 * sent);
+    assert_eq!(forwarder.status().held_topics, 0);
+    forwarder.stop(DEADLINE);
 }
 
 #[test]

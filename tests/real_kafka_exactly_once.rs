@@ -124,6 +124,35 @@ fn a_topic_that_is_forbidden_for_a_while_arrives_once_too() {
     }
 }
 
+/// Killed when an event is parked, and still in the spill.
+#[cfg(feature = "kill-points")]
+#[test]
+fn what_is_refused_for_good_out_of_the_spill_is_parked_once() {
+    let kafka = Kafka::start_with(Options { acls: true, ..Options::default() });
+    for event_type in &TYPES[..4] {
+        kafka.create_topic(&topic(event_type), 4, &[]);
+    }
+    let bad = topic(TYPES[2]);
+    kafka.deny(&bad, Denied::Write);
+    let settings = format!("{SETTINGS}topic_grace = \"24h\"");
+    let mut service = Service::start(&kafka.bootstrap(), &settings);
+    service.wait_for("its transactions", PATIENCE, |service| service.logged("exactly-once delivery goes on") == 1);
+    let pause = Duration::from_millis(500);
+    let traffic = Traffic::start(service.ports(), Load { clients_per_protocol: 1, pause, ..load(1) });
+    service.wait_for("events of it to go to disk", PATIENCE, |service| service.forward_number("spilled_events") > 30);
+    let ledger = traffic.stop();
+    service.kill();
+    kafka.configure_topic(&bad, &[("max.message.bytes", "400")]);
+    kafka.allow(&bad);
+    service.restart_until_killed_at("park.synced:3");
+    service.restart();
+    service.wait_for("the broker to be seen", PATIENCE, |service| service.forward_number("brokers") == 1);
+    let what = "delivery exactly_once, events too large out of the spill, killed when one was parked";
+    let findings = finish_ledger(fault("exactly once, too large", what), &mut service, &ledger, &kafka, Vec::new());
+    assert!(findings.parked >= 3, "{findings:?}");
+    assert_eq!((service.parked().len() as u64, findings.out_of_order), (findings.parked, 0));
+}
+
 #[test]
 fn a_second_instance_with_the_same_id_takes_over() {
     let kafka = Kafka::start();

@@ -223,7 +223,8 @@ pub struct ForwardConfig {
     /// fails as well. Empty: parked at once.
     pub dead_letter_topic: String,
     /// New events do not wait for a backlog, and not for `pace`: events older than 5 s are a backlog, which drains beside them.
-    /// Gives up the order between the two, also per key. Not with `exactly_once`.
+    /// Gives up the order between the two, also per key. The backlog gets at least a tenth of the limits of `pace`. Not with
+    /// `exactly_once`.
     pub live_first: bool,
     /// How fast, and when.
     pub pace: PaceConfig,

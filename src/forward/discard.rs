@@ -58,7 +58,7 @@ impl DropReason {
     }
 }
 
-/// Events of one record that were given up.
+/// Events of one record, or one of the spill, that were given up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Dropped {
     pub(super) reason: DropReason,
@@ -182,9 +182,9 @@ impl Discard {
         Dropped { reason, topics }
     }
 
-    /// Counts events of the spill, all of one topic.
-    pub(super) fn count_spilled(&mut self, topic: &str, count: u64, reason: DropReason) -> Dropped {
-        Dropped { reason, topics: vec![(self.label(topic, || topic.into()), count)] }
+    /// Counts an event of the spill.
+    pub(super) fn count_spilled(&mut self, topic: &str, reason: DropReason) -> Dropped {
+        Dropped { reason, topics: vec![(self.label(topic, || topic.into()), 1)] }
     }
 
     fn topic(&mut self, event_type: &str, router: &Router) -> Arc<str> {

@@ -11,8 +11,8 @@
 //! - Events with the same key in the same topic keep the order of the log, with the exception that `lanes/mod.rs` states; with
 //!   `forward.live_first` so do those of a backlog, and those that go ahead of it (`replay/live.rs`).
 //! - What is parked has been counted as that. If it is dropped later, that is counted apart (`parked/removal.rs`).
-//! - Every event is counted once, when the watermark passes it, however often it was sent; one of the spill when it is
-//!   delivered from there, and once more if the producer breaks before the watermark has passed it.
+//! - Every event is counted once, when the watermark passes it, however often it was sent; one of the spill when it and all
+//!   before it in its topic are done for there, but not before the watermark has passed it.
 //!
 //! # Limits
 //! - Delivery is at least once: after a crash, or when a producer breaks, what was in flight is sent, or parked, again. With
@@ -155,7 +155,7 @@ impl Forwarder {
             Retry::new(Backoff::new(config.retry_delay_min, config.retry_delay_max)),
             SmallRng::seed_from_u64(seed),
         )?;
-        wal.note_spilled(i64::try_from(spilling.count()).unwrap_or(i64::MAX));
+        wal.note_spilled(spilling.count());
         let mut properties = properties::properties(config, batch_bytes_max);
         properties.extend(properties::password(config)?);
         if config.delivery == Delivery::ExactlyOnce {

@@ -2,7 +2,8 @@
 //!
 //! A budget for each limit fills with time, up to what one second gives; whatever is sent takes from it, also more than there
 //! is, and nothing is sent while one is empty. So a record is never cut, and the limit holds on average. What does not wait
-//! (`forward.live_first`) takes from it too, down to what one second gives below nothing: what waits goes on soon after it.
+//! (`forward.live_first`) takes from it too, down to what one second gives below nothing: what waits goes on soon after it. So that
+//! it goes on in any case, a tenth of each limit comes on top for it alone.
 
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,14 @@ use crate::config::{PaceConfig, TimeWindow};
 /// How often the time of day is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Of each limit, what waits gets one such part also when what does not wait uses all of it.
+const SHARE: f64 = 0.1;
+
 /// See the module.
 pub(super) struct Pace {
-    events: Budget,
-    bytes: Budget,
+    limits: Limits,
+    /// For what waits alone.
+    share: Limits,
     windows: Vec<TimeWindow>,
     /// New events do not wait (`forward.live_first`).
     live_first: bool,
@@ -25,8 +30,8 @@ pub(super) struct Pace {
 impl Pace {
     pub(super) fn new(config: &PaceConfig, live_first: bool, now: Instant) -> Pace {
         Pace {
-            events: Budget::new(config.events_per_second_max, now),
-            bytes: Budget::new(config.bytes_per_second_max.as_u64(), now),
+            limits: Limits::new(config, 1.0, now),
+            share: Limits::new(config, SHARE, now),
             windows: config.windows.clone(),
             live_first,
             looked_at: None,
@@ -36,8 +41,8 @@ impl Pace {
 
     /// Time has passed.
     pub(super) fn tick(&mut self, now: Instant) {
-        self.events.fill(now);
-        self.bytes.fill(now);
+        self.limits.fill(now);
+        self.share.fill(now);
         if self.windows.is_empty() || self.looked_at.is_some_and(|at| now < at + LOOK_INTERVAL) {
             return;
         }
@@ -55,22 +60,67 @@ impl Pace {
         self.is_open = is_open;
     }
 
-    /// Whether anything may be sent now.
+    /// Whether what waits may be sent now.
     pub(super) fn may_send(&self) -> bool {
-        self.is_open && self.events.left() && self.bytes.left()
+        self.is_in_time() || (self.is_open && self.live_first && self.share.left())
     }
 
-    /// When that may change; none if anything may be sent now.
+    /// Whether anything may be sent now, if all of it waited.
+    pub(super) fn is_in_time(&self) -> bool {
+        self.is_open && self.limits.left()
+    }
+
+    /// When what waits may be sent; none if it may now.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
         if self.may_send() {
             return None;
         }
         let closed = (!self.is_open).then(|| self.looked_at.map_or(now, |at| at + LOOK_INTERVAL));
-        [closed, self.events.due(), self.bytes.due()].into_iter().flatten().max()
+        let share = self.live_first.then(|| self.share.due());
+        let left = share.into_iter().chain([self.limits.due()]).min().flatten();
+        closed.into_iter().chain(left).max()
     }
 
-    /// So much was sent; `in_time`: when [`Pace::may_send`] let it.
+    /// So much was sent; `in_time`: when [`Pace::is_in_time`] let it.
     pub(super) fn spent(&mut self, events: u64, bytes: u64, in_time: bool) {
+        self.limits.spend(events, bytes, in_time);
+    }
+
+    /// So much of what waits was sent, beside what does not.
+    pub(super) fn spent_waiting(&mut self, events: u64, bytes: u64) {
+        let in_time = self.is_in_time();
+        self.limits.spend(events, bytes, in_time);
+        self.share.spend(events, bytes, !in_time);
+    }
+}
+
+/// The budgets of both limits.
+struct Limits {
+    events: Budget,
+    bytes: Budget,
+}
+
+impl Limits {
+    /// A `part` of what is allowed.
+    fn new(config: &PaceConfig, part: f64, now: Instant) -> Limits {
+        let budget = |per_second: u64| Budget::new(per_second as f64 * part, now);
+        Limits { events: budget(config.events_per_second_max), bytes: budget(config.bytes_per_second_max.as_u64()) }
+    }
+
+    fn fill(&mut self, now: Instant) {
+        self.events.fill(now);
+        self.bytes.fill(now);
+    }
+
+    fn left(&self) -> bool {
+        self.events.left() && self.bytes.left()
+    }
+
+    fn due(&self) -> Option<Instant> {
+        [self.events.due(), self.bytes.due()].into_iter().flatten().max()
+    }
+
+    fn spend(&mut self, events: u64, bytes: u64, in_time: bool) {
         self.events.spend(events, in_time);
         self.bytes.spend(bytes, in_time);
     }
@@ -84,8 +134,8 @@ struct Budget {
 }
 
 impl Budget {
-    fn new(per_second: u64, now: Instant) -> Budget {
-        let per_second = (per_second > 0).then_some(per_second as f64);
+    fn new(per_second: f64, now: Instant) -> Budget {
+        let per_second = (per_second > 0.0).then_some(per_second);
         Budget { per_second, left: per_second.unwrap_or(0.0), filled_at: now }
     }
 
@@ -150,6 +200,7 @@ mod tests {
         pace.tick(now);
         assert!(pace.may_send() && pace.due(now).is_none());
     }
+
     #[test]
     fn what_does_not_wait_leaves_no_debt_for_what_does() {
         let start = Instant::now();
@@ -162,11 +213,34 @@ mod tests {
             now += Duration::from_secs(1);
             pace.tick(now);
             for _ in 0..10 {
-                let in_time = pace.may_send();
+                let in_time = pace.is_in_time();
                 pace.spent(10, 1000, in_time);
             }
         }
-        let due = pace.due(now).expect("the budget is used up");
+        pace.spent_waiting(10, 1000);
+        let due = pace.due(now).expect("both budgets are used up");
         assert!(due <= now + Duration::from_secs(2), "{:?}", due - now);
+    }
+
+    #[test]
+    fn what_waits_gets_a_tenth_while_the_rest_uses_everything() {
+        let start = Instant::now();
+        let config =
+            PaceConfig { events_per_second_max: 100, bytes_per_second_max: ByteSize::b(0), windows: Vec::new() };
+        let mut pace = Pace::new(&config, true, start);
+        let mut sent = 0;
+        // It waits for a minute, and nothing else was there in the minute before.
+        for tenths in 0..1200 {
+            pace.tick(start + Duration::from_millis(100) * tenths);
+            if tenths >= 600 {
+                let in_time = pace.is_in_time();
+                pace.spent(20, 0, in_time);
+            }
+            while pace.may_send() {
+                pace.spent_waiting(1, 0);
+                sent += u64::from(tenths >= 600);
+            }
+        }
+        assert!((590..=720).contains(&sent), "{sent}");
     }
 }

@@ -12,7 +12,7 @@ use tracing::{error, info};
 use super::ParkReason;
 use super::backoff::Retry;
 use super::in_flight::{InFlight, Walk};
-use super::lanes::{LaneId, Lanes, ToPark};
+use super::lanes::{Fate, LaneId, Lanes, ToPark};
 use super::parked::{Limits, ParkedAbout, ParkedError, ParkedEvent, ParkedStore};
 use super::router::Router;
 use super::spill::{Header, SpillError, SpilledEvent};
@@ -78,16 +78,23 @@ impl Parking {
         self.store.last_id()
     }
 
-    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then.
+    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then. The others that
+    /// `is_spilled` finds in the spill must not be: they are only not yet worked off there.
     ///
     /// # Errors
     /// [`ParkedError`]: worth a retry.
-    pub(super) fn take_back(&self, id: u64, undelivered: &Undelivered) -> Result<(), ParkedError> {
+    pub(super) fn take_back(
+        &self,
+        id: u64,
+        undelivered: &Undelivered,
+        mut is_spilled: impl FnMut(&ParkedEvent) -> bool,
+    ) -> Result<Vec<ParkedAbout>, ParkedError> {
         let shown_again = |event: &ParkedEvent| undelivered.contains(event.about.sequence);
-        let mut ids = Vec::new();
+        let (mut ids, mut spilled) = (Vec::new(), Vec::new());
         for event in self.store.events(id + 1) {
             match event {
                 Ok(event) if shown_again(&event) => ids.push(event.id),
+                Ok(event) if is_spilled(&event) => spilled.push(event.about),
                 Ok(_) | Err(ParkedError::Damaged { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -95,7 +102,7 @@ impl Parking {
         if !ids.is_empty() {
             self.store.remove(&ids)?;
         }
-        Ok(())
+        Ok(spilled)
     }
 
     /// When [`Parking::run`] has something to do; none without events.
@@ -158,8 +165,9 @@ impl Parking {
                 let topic = of.lanes.topic(lane);
                 match of.spilling.event(topic, to_park.event.number()) {
                     Err(SpillError::Damaged { .. }) => {
-                        of.spilling.report_lost(topic, 1, of.metrics, now);
-                        of.lanes.parked(lane, to_park.event, now);
+                        of.spilling.report_lost(topic, now);
+                        of.lanes.done(lane, to_park.event, Fate::Lost);
+                        of.lanes.settle(lane, now, &mut Vec::new());
                         self.waiting.pop_front();
                         continue;
                     }
@@ -180,26 +188,35 @@ impl Parking {
             self.written.push(Written { to_park, payload_bytes });
         }
         kill_point::pass("park.written");
+        // Where each of the letters is now.
+        let mut places = Vec::new();
         match of.dead_letter_topic.filter(|_| !letters.is_empty()) {
             Some(topic) => {
-                let numbers = of.spilling.put(vec![(topic, letters)])?;
-                numbers.into_iter().for_each(|numbers| of.lanes.redirected(topic, numbers, now));
+                for numbers in of.spilling.put(vec![(topic, letters)])? {
+                    let lane = of.lanes.redirected(topic, numbers.clone(), now);
+                    places.extend(numbers.map(|number| (lane, number)));
+                }
             }
             None => self.store.sync()?,
         }
         kill_point::pass("park.synced");
+        let mut places = places.into_iter();
         for Written { to_park, payload_bytes } in self.written.drain(..) {
             let ToPark { event, reason, .. } = to_park;
-            let spilled_of = to_park.spilled_of();
-            match spilled_of {
-                None if are_letters => of.in_flight.spilled(event, payload_bytes, now_ms()),
-                None => of.in_flight.parked(event, reason, payload_bytes, now_ms()),
-                Some(lane) => of.lanes.parked(lane, event, now),
-            }
-            if are_letters {
+            let place = places.next();
+            if place.is_some() {
                 of.metrics.forward.dead_letters(reason).increment(1);
-            } else if spilled_of.is_some() {
-                of.metrics.forward.parked_events_total(reason).increment(1);
+            }
+            match (to_park.spilled_of(), place) {
+                (None, None) => of.in_flight.parked(event, reason, payload_bytes, now_ms()),
+                (None, Some(place)) => of.in_flight.spilled(event, place, payload_bytes, now_ms()),
+                (Some(lane), place) => {
+                    if let Some(place) = place {
+                        of.in_flight.redirected((lane, event.number()), place);
+                    }
+                    of.lanes.done(lane, event, place.map_or(Fate::Parked(reason), |_| Fate::Redirected));
+                    of.lanes.settle(lane, now, &mut Vec::new());
+                }
             }
         }
         Ok(())
@@ -244,6 +261,7 @@ fn about(to_park: &ToPark, topic: String, found: SpilledEvent) -> (ParkedAbout, 
         sequence: Sequence(found.sequence),
         received_at_ms: found.received_at_ms,
         parked_at_ms: now_ms(),
+        spill_number: to_park.spilled_of().map(|_| to_park.event.number()),
     };
     (about, found.payload)
 }

@@ -13,12 +13,12 @@ use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
 use super::backoff::{Every, LogLimit, Retry};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, RECORDS_MAX, Walk};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, Passed, RECORDS_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
+use super::parked::{ParkedAbout, ParkedEvent};
 use super::router::Router;
 use super::spill::{FoundEvent, Spill, SpillError, SpilledEvent};
 use crate::batch::{Event, Sequence, now_ms};
-use crate::metrics::Metrics;
 use crate::wal::Wal;
 
 /// Without a delivery of any topic for so long, topics are moved blindly.
@@ -140,14 +140,14 @@ impl Spilling {
         if lanes.held() == 0 || !(far_behind || is_short) {
             return false;
         }
-        let held = lanes.held_log_events();
-        let events = if is_backlog_full { in_flight.backlog_events() } else { in_flight.events() };
-        if held == 0 || (!far_behind && held * 4 < events) {
-            return false;
-        }
         let is_blind = self.delivered_at.is_none_or(|at| now.saturating_duration_since(at) >= STALL_PATIENCE);
         let pause = Duration::from_millis(in_flight.bytes() * 1000 / BLIND_BYTES_PER_SECOND);
-        !is_blind || self.blind_at.is_none_or(|at| now.saturating_duration_since(at) >= pause)
+        if is_blind && self.blind_at.is_some_and(|at| now.saturating_duration_since(at) < pause) {
+            return false;
+        }
+        let held = lanes.held_log_events();
+        let events = if is_backlog_full { in_flight.backlog_events() } else { in_flight.events() };
+        held > 0 && (far_behind || held * 4 >= events)
     }
 
     /// Moves the open events of held topics into the spill. Whether any were.
@@ -184,9 +184,9 @@ impl Spilling {
         self.succeeded(Ok(()), now);
         self.blind_at = Some(now);
         for ((lane, moving), numbers) in events.into_iter().zip(numbers) {
-            lanes.moved(lane, &moving.refs, numbers, now);
-            for (event, _, bytes) in &moving.refs {
-                in_flight.spilled(*event, *bytes - EVENT_OVERHEAD_BYTES, now_ms());
+            lanes.moved(lane, &moving.refs, numbers.clone(), now);
+            for ((event, _, bytes), number) in moving.refs.iter().zip(numbers) {
+                in_flight.spilled(*event, (lane, number), *bytes - EVENT_OVERHEAD_BYTES, now_ms());
             }
         }
         true
@@ -210,24 +210,34 @@ impl Spilling {
         self.spill.event(topic, number)
     }
 
-    /// Tells how many events of `topic` a damaged block has cost, and counts them.
-    pub(super) fn report_lost(&mut self, topic: &str, events: u64, metrics: &Metrics, now: Instant) {
-        metrics.forward.dropped_events_damaged.increment(events);
+    /// Whether a parked event is still in the spill as well.
+    pub(super) fn has(&mut self, parked: &ParkedEvent) -> bool {
+        let ParkedAbout { topic, sequence, spill_number, .. } = &parked.about;
+        let number = spill_number.filter(|number| self.spill.numbers(topic).contains(number));
+        let found = number.and_then(|number| self.spill.event(topic, number).ok());
+        found.is_some_and(|found| found.sequence == sequence.0 && found.payload == parked.payload)
+    }
+
+    /// Tells that a damaged block has cost an event of `topic`.
+    pub(super) fn report_lost(&mut self, topic: &str, now: Instant) {
         if let Some(suppressed) = self.lost.admit(now) {
-            error!(%topic, events, suppressed, "events are lost: the spill is damaged");
+            error!(%topic, suppressed, "an event is lost: the spill is damaged");
         }
     }
 
-    /// Lets go of what the lanes have worked off, durably every so often.
-    pub(super) fn work_off(&mut self, lanes: &mut Lanes, now: Instant) {
-        for (lane, number) in lanes.take_worked_off() {
+    /// Lets go of what the lanes have worked off, durably every so often. What of it is to be counted now.
+    pub(super) fn work_off(&mut self, lanes: &mut Lanes, in_flight: &mut InFlight, now: Instant) -> Passed {
+        let mut passed = Passed::default();
+        for (lane, number, fate) in lanes.take_worked_off() {
             self.worked_off_at = Some(now);
-            self.spill.consume(lanes.topic(lane), number);
+            self.spill.consume(lanes.topic(lane), number + 1);
+            in_flight.worked_off((lane, number), fate, &mut passed);
         }
         if self.settled && self.storing.due(now).is_none() && self.saving.is_due(now) {
             let result = self.spill.save();
             self.succeeded(result, now);
         }
+        passed
     }
 
     /// Makes everything durable, before the end.

@@ -79,7 +79,7 @@ pub(super) struct Log {
     /// Events ever put into the parked store, as of the cursor.
     pub parked_events: u64,
     /// Pending events that are not in the log any more.
-    pub spilled_events: i64,
+    pub spilled_events: u64,
     /// No space to prepare another segment.
     pub space_short: bool,
     /// Since when batches are refused for lack of space.

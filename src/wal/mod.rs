@@ -271,7 +271,7 @@ impl Wal {
             cursor_sequence: log.cursor.totals.sequence,
             delivered_ahead: log.delivered_ahead_status(),
             pending_batches: pending.sequence,
-            pending_events: pending.events.saturating_add_signed(log.spilled_events),
+            pending_events: pending.events + log.spilled_events,
             pending_bytes: pending.bytes,
             oldest_pending_received_at_ms: log.oldest_received_at_ms(),
             disk_bytes: log.disk_bytes(&self.shared.shape),
@@ -325,9 +325,8 @@ impl Wal {
         Ok(names.iter().any(|name| name.starts_with(PARKED)))
     }
 
-    /// How many events the forwarder keeps beside the log, which no longer counts them: they belong to the backlog. Less than
-    /// none if it has delivered events that the log still counts.
-    pub fn note_spilled(&self, events: i64) {
+    /// How many events the forwarder keeps beside the log, which no longer counts them: they belong to the backlog.
+    pub fn note_spilled(&self, events: u64) {
         self.shared.log().spilled_events = events;
     }
 

@@ -58,7 +58,7 @@ impl Setup {
         }
     }
 
-    fn delivered(&self) -> u64 {
+    pub(super) fn delivered(&self) -> u64 {
         self.metric("ringtail_forward_delivered_events_total")
     }
 
@@ -170,6 +170,25 @@ fn a_pace_holds_the_backlog_and_no_new_event() {
     });
     assert!(setup.wal.status().pending_events > 100, "{before} events of the backlog had gone by then");
     setup.assert_drains_without_a_pace(&forwarder, 200, 300);
+}
+
+#[test]
+fn new_events_that_use_all_of_the_pace_leave_a_part_to_the_backlog() {
+    let mut setup = Setup::with_backlog(0..200);
+    setup.config.pace.windows.clear();
+    setup.config.pace.events_per_second_max = 50;
+    let forwarder = setup.start();
+    wait_for_live(&forwarder);
+    let (begun, mut next) = (Instant::now(), 200);
+    let backlog = || setup.delivered() - setup.wal.status().delivered_ahead.map_or(0, |ahead| ahead.events);
+    let before = backlog();
+    wait_until("some of the backlog is delivered", || {
+        setup.send_all("click", now_ms(), next..next + 20);
+        next += 20;
+        backlog() >= before + 20
+    });
+    assert!(next - 200 > 50 * begun.elapsed().as_secs(), "they use all of it: {} in {:?}", next - 200, begun.elapsed());
+    setup.assert_drains_without_a_pace(&forwarder, 200, next);
 }
 
 #[test]

@@ -17,5 +17,6 @@ pub fn about(topic: &str, reason: ParkReason) -> ParkedAbout {
         sequence: Sequence(3),
         received_at_ms: 1,
         parked_at_ms: 2,
+        spill_number: None,
     }
 }

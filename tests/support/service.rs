@@ -10,6 +10,7 @@ pub mod turns;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::net::Ipv4Addr;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -141,13 +142,8 @@ impl Service {
 
     /// Starts a killed or stopped service again, on the same directory and ports, and waits until it is ready.
     pub fn restart(&mut self) {
-        assert!(self.child.is_none(), "the service runs");
-        self.log_from = self.log().len();
-        let log = OpenOptions::new().create(true).append(true).open(self.log_path()).expect("open the log");
-        let mut command = self.command();
-        command.arg("serve").arg("--config").arg(self.config_path());
-        command.stdin(Stdio::null()).stdout(File::open("/dev/null").expect("open /dev/null")).stderr(log);
-        self.child = Some(turns::spawn(&mut command).expect("start the service"));
+        let command = self.command();
+        self.spawn(command);
         let ready = format!(" ready http=127.0.0.1:{} ", self.ports.http);
         self.wait_for("the service to be ready", SERVICE_PATIENCE, |service| {
             let ended = service.child.as_mut().and_then(|child| child.try_wait().expect("wait for the service"));
@@ -159,6 +155,27 @@ impl Service {
     /// Changes the names that it can resolve.
     pub fn set_hosts(&self, names: &[&str]) {
         self.hosts.as_ref().expect("it has hosts of its own").set(names);
+    }
+
+    /// Starts it again, with a binary that has kill points, and returns when it is killed at `point`, as `name:passage`.
+    pub fn restart_until_killed_at(&mut self, point: &str) {
+        let mut command = self.command();
+        command.env("KILL_POINT", point);
+        self.spawn(command);
+        self.wait_for("the service to be killed", SERVICE_PATIENCE, |service| {
+            let child = service.child.as_mut().expect("it was just started");
+            child.try_wait().expect("wait for the service").is_some_and(|status| status.signal() == Some(libc::SIGKILL))
+        });
+        self.child = None;
+    }
+
+    fn spawn(&mut self, mut command: Command) {
+        assert!(self.child.is_none(), "the service runs");
+        self.log_from = self.log().len();
+        let log = OpenOptions::new().create(true).append(true).open(self.log_path()).expect("open the log");
+        command.arg("serve").arg("--config").arg(self.config_path());
+        command.stdin(Stdio::null()).stdout(File::open("/dev/null").expect("open /dev/null")).stderr(log);
+        self.child = Some(turns::spawn(&mut command).expect("start the service"));
     }
 
     /// Where clients connect to.

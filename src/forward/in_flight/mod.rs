@@ -7,23 +7,23 @@
 //! slots of new records have higher numbers than those of the backlog, however many of these are still to come.
 //!
 //! - A record is counted (delivered, parked, delay) when the watermark passes it, hence exactly once, however often its
-//!   events were sent.
+//!   events were sent. What becomes of its events in the spill before that is counted with it; later, by itself.
 //! - A record is copied out of what the log's reader returned, so that one slow record pins its own bytes and no more.
 //! - Bytes are charged from [`InFlight::push`] until the record is done: its request, and [`EVENT_OVERHEAD_BYTES`] an
 //!   event for what the Kafka client keeps. That client's copy of the payloads comes on top, so memory is about twice
 //!   the charge.
-//! - A done record behind the watermark keeps only a slot of about 130 bytes; there are at most [`RECORDS_MAX`] slots.
+//! - A done record behind the watermark keeps only a slot of about 160 bytes, and 60 for each of its events in the spill; there are at most [`RECORDS_MAX`] slots.
 
 #[cfg(test)]
 pub(super) mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use bytes::Bytes;
 
 use super::ParkReason;
 use super::discard::Dropped;
-use super::lanes::LaneId;
+use super::lanes::{Fate, LaneId};
 use crate::batch::{Batch, Event, Events, Request, Sequence, now_ms};
 use crate::wal::{Position, Record};
 
@@ -123,9 +123,12 @@ pub(super) struct InFlight {
     is_live: bool,
     /// Charges of all records that the watermark has not passed, done or not.
     span_bytes: u64,
-    /// Events that are in the spill, and of which the watermark has not passed the record.
-    spilled: u64,
+    /// The slots of events in the spill of which the watermark has not passed the record.
+    spilled: HashMap<Spilled, u64>,
 }
+
+/// An event in the spill: its lane, and its number there.
+pub(super) type Spilled = (LaneId, u64);
 
 /// The records of one side.
 struct Row {
@@ -147,7 +150,9 @@ struct Slot {
     delay_ms: u64,
     parked: Option<Box<ParkedCounts>>,
     /// Events that went to the spill.
-    spilled: u32,
+    spilled: Vec<Spilled>,
+    /// What became of them there.
+    worked_off: Option<Box<Passed>>,
     /// The record was given up.
     dropped: Option<Box<Dropped>>,
     /// What it takes to send or park its events; dropped once there is none left.
@@ -167,7 +172,7 @@ pub(super) struct Live {
     lanes: Vec<Option<LaneId>>,
 }
 
-/// What the watermark passed.
+/// What the watermark passed, or what is done for in the spill.
 #[derive(Debug, Default)]
 pub(super) struct Passed {
     /// Where the watermark is now, if it moved.
@@ -180,12 +185,39 @@ pub(super) struct Passed {
     pub(super) parked: ParkedCounts,
     /// Events given up.
     pub(super) dropped: Vec<Dropped>,
+    /// Events lost to damage.
+    pub(super) lost: u64,
+}
+
+impl Passed {
+    /// Adds what became of one event.
+    fn add(&mut self, fate: Fate) {
+        match fate {
+            Fate::Delivered { payload_bytes } => {
+                self.delivered_events += 1;
+                self.delivered_bytes += payload_bytes;
+            }
+            Fate::Parked(reason) => self.parked[reason as usize] += 1,
+            Fate::Dropped(dropped) => self.dropped.push(dropped),
+            Fate::Lost => self.lost += 1,
+            Fate::Redirected => {}
+        }
+    }
+
+    /// Adds all of `more`, which moved no watermark.
+    fn extend(&mut self, more: Passed) {
+        self.delivered_events += more.delivered_events;
+        self.delivered_bytes += more.delivered_bytes;
+        self.parked.iter_mut().zip(more.parked).for_each(|(total, count)| *total += count);
+        self.dropped.extend(more.dropped);
+        self.lost += more.lost;
+    }
 }
 
 impl Default for InFlight {
     fn default() -> InFlight {
         let row = || Row { slots: VecDeque::new(), front: FRONT, bytes: 0, events: 0 };
-        InFlight { rows: [row(), row()], backlog: 0, is_live: false, span_bytes: 0, spilled: 0 }
+        InFlight { rows: [row(), row()], backlog: 0, is_live: false, span_bytes: 0, spilled: HashMap::new() }
     }
 }
 
@@ -208,7 +240,8 @@ impl InFlight {
             charge,
             delay_ms: 0,
             parked: None,
-            spilled: 0,
+            spilled: Vec::new(),
+            worked_off: None,
             dropped: None,
             live: Some(Box::new(live)),
         });
@@ -228,7 +261,8 @@ impl InFlight {
             charge: 0,
             delay_ms: now_ms().saturating_sub(record.batch.received_at_ms),
             parked: None,
-            spilled: 0,
+            spilled: Vec::new(),
+            worked_off: None,
             dropped: None,
             live: None,
         });
@@ -249,7 +283,8 @@ impl InFlight {
             charge: 0,
             delay_ms: 0,
             parked: None,
-            spilled: 0,
+            spilled: Vec::new(),
+            worked_off: None,
             dropped: Some(Box::new(dropped)),
             live: None,
         });
@@ -325,13 +360,30 @@ impl InFlight {
         self.close_one(event, now_ms);
     }
 
-    /// An open event is durably in the spill.
-    pub(super) fn spilled(&mut self, event: EventRef, payload_bytes: u64, now_ms: u64) {
+    /// An open event is durably in the spill, at `place`.
+    pub(super) fn spilled(&mut self, event: EventRef, place: Spilled, payload_bytes: u64, now_ms: u64) {
         let slot = self.slot_mut(event.slot);
-        slot.spilled += 1;
+        slot.spilled.push(place);
         slot.payload_bytes -= payload_bytes;
-        self.spilled += 1;
+        self.spilled.insert(place, event.slot);
         self.close_one(event, now_ms);
+    }
+
+    /// An event of the spill has another place in it now.
+    pub(super) fn redirected(&mut self, from: Spilled, to: Spilled) {
+        if let Some(slot) = self.spilled.remove(&from) {
+            self.spilled.insert(to, slot);
+            self.slot_mut(slot).spilled.iter_mut().filter(|place| **place == from).for_each(|place| *place = to);
+        }
+    }
+
+    /// The spill is done with an event of its own. That is counted with its record, or in `passed` if the watermark has passed
+    /// that one.
+    pub(super) fn worked_off(&mut self, place: Spilled, fate: Fate, passed: &mut Passed) {
+        match self.spilled.remove(&place) {
+            Some(slot) => self.slot_mut(slot).worked_off.get_or_insert_default().add(fate),
+            None => passed.add(fate),
+        }
     }
 
     /// The open events of the lanes that `wanted` names, in the order of the log.
@@ -358,9 +410,14 @@ impl InFlight {
             row.front += 1;
             let counts = slot.parked.map_or([0; ParkReason::ALL.len()], |counts| *counts);
             let parked: u64 = counts.iter().sum();
-            let delivered = u64::from(slot.events) - parked - u64::from(slot.spilled);
+            let delivered = u64::from(slot.events) - parked - slot.spilled.len() as u64;
             self.span_bytes -= slot.charge;
-            self.spilled -= u64::from(slot.spilled);
+            for spilled in slot.spilled {
+                self.spilled.remove(&spilled);
+            }
+            if let Some(worked_off) = slot.worked_off {
+                passed.extend(*worked_off);
+            }
             passed.end = Some(slot.end);
             passed.delivered_events += delivered;
             passed.delivered_bytes += slot.payload_bytes;
@@ -380,7 +437,8 @@ impl InFlight {
             row.slots.clear();
             (row.bytes, row.events) = (0, 0);
         }
-        (self.span_bytes, self.spilled) = (0, 0);
+        self.span_bytes = 0;
+        self.spilled.clear();
     }
 
     /// Bytes charged now.
@@ -410,7 +468,7 @@ impl InFlight {
 
     /// Events in the spill that the log still counts.
     pub(super) fn spilled_events(&self) -> u64 {
-        self.spilled
+        self.spilled.len() as u64
     }
 
     /// Records that the watermark has not passed.

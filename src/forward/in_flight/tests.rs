@@ -86,6 +86,34 @@ fn the_watermark_waits_for_the_oldest() {
 }
 
 #[test]
+fn what_was_in_the_spill_is_counted_once_with_its_record_or_after_it() {
+    let records = records(&[vec![1], vec![2, 3, 4, 5, 6]]);
+    let mut in_flight = InFlight::default();
+    let first = open_events(&mut in_flight, &records[0])[0];
+    let (lane, dead) = (LaneId(0), LaneId(1));
+    for (event, number) in open_events(&mut in_flight, &records[1]).into_iter().zip(10..) {
+        in_flight.spilled(event, (lane, number), number - 8, 1500);
+    }
+    let mut passed = Passed::default();
+    in_flight.worked_off((lane, 10), Fate::Delivered { payload_bytes: 2 }, &mut passed);
+    in_flight.worked_off((lane, 11), Fate::Parked(ParkReason::TooLarge), &mut passed);
+    in_flight.worked_off((lane, 12), Fate::Lost, &mut passed);
+    in_flight.redirected((lane, 13), (dead, 20));
+    in_flight.worked_off((lane, 13), Fate::Redirected, &mut passed);
+    in_flight.worked_off((dead, 20), Fate::Delivered { payload_bytes: 5 }, &mut passed);
+    let counts = |passed: &Passed| {
+        (passed.delivered_events, passed.delivered_bytes, passed.parked[ParkReason::TooLarge as usize], passed.lost)
+    };
+    assert_eq!(counts(&passed), (0, 0, 0, 0), "the log shows them again if the producer breaks");
+    assert_eq!(in_flight.spilled_events(), 1);
+    in_flight.delivered(first, 1500);
+    assert_eq!(counts(&in_flight.advance(Side::Backlog, |_| {})), (3, 8, 1, 1));
+    assert_eq!(in_flight.spilled_events(), 0);
+    in_flight.worked_off((lane, 14), Fate::Delivered { payload_bytes: 6 }, &mut passed);
+    assert_eq!(counts(&passed), (1, 6, 0, 0), "it is in the spill alone");
+}
+
+#[test]
 fn tags_survive_the_wrap_of_their_slot() {
     let mut in_flight = InFlight::default();
     in_flight.rows[0].front = FRONT + (1 << SLOT_BITS) - 2;

@@ -10,7 +10,7 @@
 mod transactions;
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -366,11 +366,15 @@ struct Statistics<'a> {
 struct BrokerStatistics<'a> {
     #[serde(borrow)]
     state: Cow<'a, str>,
+    #[serde(borrow)]
+    nodename: Cow<'a, str>,
 }
 
 impl Statistics<'_> {
+    /// A coordinator of transactions is listed apart, and is one of the brokers.
     fn brokers_up(&self) -> u32 {
-        self.brokers.values().map(|broker| u32::from(matches!(&*broker.state, "UP" | "REAUTH"))).sum()
+        let up = self.brokers.values().filter(|broker| matches!(&*broker.state, "UP" | "REAUTH"));
+        up.map(|broker| &*broker.nodename).collect::<HashSet<_>>().len() as u32
     }
 }
 
@@ -380,8 +384,9 @@ mod tests {
 
     #[test]
     fn statistics_are_read_for_the_brokers_that_are_up() {
-        let json = br#"{"name":"x","brokers":{"a:1/1":{"name":"a","state":"UP","rtt":{"min":1}},
-            "b:1/2":{"state":"DOWN"},"c:1/3":{"state":"REAUTH"}},"topics":{"t":{"partitions":{}}}}"#;
+        let json = br#"{"name":"x","brokers":{"a:1/1":{"name":"a","state":"UP","nodename":"a:1","rtt":{"min":1}},
+            "b:1/2":{"state":"DOWN","nodename":"b:1"},"c:1/3":{"state":"REAUTH","nodename":"c:1"},
+            "TxnCoordinator":{"state":"UP","nodename":"c:1"}},"topics":{"t":{"partitions":{}}}}"#;
         assert_eq!(serde_json::from_slice::<Statistics>(json).unwrap().brokers_up(), 2);
         assert_eq!(serde_json::from_slice::<Statistics>(b"{}").unwrap().brokers_up(), 0);
     }

@@ -1,6 +1,6 @@
 //! A held lane: what of its topic waits to be sent, and when the next attempt is due.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use super::super::backoff::Backoff;
 use super::super::in_flight::EventRef;
 use super::super::kafka::Failure;
 use super::super::{FailureReason, ParkReason};
-use super::{RetryLimits, ToPark};
+use super::{Fate, RetryLimits, ToPark};
 
 /// Most events of one round.
 pub(super) const ROUND_EVENTS_MAX: usize = 4096;
@@ -29,6 +29,8 @@ pub(super) struct Hold {
     round_open: bool,
     next_round: usize,
     retry_at: Instant,
+    /// When the lane has its turn.
+    pub(super) due: Option<Instant>,
     backoff: Backoff,
     pub(super) since: Instant,
     topic_failing_since: Option<Instant>,
@@ -36,6 +38,8 @@ pub(super) struct Hold {
     expecting: bool,
     /// Rounds take only events of the spill that are committed there.
     exactly_once: bool,
+    /// Since the last failure, an event of the spill was delivered.
+    recovered: bool,
     /// The newest failure, for people; none if the topic just stands still.
     pub(super) last_failure: Option<Failure>,
 }
@@ -43,15 +47,15 @@ pub(super) struct Hold {
 /// The events of the lane that are in the spill. They come before all those of the log.
 #[derive(Debug, Default)]
 pub(super) struct Spilled {
-    /// All before are delivered or parked.
+    /// All before are done for.
     pub(super) consumed: u64,
     /// The first one that no round had yet.
     next: u64,
     end: u64,
     /// With exactly-once delivery, those before are no longer the log's.
     committed: u64,
-    /// Those beyond `consumed` that are delivered or parked.
-    done: BTreeSet<u64>,
+    /// Those beyond `consumed` that are, too.
+    done: BTreeMap<u64, Fate>,
     /// Those that are being parked.
     parking: BTreeSet<u64>,
 }
@@ -93,11 +97,13 @@ impl Hold {
             round_open: true,
             next_round: 1,
             retry_at: now,
+            due: None,
             backoff: Backoff::new(limits.delay_min, limits.delay_max),
             since: now,
             topic_failing_since: None,
             expecting: false,
             exactly_once: limits.exactly_once,
+            recovered: false,
             last_failure: None,
         }
     }
@@ -134,6 +140,7 @@ impl Hold {
     /// `event` is held because of `failure`.
     pub(super) fn refused(&mut self, event: EventRef, failure: Failure) {
         self.insert(event);
+        self.recovered = false;
         self.round_failed += 1;
         self.last_failure = Some(failure);
         if self.failure.is_none_or(|(_, worst)| blame(worst) < blame(failure)) {
@@ -156,8 +163,17 @@ impl Hold {
     }
 
     /// One event was delivered: the topic is there and may be written.
-    pub(super) fn delivered(&mut self) {
+    pub(super) fn delivered(&mut self, event: EventRef) {
         self.topic_failing_since = None;
+        self.recovered |= event.is_spilled();
+    }
+
+    /// With exactly-once delivery, if the topic takes events again and everything in the spill is delivered: the events of the
+    /// log that came meanwhile.
+    pub(super) fn caught_up(&self) -> Option<Vec<EventRef>> {
+        let is_worked_off = self.spilled.consumed >= self.spilled.end && !self.expecting;
+        let goes = self.exactly_once && self.recovered && is_worked_off && !self.events.is_empty();
+        goes.then(|| self.events.iter().copied().collect())
     }
 
     /// Decides what comes next, `in_client` events of the lane being in the client. `refused` is set when the topic's grace
@@ -253,20 +269,19 @@ impl Hold {
         round
     }
 
-    /// Events in the spill before `number` were delivered earlier, and none of them is in the client. How many that are. A
+    /// Events in the spill before `number` were delivered earlier, and none of them is in the client. What became of them all. A
     /// number that was never given out is not believed.
-    pub(super) fn skip_to(&mut self, number: u64) -> u64 {
+    pub(super) fn skip_to(&mut self, number: u64) -> Vec<(u64, Fate)> {
         let spilled = &mut self.spilled;
-        if number <= spilled.consumed || number > spilled.end {
-            return 0;
+        if number > spilled.end {
+            return Vec::new();
         }
-        let before = spilled.len();
-        spilled.consumed = number;
-        spilled.next = spilled.next.max(number);
-        spilled.done = spilled.done.split_off(&number);
-        spilled.parking = spilled.parking.split_off(&number);
+        for skipped in spilled.consumed..number {
+            spilled.done.entry(skipped).or_insert(Fate::Delivered { payload_bytes: 0 });
+        }
+        spilled.parking.retain(|parking| *parking >= number);
         self.events.retain(|event| !event.is_spilled() || event.number() >= number);
-        before - self.spilled.len()
+        self.spilled.consume()
     }
 
     /// The first event that may go.
@@ -301,15 +316,20 @@ impl Hold {
 }
 
 impl Spilled {
-    /// One event is delivered or parked. Whether that moved `consumed`.
-    pub(super) fn done(&mut self, number: u64) -> bool {
+    /// One event is done for. Those that `consumed` passed for that.
+    pub(super) fn done(&mut self, number: u64, fate: Fate) -> Vec<(u64, Fate)> {
         self.parking.remove(&number);
-        self.done.insert(number);
-        let before = self.consumed;
-        while self.done.remove(&self.consumed) {
+        self.done.insert(number, fate);
+        self.consume()
+    }
+
+    fn consume(&mut self) -> Vec<(u64, Fate)> {
+        let mut passed = Vec::new();
+        while let Some(fate) = self.done.remove(&self.consumed) {
+            passed.push((self.consumed, fate));
             self.consumed += 1;
         }
-        self.consumed > before
+        passed
     }
 
     /// `event` is being parked: no round gets it.
@@ -319,14 +339,19 @@ impl Spilled {
         }
     }
 
-    /// Events not yet delivered or parked.
+    /// Whether the event with that number is not done for.
+    pub(super) fn holds(&self, number: u64) -> bool {
+        (self.consumed..self.end).contains(&number) && !self.done.contains_key(&number)
+    }
+
+    /// Events that are not done for.
     pub(super) fn len(&self) -> u64 {
         self.end - self.consumed - self.done.len() as u64
     }
 
     fn skip_done(&mut self) {
         self.next = self.next.max(self.consumed);
-        while self.done.contains(&self.next) || self.parking.contains(&self.next) {
+        while self.done.contains_key(&self.next) || self.parking.contains(&self.next) {
             self.next += 1;
         }
     }

@@ -27,7 +27,8 @@ mod hold;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -37,7 +38,8 @@ use tracing::{info, warn};
 
 use super::ParkReason;
 use super::backoff::LogLimit;
-use super::in_flight::EventRef;
+use super::discard::Dropped;
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef};
 use super::kafka::Failure;
 use super::router::{Router, is_topic_name};
 use hold::{Blame, Hold, Next, blame};
@@ -86,6 +88,21 @@ pub(super) struct ToPark {
     pub(super) failure: Option<Failure>,
 }
 
+/// What became of an event of the spill.
+#[derive(Debug)]
+pub(super) enum Fate {
+    /// Kafka acked it.
+    Delivered { payload_bytes: u64 },
+    /// It is in the parked store.
+    Parked(ParkReason),
+    /// It is in the spill again, for the dead letter topic.
+    Redirected,
+    /// It was given up.
+    Dropped(Dropped),
+    /// Its block is damaged.
+    Lost,
+}
+
 /// Every lane.
 pub(super) struct Lanes {
     limits: RetryLimits,
@@ -96,15 +113,15 @@ pub(super) struct Lanes {
     by_topic: HashMap<Box<str>, LaneId>,
     evict_at: usize,
     held: Vec<LaneId>,
-    /// When the first held lane wants to send.
-    due: Option<Instant>,
+    /// When held lanes want to send, the first one on top. What a lane does not name as [`Hold::due`] counts no more.
+    due: BinaryHeap<Reverse<(Instant, LaneId)>>,
     in_client: u64,
     /// Bytes in the client of events that are in the spill.
     spilled_client_bytes: u64,
     /// Events that went to the spill while the client had them: their numbers there, by the tag that they were sent with.
     moved: HashMap<usize, (LaneId, EventRef)>,
-    /// Lanes of which events in the spill were worked off.
-    worked_off: Vec<LaneId>,
+    /// Events of the spill that are done for, each after all those before it in its topic.
+    worked_off: Vec<(LaneId, u64, Fate)>,
     rng: SmallRng,
     log_limit: LogLimit,
 }
@@ -146,7 +163,7 @@ impl Lanes {
             by_topic: HashMap::new(),
             evict_at: LANES_MAX,
             held: Vec::new(),
-            due: None,
+            due: BinaryHeap::new(),
             in_client: 0,
             spilled_client_bytes: 0,
             moved: HashMap::new(),
@@ -211,11 +228,12 @@ impl Lanes {
         self.settle(id, now, &mut Vec::new());
     }
 
-    /// Events of the log, of other topics, are in the spill now as events of `topic`, with those numbers.
-    pub(super) fn redirected(&mut self, topic: &str, numbers: Range<u64>, now: Instant) {
+    /// Events of other topics are in the spill now as events of `topic`, with those numbers. Its lane.
+    pub(super) fn redirected(&mut self, topic: &str, numbers: Range<u64>, now: Instant) -> LaneId {
         let id = self.lane_of(topic);
         self.hold_lane(id, now).append(numbers);
         self.settle(id, now, &mut Vec::new());
+        id
     }
 
     /// The lane's topic.
@@ -301,23 +319,12 @@ impl Lanes {
         let lane = self.lane_mut(id);
         lane.refused = false;
         if let Some(hold) = &mut lane.hold {
-            hold.delivered();
+            hold.delivered(event);
             if event.is_spilled() {
-                self.done(id, event);
+                self.done(id, event, Fate::Delivered { payload_bytes: bytes - EVENT_OVERHEAD_BYTES });
             }
             self.settle(id, now, to_park);
         }
-    }
-
-    /// An event of the spill is parked.
-    pub(super) fn parked(&mut self, id: LaneId, event: EventRef, now: Instant) {
-        self.done(id, event);
-        self.settle(id, now, &mut Vec::new());
-    }
-
-    /// An event of the spill that was to be sent in a round is lost. [`Lanes::settle`] must follow once the round is sent.
-    pub(super) fn lost(&mut self, id: LaneId, event: EventRef) {
-        self.done(id, event);
     }
 
     /// An event of the spill that was to be sent in a round is too old, and to be parked. [`Lanes::settle`] must follow.
@@ -326,20 +333,26 @@ impl Lanes {
         self.lane_mut(id).hold.as_mut().expect("a lane with spilled events is held").spilled.parking(event);
     }
 
-    fn done(&mut self, id: LaneId, event: EventRef) {
+    /// An event of the spill that the client does not have is done for. [`Lanes::settle`] must follow, after the round if it was
+    /// to be sent in one.
+    pub(super) fn done(&mut self, id: LaneId, event: EventRef, fate: Fate) {
         let hold = self.lane_mut(id).hold.as_mut().expect("a lane with spilled events is held");
-        if hold.spilled.done(event.number()) {
-            self.worked_off.push(id);
+        let passed = hold.spilled.done(event.number(), fate);
+        self.worked_off.extend(passed.into_iter().map(|(number, fate)| (id, number, fate)));
+    }
+
+    /// An event of `topic` in the spill was parked earlier.
+    pub(super) fn parked_earlier(&mut self, topic: &str, number: u64, reason: ParkReason, now: Instant) {
+        let Some(id) = self.by_topic.get(topic).copied() else { return };
+        if self.lane(id).hold.as_ref().is_some_and(|hold| hold.spilled.holds(number)) {
+            self.done(id, EventRef::spilled(number), Fate::Parked(reason));
+            self.settle(id, now, &mut Vec::new());
         }
     }
 
-    /// The topics of which events in the spill were worked off since the last call, and all up to which number.
-    pub(super) fn take_worked_off(&mut self) -> Vec<(LaneId, u64)> {
-        let mut ids = std::mem::take(&mut self.worked_off);
-        ids.sort_unstable();
-        ids.dedup();
-        let consumed = |id| self.lane(id).hold.as_ref().map_or(u64::MAX, |hold| hold.spilled.consumed);
-        ids.into_iter().map(|id| (id, consumed(id))).collect()
+    /// Events of the spill that are done for since the last call, with all those before them in their topics.
+    pub(super) fn take_worked_off(&mut self) -> Vec<(LaneId, u64, Fate)> {
+        std::mem::take(&mut self.worked_off)
     }
 
     /// The client reports an event failed.
@@ -419,15 +432,15 @@ impl Lanes {
         }
     }
 
-    /// Everything of `topic` in the spill before `number` was delivered earlier. How many events that are.
-    pub(super) fn skip_to(&mut self, topic: &str, number: u64, now: Instant) -> u64 {
-        let Some(id) = self.by_topic.get(topic).copied() else { return 0 };
-        let Some(skipped) = self.lane_mut(id).hold.as_mut().map(|hold| hold.skip_to(number)) else { return 0 };
-        if skipped > 0 {
-            self.worked_off.push(id);
+    /// Everything of `topic` in the spill before `number` was delivered earlier.
+    pub(super) fn skip_to(&mut self, topic: &str, number: u64, now: Instant) {
+        let Some(id) = self.by_topic.get(topic).copied() else { return };
+        let Some(hold) = &mut self.lane_mut(id).hold else { return };
+        let skipped = hold.skip_to(number);
+        if !skipped.is_empty() {
+            self.worked_off.extend(skipped.into_iter().map(|(number, fate)| (id, number, fate)));
             self.settle(id, now, &mut Vec::new());
         }
-        skipped
     }
 
     /// An event of the spill came back and is to be sent again.
@@ -490,7 +503,7 @@ impl Lanes {
         }
         match next {
             Next::Release => self.release(id, now),
-            Next::Round(at) => self.due = Some(self.due.map_or(at, |due| due.min(at))),
+            Next::Round(at) => self.round_is_due(id, at),
             Next::Wait | Next::Parked => {}
         }
     }
@@ -498,34 +511,36 @@ impl Lanes {
     /// The next round of a held lane, if one is due: events to send, in order. For each, [`Lanes::sent`],
     /// [`Lanes::refused`] or [`Lanes::hold`] must follow, and then [`Lanes::settle`].
     pub(super) fn next_round(&mut self, now: Instant) -> Option<(LaneId, Vec<EventRef>)> {
-        if self.due.is_none_or(|due| due > now) {
-            return None;
-        }
-        let mut found = None;
-        self.due = None;
-        for id in &self.held {
-            let Some(retry_at) = self.lanes[id.0 as usize].hold.as_mut().and_then(|hold| hold.retry_at()) else {
-                continue;
-            };
-            if found.is_none() && retry_at <= now {
-                found = Some(*id);
-            } else {
-                self.due = Some(self.due.map_or(retry_at, |due| due.min(retry_at)));
+        loop {
+            let Reverse((at, id)) = *self.due.peek().filter(|Reverse((at, _))| *at <= now)?;
+            self.due.pop();
+            let Some(hold) = self.lane_mut(id).hold.as_mut().filter(|hold| hold.due == Some(at)) else { continue };
+            hold.due = None;
+            match hold.retry_at() {
+                Some(retry_at) if retry_at <= now => return Some((id, hold.begin_round())),
+                Some(retry_at) => self.round_is_due(id, retry_at),
+                None => {}
             }
         }
-        let id = found?;
-        // Whoever comes next has its turn before this one again.
-        if let Some(at) = self.held.iter().position(|held| *held == id) {
-            self.held.remove(at);
-            self.held.push(id);
+    }
+
+    fn round_is_due(&mut self, id: LaneId, at: Instant) {
+        let Some(hold) = &mut self.lane_mut(id).hold else { return };
+        if hold.due.replace(at) != Some(at) {
+            self.due.push(Reverse((at, id)));
         }
-        let hold = self.lane_mut(id).hold.as_mut()?;
-        Some((id, hold.begin_round()))
+    }
+
+    /// Releases a held lane if it has caught up with the log: the events of the log that are to be sent now, in order.
+    pub(super) fn release_caught_up(&mut self, id: LaneId, now: Instant) -> Vec<EventRef> {
+        let Some(events) = self.lane(id).hold.as_ref().and_then(|hold| hold.caught_up()) else { return Vec::new() };
+        self.release(id, now);
+        events
     }
 
     /// When the next round is due.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.due
+        self.due.peek().map(|Reverse((at, _))| *at)
     }
 
     /// Events that the client holds.
@@ -586,7 +601,8 @@ impl Lanes {
         self.held.clear();
         self.moved.clear();
         self.worked_off.clear();
-        (self.due, self.in_client, self.spilled_client_bytes) = (None, 0, 0);
+        self.due.clear();
+        (self.in_client, self.spilled_client_bytes) = (0, 0);
     }
 
     fn release(&mut self, id: LaneId, now: Instant) {

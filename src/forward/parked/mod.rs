@@ -81,6 +81,10 @@ pub struct ParkedAbout {
     pub received_at_ms: u64,
     /// When the event was parked, milliseconds since the Unix epoch.
     pub parked_at_ms: u64,
+    /// Its number among the events of its topic in the spill, if it came from there. With exactly-once delivery, the next start
+    /// knows by it what it must not park again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_number: Option<u64>,
 }
 
 /// Why the parked store cannot be read or written.

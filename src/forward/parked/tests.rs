@@ -101,6 +101,7 @@ pub(crate) fn about(text: &str) -> ParkedAbout {
         sequence: Sequence(7),
         received_at_ms: 1,
         parked_at_ms: 2,
+        spill_number: None,
     }
 }
 

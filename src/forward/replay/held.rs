@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::super::discard::Verdict;
 use super::super::in_flight::{EventRef, Walk};
 use super::super::kafka::Failure;
-use super::super::lanes::LaneId;
+use super::super::lanes::{Fate, LaneId};
 use super::super::spill::SpillError;
 use super::{ROUND_BYTES_MAX, Replay, charge};
 use crate::batch::now_ms;
@@ -33,7 +33,7 @@ impl Replay {
             && let Some((lane, round)) = self.lanes.next_round(now)
         {
             sent = true;
-            let round = self.discard_aged(lane, round, now).rest;
+            let round = self.discard_aged(lane, round).rest;
             let refusal = self.send_round(lane, round, now);
             self.lanes.settle(lane, now, &mut self.to_park);
             if let Some(failure) = refusal {
@@ -53,12 +53,12 @@ impl Replay {
     }
 
     /// Drops, or parks, what of a round waited in the spill for too long.
-    pub(super) fn discard_aged(&mut self, lane: LaneId, round: Vec<EventRef>, now: Instant) -> Aged {
+    pub(super) fn discard_aged(&mut self, lane: LaneId, round: Vec<EventRef>) -> Aged {
         let mut aged = Aged { rest: round, parked: false };
         if !self.discard.has_age() {
             return aged;
         }
-        let (now_ms, mut dropped, mut drop_reason) = (now_ms(), 0, None);
+        let now_ms = now_ms();
         aged.rest.retain(|event| {
             // What cannot be read now, or never, is found out when it is sent.
             let found = event.is_spilled().then(|| self.spilling.event(self.lanes.topic(lane), event.number()));
@@ -66,8 +66,8 @@ impl Replay {
             match self.discard.verdict_on_spilled(&found, now_ms) {
                 Verdict::Deliver => return true,
                 Verdict::Drop(reason) => {
-                    self.lanes.lost(lane, *event);
-                    (dropped, drop_reason) = (dropped + 1, Some(reason));
+                    let dropped = self.discard.count_spilled(self.lanes.topic(lane), reason);
+                    self.lanes.done(lane, *event, Fate::Dropped(dropped));
                 }
                 Verdict::Park => {
                     self.lanes.expired(lane, *event, &mut self.to_park);
@@ -76,10 +76,6 @@ impl Replay {
             }
             false
         });
-        if let Some(reason) = drop_reason {
-            let dropped = self.discard.count_spilled(self.lanes.topic(lane), dropped, reason);
-            self.count_dropped(&[dropped], now);
-        }
         aged
     }
 
@@ -112,7 +108,7 @@ impl Replay {
         let producer = if by_side { side } else { self.producer.as_ref() };
         let mut walk = Walk::new(&self.in_flight);
         let (mut sent, mut refusal, mut bytes, mut is_over) = (Vec::new(), None, 0, false);
-        let in_time = self.pace.may_send();
+        let in_time = self.pace.is_in_time();
         for event in round {
             let Some(producer) = producer.filter(|_| !is_over) else {
                 self.lanes.hold(lane, event);
@@ -123,8 +119,8 @@ impl Replay {
                 let found = match self.spilling.event(topic, event.number()) {
                     Ok(found) => found,
                     Err(SpillError::Damaged { .. }) => {
-                        self.spilling.report_lost(topic, 1, &self.metrics, now);
-                        self.lanes.lost(lane, event);
+                        self.spilling.report_lost(topic, now);
+                        self.lanes.done(lane, event, Fate::Lost);
                         continue;
                     }
                     Err(error) => {

@@ -7,7 +7,8 @@
 //! second one waits, and goes on where it was.
 //!
 //! The backlog gets an eighth of what may be in flight, the first look at room that is short every eighth time, and is all
-//! that `forward.pace` holds back: new records count for its limits, but do not wait.
+//! that `forward.pace` holds back: new records count for its limits, but do not wait. A tenth of the limits is left to the backlog
+//! even if they use all of them.
 
 use std::time::{Duration, Instant};
 
@@ -106,14 +107,19 @@ impl Replay {
         self.pace.may_send() || self.live_first.is_on
     }
 
+    /// Whether a record of a side waits for `forward.pace`.
+    pub(super) fn waits(&self, side: Side, received_at_ms: u64, now_ms: u64) -> bool {
+        let is_new = !self.is_live() && !is_backlog(received_at_ms, now_ms);
+        side == Side::Backlog && !(self.live_first.is_on && is_new)
+    }
+
     /// Whether the next record is given up, or is no backlog and need not be one.
     fn does_next_not_wait(&mut self, now_ms: u64) -> Result<bool, ReadError> {
         if let Some(record) = &self.held_back {
             return Ok(self.wal.is_given_up(record.end));
         }
         let Some(received_at_ms) = self.reader.next_received_at_ms()? else { return Ok(false) };
-        let is_new = self.live_first.is_on && !self.is_live() && !is_backlog(received_at_ms, now_ms);
-        Ok(is_new || self.reader.is_given_up())
+        Ok(!self.waits(Side::Backlog, received_at_ms, now_ms) || self.reader.is_given_up())
     }
 
     /// Whether the next record of the backlog is given up.

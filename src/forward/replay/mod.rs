@@ -26,7 +26,7 @@ use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Side};
 use super::kafka::{Failure, Inbox, Producer, Properties, Reported};
 use super::lanes::{LaneId, Lanes, RetryLimits, ToPark};
 use super::pace::Pace;
-use super::parked::ParkedStore;
+use super::parked::{ParkedAbout, ParkedEvent, ParkedStore};
 use super::parking::{Origin, Parking};
 use super::requeue::Requested;
 use super::router::Router;
@@ -242,7 +242,7 @@ impl Replay {
             worked |= self.send_due_rounds(now);
             worked |= self.park(now);
             worked |= self.spill(now);
-            self.spilling.work_off(&mut self.lanes, now);
+            self.work_off(now);
             self.move_watermark(now);
             let more_to_read = self.read_on(now, &mut worked);
             self.report(now);
@@ -276,7 +276,7 @@ impl Replay {
             }
             self.poll_wait = POLL_MAX.min(stop_by - now);
         }
-        self.spilling.work_off(&mut self.lanes, Instant::now());
+        self.work_off(Instant::now());
         self.spilling.finish();
         self.report(Instant::now());
         info!(undelivered_events = self.in_flight.events(), "forwarder stopped");
@@ -303,11 +303,7 @@ impl Replay {
                 continue;
             }
             let (lane, event) = self.reported_event(reported);
-            if event.is_spilled() {
-                self.metrics.forward.delivered_events.increment(1);
-                self.metrics.forward.delivered_bytes.increment(u64::from(reported.payload_bytes));
-                self.shared.status().delivered_events += 1;
-            } else {
+            if !event.is_spilled() {
                 self.in_flight.delivered(event, now_ms);
             }
             self.lanes.delivered(lane, event, charge(reported.payload_bytes as usize), now, &mut self.to_park);
@@ -426,8 +422,9 @@ impl Replay {
 
     /// Forgets everything behind the watermark: it is read again.
     fn rewind(&mut self, now: Instant) {
+        self.work_off(now);
+        self.note_spilled();
         self.in_flight.clear();
-        self.spilling.work_off(&mut self.lanes, now);
         self.spilling.unsettle();
         self.lanes.clear();
         self.full_lane = None;
@@ -518,26 +515,35 @@ impl Replay {
         self.parking.due(now).is_some() || !self.to_park.is_empty()
     }
 
-    /// Takes out of the spill what the log shows again, once it is known from where on; with exactly-once delivery also out of
-    /// the parked store.
+    /// Takes out of the spill what the log shows again, once it is known from where on. With exactly-once delivery also out of
+    /// the parked store; and what is parked and, as it was not noted in time, in the spill as well is done for there.
     fn settle_spill(&mut self, now: Instant) {
         if self.spilling.is_settled() {
             return;
         }
+        let mut parked_earlier = Vec::new();
         let delivered_before = match &self.exactly_once {
             None => Sequence::FIRST,
             Some(once) if !once.is_started() => return,
             Some(once) => {
                 let undelivered = self.wal.undelivered().since(once.delivered_before());
-                let taken_back = self.parking.take_back(once.parked_before(), &undelivered);
-                if let Err(error) = taken_back {
-                    self.shared.set_last_error(error.to_string(), None);
-                    return;
+                let is_spilled = |event: &ParkedEvent| self.spilling.has(event);
+                match self.parking.take_back(once.parked_before(), &undelivered, is_spilled) {
+                    Ok(spilled) => parked_earlier = spilled,
+                    Err(error) => {
+                        self.shared.set_last_error(error.to_string(), None);
+                        return;
+                    }
                 }
                 once.delivered_before()
             }
         };
         self.spilling.settle(&self.wal, delivered_before, &mut self.lanes, now);
+        if self.spilling.is_settled() {
+            for ParkedAbout { topic, spill_number, reason, .. } in &parked_earlier {
+                spill_number.iter().for_each(|number| self.lanes.parked_earlier(topic, *number, *reason, now));
+            }
+        }
     }
 
     /// Brings up to date what is only for people.

@@ -6,7 +6,7 @@ use tracing::{error, info};
 
 use super::super::ParkReason;
 use super::super::discard::Verdict;
-use super::super::in_flight::{InFlight, RECORDS_MAX, Side};
+use super::super::in_flight::{EventRef, InFlight, RECORDS_MAX, Side};
 use super::super::lanes::{LaneId, ToPark};
 use super::transaction::ExactlyOnce;
 use super::{READ_BYTES, Replay, charge};
@@ -135,13 +135,16 @@ impl Replay {
     }
 
     fn send_record(&mut self, side: Side, record: &Record, now: Instant) {
-        let Some(producer) = &self.producer else { return };
-        let lane_bytes_max = self.lane_bytes_max();
         let slot = self.in_flight.push(side, record);
         let batch = &record.batch;
         let mut lanes = Vec::with_capacity(batch.request.event_count() as usize);
-        let in_time = self.pace.may_send();
-        self.pace.spent(u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64, in_time);
+        let (events, bytes) = (u64::from(batch.request.event_count()), batch.request.as_bytes().len() as u64);
+        if self.waits(side, batch.received_at_ms, now_ms()) {
+            self.pace.spent_waiting(events, bytes);
+        } else {
+            let in_time = self.pace.is_in_time();
+            self.pace.spent(events, bytes, in_time);
+        }
         for (index, event) in batch.request.events().enumerate() {
             let event_ref = InFlight::event_ref(slot, index);
             let lane = self.lanes.route(&self.router, event.event_type);
@@ -151,29 +154,42 @@ impl Replay {
                 self.to_park.push(ToPark { event: event_ref, lane: None, reason, failure: None });
                 continue;
             };
-            if self.lanes.is_held(lane) {
-                self.lanes.hold(lane, event_ref);
-                continue;
-            }
             let key = self.router.key(&batch.client, &batch.request, event.event_type);
-            match producer.send(self.lanes.topic(lane), key, event.payload, self.in_flight.tag(event_ref)) {
-                Ok(()) => {
-                    self.lanes.sent(lane, event_ref, charge(event.payload.len()), now);
-                    if self.lanes.client_bytes(lane) >= lane_bytes_max {
-                        self.full_lane = Some(lane);
-                    }
-                }
-                Err(failure) if self.exactly_once.is_some() && failure.is_consequence() => {
-                    // The transaction is aborted, and the record read again.
-                    self.exactly_once.iter_mut().for_each(ExactlyOnce::failed);
-                }
-                Err(failure) => {
-                    self.lanes.refused(lane, event_ref, failure, now, &mut self.to_park);
-                    self.lanes.settle(lane, now, &mut self.to_park);
-                    self.failures.count(lane, failure, &self.metrics);
-                }
-            }
+            self.send_event(lane, event_ref, key, event.payload, now);
         }
         self.in_flight.set_lanes(slot, lanes);
+    }
+
+    /// Sends an event of the log, or keeps it if its lane is held.
+    pub(super) fn send_event(
+        &mut self,
+        lane: LaneId,
+        event: EventRef,
+        key: Option<&str>,
+        payload: &[u8],
+        now: Instant,
+    ) {
+        if self.lanes.is_held(lane) {
+            self.lanes.hold(lane, event);
+            return;
+        }
+        let Some(producer) = &self.producer else { return };
+        match producer.send(self.lanes.topic(lane), key, payload, self.in_flight.tag(event)) {
+            Ok(()) => {
+                self.lanes.sent(lane, event, charge(payload.len()), now);
+                if self.lanes.client_bytes(lane) >= self.lane_bytes_max() {
+                    self.full_lane = Some(lane);
+                }
+            }
+            Err(failure) if self.exactly_once.is_some() && failure.is_consequence() => {
+                // The transaction is aborted, and the record read again.
+                self.exactly_once.iter_mut().for_each(ExactlyOnce::failed);
+            }
+            Err(failure) => {
+                self.lanes.refused(lane, event, failure, now, &mut self.to_park);
+                self.lanes.settle(lane, now, &mut self.to_park);
+                self.failures.count(lane, failure, &self.metrics);
+            }
+        }
     }
 }

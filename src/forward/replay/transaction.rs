@@ -13,7 +13,8 @@
 //! - **sealed**: the cursor record is sent. **committing**: the log's own cursor moves when that is done.
 //!
 //! Held topics are worked off by a second producer, one round a transaction ([`Side`]), whose record says how far the topic's
-//! part of the spill is worked off. It only takes events that the log's cursor has passed, so that no event is in both. The first
+//! part of the spill is worked off. It only takes events that the log's cursor has passed, so that no event is in both. When all of
+//! them are committed, what came meanwhile goes with the open transaction, and the topic is no longer held. The first
 //! thing in such a transaction is a cursor as it was: one to which a topic is refused before anything else breaks the producer.
 
 use std::collections::{BTreeSet, HashMap};
@@ -23,11 +24,12 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use super::super::backoff::{Backoff, LogLimit, Retry};
-use super::super::in_flight::{EventRef, RECORDS_MAX};
+use super::super::in_flight::{EventRef, RECORDS_MAX, Walk};
 use super::super::kafka::{
     Failure, Inbox, Producer, ProducerError, Properties, Reported, TransactionError, read_cursors,
 };
 use super::super::lanes::LaneId;
+use super::super::spill::SpilledEvent;
 use super::held::Aged;
 use super::{LOG_INTERVAL, Replay, charge};
 use crate::batch::Sequence;
@@ -493,6 +495,19 @@ impl Replay {
         }
     }
 
+    /// Sends what came for a held topic while the last of its events in the spill were delivered: it flows again.
+    fn send_caught_up(&mut self, lane: LaneId, now: Instant) {
+        let is_open = |once: &ExactlyOnce| once.state == State::Open && !once.failed;
+        if !self.exactly_once.as_ref().is_some_and(is_open) {
+            return;
+        }
+        for event in self.lanes.release_caught_up(lane, now) {
+            let (live, found) = Walk::new(&self.in_flight).find(event);
+            let SpilledEvent { key, payload, .. } = SpilledEvent::of(live, found, &self.router);
+            self.send_event(lane, event, key.as_deref(), &payload, now);
+        }
+    }
+
     /// Begins a transaction if none is open. Without exactly-once delivery there is nothing to begin.
     pub(super) fn begin_transaction(&mut self, now: Instant) -> bool {
         let Some(once) = &mut self.exactly_once else { return true };
@@ -593,8 +608,7 @@ impl Replay {
             let cursors = once.names.read(&self.properties)?;
             side.started = true;
             for (topic, next) in cursors.iter().filter(|(topic, _)| !topic.is_empty()) {
-                let events = self.lanes.skip_to(topic, *next, now);
-                self.metrics.forward.delivered_events.increment(events);
+                self.lanes.skip_to(topic, *next, now);
             }
             return Ok(true);
         }
@@ -656,7 +670,7 @@ impl Replay {
     }
 
     fn begin_side(&mut self, lane: LaneId, events: Vec<EventRef>, now: Instant) -> Result<(), TransactionError> {
-        let Aged { rest: events, parked } = self.discard_aged(lane, events, now);
+        let Aged { rest: events, parked } = self.discard_aged(lane, events);
         if parked || events.is_empty() {
             // A transaction says up to where everything is settled: not beyond what is not parked yet.
             events.into_iter().for_each(|event| self.lanes.hold(lane, event));
@@ -704,12 +718,7 @@ impl Replay {
         for (event, bytes, failure) in round.outcomes {
             let failure = failure.map(cause);
             match failure {
-                None if committed => {
-                    self.metrics.forward.delivered_events.increment(1);
-                    self.metrics.forward.delivered_bytes.increment(bytes - charge(0));
-                    self.shared.status().delivered_events += 1;
-                    self.lanes.delivered(lane, event, bytes, now, &mut self.to_park);
-                }
+                None if committed => self.lanes.delivered(lane, event, bytes, now, &mut self.to_park),
                 None => self.lanes.returned(lane, event, bytes, now),
                 Some(failure) => {
                     self.failures.count(lane, failure, &self.metrics);
@@ -723,6 +732,7 @@ impl Replay {
             self.lanes.refused(lane, event, failure, now, &mut self.to_park);
         }
         self.lanes.settle(lane, now, &mut self.to_park);
+        self.send_caught_up(lane, now);
     }
 
     /// The side's producer is of no more use, or the broker does not answer.

@@ -27,15 +27,13 @@ impl Replay {
         metrics.spilled_bytes.set(self.spilling.bytes() as f64);
         metrics.held_topics.set(self.lanes.held() as f64);
         let mut status = self.shared.status();
-        status.delivered_events += backlog.delivered_events + live.delivered_events;
         status.in_flight_events = self.in_flight.events();
         status.in_flight_bytes = self.in_flight.bytes();
         status.parked_events = self.parking.count();
         status.held_topics = self.lanes.held() as u64;
         status.spilled_events = self.spilling.count();
         drop(status);
-        // Until the watermark passes them, the log counts them.
-        self.wal.note_spilled(self.spilling.count() as i64 - self.in_flight.spilled_events() as i64);
+        self.note_spilled();
         // Last, so that whoever sees an empty backlog finds everything counted.
         if let Some(end) = live.end {
             self.wal.deliver_ahead(end);
@@ -46,26 +44,34 @@ impl Replay {
         self.join_live(now);
     }
 
-    fn count(&mut self, passed: &Passed, now: Instant) {
-        if passed.end.is_none() {
-            return;
+    /// Lets go of what is done for in the spill, and counts it.
+    pub(super) fn work_off(&mut self, now: Instant) {
+        let passed = self.spilling.work_off(&mut self.lanes, &mut self.in_flight, now);
+        self.count(&passed, now);
+    }
+
+    /// Tells the log how many events are in the spill and no longer in the log. Of those that are in both, the log is about to be
+    /// read again: until the spill is settled, nothing changes.
+    pub(super) fn note_spilled(&self) {
+        if self.spilling.is_settled() {
+            self.wal.note_spilled(self.spilling.count() - self.in_flight.spilled_events());
         }
+    }
+
+    fn count(&mut self, passed: &Passed, now: Instant) {
+        self.shared.status().delivered_events += passed.delivered_events;
         let metrics = &self.metrics.forward;
         metrics.delivered_events.increment(passed.delivered_events);
         metrics.delivered_bytes.increment(passed.delivered_bytes);
         for (reason, count) in ParkReason::ALL.into_iter().zip(passed.parked) {
             metrics.parked_events_total(reason).increment(count);
         }
-        self.count_dropped(&passed.dropped, now);
-    }
-
-    /// Counts what is given up.
-    pub(super) fn count_dropped(&mut self, dropped: &[Dropped], now: Instant) {
-        for Dropped { reason, topics } in dropped {
+        metrics.dropped_events_damaged.increment(passed.lost);
+        for Dropped { reason, topics } in &passed.dropped {
             for (topic, count) in topics {
                 self.metrics.count_dropped_events(*reason, topic, *count);
             }
         }
-        self.discard.report(dropped, now);
+        self.discard.report(&passed.dropped, now);
     }
 }
