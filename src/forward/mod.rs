@@ -134,6 +134,7 @@ impl Forwarder {
     ) -> Result<Forwarder, ForwardError> {
         validate(config)?;
         let parked = ParkedStore::open_for(&config.parked, &wal, &metrics)?;
+        let parked_before = wal.parked_before(parked.last_id()).map_err(ParkedError::from)?;
         let missing = wal.noted_parked().saturating_sub(parked.ever());
         if missing > 0 && parked.ever() == 0 && !wal.is_parked_set_aside().map_err(ParkedError::from)? {
             // Removed by the operator.
@@ -172,6 +173,7 @@ impl Forwarder {
             topic_propagation: properties::topic_propagation(config),
             wal: wal.clone(),
             parked: parked.clone(),
+            parked_before,
             spilling,
             metrics,
             shared: shared.clone(),

@@ -19,6 +19,7 @@ use crate::kill_point;
 const KEY: &[u8] = b"cursor";
 const PARKED_KEY: &[u8] = b"parked";
 const LOG_ID_KEY: &[u8] = b"log_id";
+const PARKED_BEFORE_KEY: &[u8] = b"parked_before";
 const VERSION: u8 = 1;
 const BYTES: usize = 1 + 8 + 4 + 24 + 24 + 4;
 
@@ -46,6 +47,16 @@ pub(super) fn load_or_make_log_id(meta: &dyn StateDb) -> Result<String, StoreErr
     meta.put(LOG_ID_KEY, id.as_bytes())?;
     meta.sync()?;
     Ok(id)
+}
+
+/// The newest parked event that was there before this log was: `last_id` if that is asked for the first time. Durable on return.
+pub(super) fn load_or_make_parked_before(meta: &dyn StateDb, last_id: u64) -> Result<u64, StoreError> {
+    if let Some(id) = meta.get(PARKED_BEFORE_KEY)?.and_then(|value| value.try_into().ok()) {
+        return Ok(u64::from_le_bytes(id));
+    }
+    meta.put(PARKED_BEFORE_KEY, &last_id.to_le_bytes())?;
+    meta.sync()?;
+    Ok(last_id)
 }
 
 /// Saves how many events were ever put into the parked store. Durable with the next sync of `meta`.

@@ -299,6 +299,15 @@ impl Wal {
         self.shared.parked.clone()
     }
 
+    /// The id of the newest parked event of an earlier log, whose sequences this one has given out again; 0 if there is none.
+    /// `last_id` is the newest now: until this was asked once, nothing of this log is parked.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn parked_before(&self, last_id: u64) -> Result<u64, StoreError> {
+        cursor::load_or_make_parked_before(&*self.shared.meta, last_id)
+    }
+
     /// How many events were ever put into the parked store ([`crate::forward::ParkedStore::ever`]), at least: a lower number
     /// than before changes nothing. Saved with the cursor, so that the next start knows if some are missing.
     pub fn note_parked(&self, events: u64) {

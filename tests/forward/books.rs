@@ -160,6 +160,38 @@ fn what_was_parked_out_of_the_spill_before_that_was_noted_there_is_parked_once()
     forwarder.stop(DEADLINE);
 }
 
+/// The next log counts from 1 again, and what it shows is not what was parked of the one before.
+#[test]
+fn what_an_earlier_log_has_parked_stays() {
+    let setup = exactly_once();
+    let forwarder = setup.start();
+    for at in 0..3 {
+        setup.send("a", &[("not a topic", number(at))]);
+    }
+    setup.wait_for_empty_log(&forwarder);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+
+    let setup = setup.reopened_after(|directory| {
+        for entry in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap()) {
+            if entry.file_type().unwrap().is_dir() && entry.file_name() != "parked" {
+                std::fs::remove_dir_all(entry.path()).unwrap();
+            }
+        }
+    });
+    setup.topic("click", 1);
+    for at in 0..3 {
+        setup.send("a", &[("click", number(at)), ("not a topic", number(3 + at))]);
+    }
+    for _ in 0..2 {
+        let forwarder = setup.start();
+        setup.wait_for_empty_log(&forwarder);
+        forwarder.stop(DEADLINE);
+        let parked: Vec<Vec<u8>> = setup.parked().iter().map(|event| event.payload.to_vec()).collect();
+        assert_eq!(parked, (0..6).map(number).collect::<Vec<_>>());
+    }
+}
+
 /// Copies the files of a directory.
 fn copy(from: &std::path::Path, to: &std::path::Path) {
     std::fs::create_dir(to).unwrap();

@@ -83,6 +83,8 @@ pub(super) struct Parts {
     pub(super) topic_propagation: Duration,
     pub(super) wal: Wal,
     pub(super) parked: ParkedStore,
+    /// The newest of an earlier log.
+    pub(super) parked_before: u64,
     pub(super) spilling: Spilling,
     pub(super) metrics: Arc<Metrics>,
     pub(super) shared: Arc<Shared>,
@@ -158,6 +160,7 @@ impl Replay {
             topic_propagation,
             wal,
             parked,
+            parked_before,
             spilling,
             metrics,
             shared,
@@ -170,7 +173,7 @@ impl Replay {
             topic_propagation,
             exactly_once: producer.is_some() && config.delivery == Delivery::ExactlyOnce,
         };
-        let exactly_once = limits.exactly_once.then(|| ExactlyOnce::new(&config, &wal));
+        let exactly_once = limits.exactly_once.then(|| ExactlyOnce::new(&config, &wal, parked_before));
         let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
         let now = Instant::now();
         let live_first = LiveFirst::new(config.live_first && exactly_once.is_none() && producer.is_some(), &wal, now);

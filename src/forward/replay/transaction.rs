@@ -65,7 +65,7 @@ pub(super) struct ExactlyOnce {
     delivered_before: Sequence,
     /// The end of the log when the process began: no event after it can have been delivered before.
     tail_at_start: Sequence,
-    /// Parked events up to this id belong to committed transactions.
+    /// Parked events up to this id belong to committed transactions, or to an earlier log.
     parked_before: u64,
     fenced: bool,
     /// No more transaction is begun.
@@ -142,7 +142,8 @@ struct SideRound {
 }
 
 impl ExactlyOnce {
-    pub(super) fn new(config: &ForwardConfig, wal: &Wal) -> ExactlyOnce {
+    /// Parked events up to `parked_before` are those of an earlier log.
+    pub(super) fn new(config: &ForwardConfig, wal: &Wal, parked_before: u64) -> ExactlyOnce {
         let (id, log_id) = (transactional_id(config, wal), wal.id().to_owned());
         let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
         ExactlyOnce {
@@ -154,7 +155,7 @@ impl ExactlyOnce {
             cursor_reported: None,
             delivered_before: Sequence::FIRST,
             tail_at_start: Sequence(wal.status().next_sequence),
-            parked_before: 0,
+            parked_before,
             fenced: false,
             stopping: false,
             refused: Vec::new(),
