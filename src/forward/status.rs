@@ -210,8 +210,15 @@ impl Connection {
 #[derive(Debug, Default)]
 pub(super) struct Drain {
     last: Option<(Instant, u64)>,
-    /// Events a second by which it shrinks; negative while it grows.
-    rate: Option<f64>,
+    trend: Option<Trend>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Trend {
+    /// When it turned.
+    began: Instant,
+    /// Events a second by which the backlog shrinks; negative while it grows.
+    rate: f64,
 }
 
 impl Drain {
@@ -221,14 +228,20 @@ impl Drain {
             let elapsed = now.saturating_duration_since(at).as_secs_f64();
             if elapsed > 0.0 {
                 let rate = (before as f64 - pending_events as f64) / elapsed;
-                let weight = 1.0 - (-elapsed / DRAIN_SMOOTHING.as_secs_f64()).exp();
-                self.rate = Some(self.rate.map_or(rate, |smoothed| smoothed + weight * (rate - smoothed)));
+                // How it grew in an outage says nothing of how it drains afterwards.
+                let trend = self.trend.filter(|trend| trend.rate > 0.0 || rate <= 0.0);
+                let mut trend = trend.unwrap_or(Trend { began: at, rate });
+                // The mean, until there is enough for a moving one.
+                let age = now.saturating_duration_since(trend.began).as_secs_f64();
+                let weight = (1.0 - (-elapsed / DRAIN_SMOOTHING.as_secs_f64()).exp()).max(elapsed / age);
+                trend.rate += weight * (rate - trend.rate);
+                self.trend = Some(trend);
             }
         }
         if pending_events == 0 {
             return Some(0.0);
         }
-        self.rate.filter(|rate| *rate > 0.0).map(|rate| pending_events as f64 / rate)
+        self.trend.filter(|trend| trend.rate > 0.0).map(|trend| pending_events as f64 / trend.rate)
     }
 }
 
@@ -279,5 +292,16 @@ mod tests {
         assert_eq!(drain.observe(900, at(1)), Some(9.0));
         assert_eq!(drain.observe(800, at(2)), Some(8.0));
         assert_eq!(drain.observe(0, at(3)), Some(0.0));
+
+        // Ten minutes of an outage, and then 1,000 a second; in the first of them, only for a part of it.
+        let mut drain = Drain::default();
+        for second in 1..600 {
+            assert_eq!(drain.observe(second * 500, at(second)), None);
+        }
+        let left = |second: u64| 299_500 - 400 - (second - 600) * 1000;
+        let estimates: Vec<f64> = (600..800)
+            .map(|second| drain.observe(left(second), at(second)).unwrap() / (left(second) as f64 / 1e3))
+            .collect();
+        assert!(estimates[4..].iter().all(|ratio| (0.8..1.2).contains(ratio)), "{estimates:?}");
     }
 }

@@ -4,8 +4,8 @@
 //! [`Producer::poll`] and leave what they have to say in an [`Inbox`]. librdkafka copies each event and retries for ever
 //! what may succeed (`message.timeout.ms = 0`), in order per partition. What comes back as failed was therefore refused.
 //!
-//! Two traps of `BaseProducer::poll`: it blocks for its whole timeout even when events arrive, and with no timeout it
-//! serves a single event (which may report thousands of messages).
+//! Two traps of `BaseProducer::poll`: it waits for its whole timeout even when events arrive, and spins for the last
+//! millisecond of it; and with no timeout it serves a single event (which may report thousands of messages).
 
 mod transactions;
 
@@ -131,19 +131,17 @@ pub(super) struct Inbox {
     pub(super) error: Option<String>,
     /// Topics that the broker did not let into the transaction.
     pub(super) refused_topics: Vec<(String, Failure)>,
+    /// Callbacks so far.
+    served: usize,
 }
 
 impl Inbox {
-    fn reports(&self) -> usize {
-        self.delivered.len() + self.failed.len()
-    }
-
     /// Empties it, and keeps its memory.
     pub(super) fn clear(&mut self) {
         self.delivered.clear();
         self.failed.clear();
         self.refused_topics.clear();
-        (self.brokers_up, self.all_brokers_down, self.error) = (None, false, None);
+        (self.brokers_up, self.all_brokers_down, self.error, self.served) = (None, false, None, 0);
     }
 }
 
@@ -206,20 +204,20 @@ impl Producer {
             .map_err(|(error, _)| Failure(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::InvalidArgument)))
     }
 
-    /// Replaces `inbox` by what was reported since the last call. Waits up to `timeout` for it, and for the whole of it
-    /// even when there is something.
-    pub(super) fn poll(&self, timeout: Duration, inbox: &mut Inbox) {
+    /// Replaces `inbox` by what was reported since the last call, after `wait`.
+    pub(super) fn poll(&self, wait: Duration, inbox: &mut Inbox) {
         inbox.clear();
+        if !wait.is_zero() {
+            std::thread::sleep(wait);
+        }
         let context = self.client.context();
-        let mut before = context.inbox().reports();
-        self.client.poll(timeout);
         loop {
-            let after = context.inbox().reports();
-            if after == before || after > REPORTS_MAX {
+            let before = context.inbox().served;
+            self.client.poll(Duration::ZERO);
+            let served = context.inbox().served;
+            if served == before || served > REPORTS_MAX {
                 break;
             }
-            before = after;
-            self.client.poll(Duration::ZERO);
         }
         std::mem::swap(inbox, &mut context.inbox());
     }
@@ -262,6 +260,13 @@ impl Context {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The inbox, in a callback.
+    fn served(&self) -> MutexGuard<'_, Inbox> {
+        let mut inbox = self.inbox();
+        inbox.served += 1;
+        inbox
+    }
+
     /// Whether to log a message of that facility now: with how many like it were left out since the last one. What says
     /// something new is not left out.
     fn admit(&self, facility: &str, message: &str) -> Option<u64> {
@@ -276,7 +281,7 @@ impl ProducerContext for Context {
     type DeliveryOpaque = usize;
 
     fn delivery(&self, result: &DeliveryResult<'_>, tag: usize) {
-        let mut inbox = self.inbox();
+        let mut inbox = self.served();
         let (Ok(message) | Err((_, message))) = result;
         let reported = Reported { tag, payload_bytes: message.payload_len() as u32 };
         match result {
@@ -291,8 +296,9 @@ impl ProducerContext for Context {
 
 impl ClientContext for Context {
     fn stats_raw(&self, statistics: &[u8]) {
+        let mut inbox = self.served();
         match serde_json::from_slice::<Statistics>(statistics) {
-            Ok(statistics) => self.inbox().brokers_up = Some(statistics.brokers_up()),
+            Ok(statistics) => inbox.brokers_up = Some(statistics.brokers_up()),
             Err(error) => debug!(%error, "kafka client statistics not understood"),
         }
     }
@@ -301,7 +307,7 @@ impl ClientContext for Context {
         if let Some(suppressed) = self.admit("error callback", reason) {
             warn!(%error, suppressed, "kafka client: {reason}");
         }
-        let mut inbox = self.inbox();
+        let mut inbox = self.served();
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) {
             // Not an error of its own: what made them go down tells more.
             inbox.all_brokers_down = true;
@@ -311,6 +317,7 @@ impl ClientContext for Context {
     }
 
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        drop(self.served());
         if matches!(level, RDKafkaLogLevel::Debug) {
             debug!(facility, "kafka client: {message}");
             return;
