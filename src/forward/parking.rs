@@ -78,8 +78,9 @@ impl Parking {
         self.store.last_id()
     }
 
-    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then. The others that
-    /// `is_spilled` finds in the spill must not be: they are only not yet worked off there.
+    /// Takes back what was parked after `id` of batches that the log shows again: it is parked again then. What came out of
+    /// the spill is not: it was parked behind the cursor, and if it was requeued, its sequence may be another log's. Of that
+    /// it tells what `is_spilled` finds in the spill: it is only not yet worked off there.
     ///
     /// # Errors
     /// [`ParkedError`]: worth a retry.
@@ -89,7 +90,8 @@ impl Parking {
         undelivered: &Undelivered,
         mut is_spilled: impl FnMut(&ParkedEvent) -> bool,
     ) -> Result<Vec<ParkedAbout>, ParkedError> {
-        let shown_again = |event: &ParkedEvent| undelivered.contains(event.about.sequence);
+        let shown_again =
+            |event: &ParkedEvent| event.about.spill_number.is_none() && undelivered.contains(event.about.sequence);
         let (mut ids, mut spilled) = (Vec::new(), Vec::new());
         for event in self.store.events(id + 1) {
             match event {

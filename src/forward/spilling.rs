@@ -13,7 +13,7 @@ use rand::rngs::SmallRng;
 use tracing::{error, info, warn};
 
 use super::backoff::{Every, LogLimit, Retry};
-use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, Passed, RECORDS_MAX, Walk};
+use super::in_flight::{EVENT_OVERHEAD_BYTES, EventRef, InFlight, Live, Passed, RECORDS_MAX, SPILLED_MAX, Walk};
 use super::lanes::{LaneId, Lanes};
 use super::parked::{ParkedAbout, ParkedEvent};
 use super::router::Router;
@@ -135,8 +135,9 @@ impl Spilling {
         let taken = in_flight.bytes() + lanes.spilled_client_bytes();
         let is_backlog_full = in_flight.is_backlog_full(self.in_flight_bytes_max);
         let is_short = taken >= self.in_flight_bytes_max / 4 * 3 || is_backlog_full;
-        let far_behind =
-            in_flight.span_bytes() >= self.in_flight_bytes_max * 4 || in_flight.records() >= RECORDS_MAX / 4;
+        let far_behind = in_flight.span_bytes() >= self.in_flight_bytes_max * 4
+            || in_flight.records() >= RECORDS_MAX / 4
+            || in_flight.spilled_events() >= SPILLED_MAX;
         if lanes.held() == 0 || !(far_behind || is_short) {
             return false;
         }

@@ -200,3 +200,71 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
         std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
     }
 }
+
+/// An event that is requeued keeps the sequence that it had.
+#[test]
+fn what_an_earlier_log_has_parked_stays_also_when_it_was_requeued_and_parked_again() {
+    let mut setup = exactly_once();
+    setup.config.topic_grace = Duration::from_millis(100);
+    let forwarder = setup.start();
+    for at in 0..3 {
+        setup.send("a", &[("not a topic", number(at))]);
+    }
+    setup.wait_for_empty_log(&forwarder);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+    let setup = setup.reopened_after(|directory| {
+        for entry in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap()) {
+            if entry.file_type().unwrap().is_dir() && entry.file_name() != "parked" {
+                std::fs::remove_dir_all(entry.path()).unwrap();
+            }
+        }
+    });
+    setup.closed_topic("closed");
+    setup.topic("click", 1);
+    let forwarder = setup.start();
+    let events: Vec<ParkedEvent> = forwarder.parked().events(0).map(Result::unwrap).collect();
+    assert_eq!(events.len(), 3);
+    wait_until("requeued", || forwarder.requeuer().requeue(&events, Some("closed")).is_ok());
+    forwarder.parked().remove(&events.iter().map(|event| event.id).collect::<Vec<_>>()).unwrap();
+    wait_until("parked again", || forwarder.status().parked_events == 3 && forwarder.status().spilled_events == 0);
+    setup.wait_for_empty_log(&forwarder);
+    forwarder.stop(DEADLINE);
+    drop(forwarder);
+    let setup = setup.reopened_after(|_| {});
+    for at in 0..3 {
+        setup.send("a", &[("click", number(at))]);
+    }
+    let forwarder = setup.start();
+    setup.wait_for_empty_log(&forwarder);
+    forwarder.stop(DEADLINE);
+    assert_eq!(setup.parked().len(), 3, "parked events of an earlier log, requeued and parked again");
+}
+
+/// A topic of which one event is on its way to a leader that is away keeps the watermark where it is, while another topic fills
+/// the spill: what is remembered of that is bounded.
+#[test]
+fn a_quiet_topic_that_stands_still_gets_out_of_the_way_of_what_is_spilled() {
+    let mut setup = Setup::with_brokers(2, |_| {});
+    setup.config.in_flight_bytes_max = ByteSize::mib(16);
+    setup.topic_on("far", &[2]);
+    setup.topic_on("open", &[1]);
+    setup.topic_on("closed", &[1]);
+    let forwarder = setup.start();
+    setup.send("a", &[("far", number(0))]);
+    setup.wait_for_empty_log(&forwarder);
+    turns::take_down(&setup.cluster, 2);
+    setup.close_topic("closed");
+    setup.send("a", &[("far", number(1))]);
+    for at in 0..300 {
+        let mut events: Vec<(&str, Vec<u8>)> = (0..1000).map(|n| ("closed", number(at * 1000 + n))).collect();
+        events.push(("open", number(at)));
+        setup.send("a", &events);
+    }
+    wait_until("the watermark passes the quiet topic", || {
+        assert!(forwarder.heartbeat_age() < Duration::from_secs(30));
+        setup.wal.status().cursor_sequence > 3
+    });
+    assert_eq!(forwarder.status().held_topics, 2);
+    forwarder.stop(Duration::from_secs(1));
+}

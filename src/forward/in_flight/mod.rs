@@ -12,7 +12,8 @@
 //! - Bytes are charged from [`InFlight::push`] until the record is done: its request, and [`EVENT_OVERHEAD_BYTES`] an
 //!   event for what the Kafka client keeps. That client's copy of the payloads comes on top, so memory is about twice
 //!   the charge.
-//! - A done record behind the watermark keeps only a slot of about 160 bytes, and 60 for each of its events in the spill; there are at most [`RECORDS_MAX`] slots.
+//! - A done record behind the watermark keeps only a slot of about 160 bytes, and 60 for each of its events in the spill; there are at most [`RECORDS_MAX`] slots, and
+//!   [`SPILLED_MAX`] such events besides those that were in flight when there were as many.
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -32,6 +33,9 @@ pub(super) const EVENT_OVERHEAD_BYTES: u64 = 256;
 
 /// Most records between the watermark and the reader.
 pub(super) const RECORDS_MAX: usize = 1 << 18;
+
+/// No record is read while there are so many events in the spill of which the watermark has not passed the record.
+pub(super) const SPILLED_MAX: u64 = 1 << 16;
 
 /// The first slot. What is below is the number of an event in the spill.
 const FRONT: u64 = 1 << 62;
@@ -407,13 +411,16 @@ impl InFlight {
                 break;
             }
             let Some(slot) = row.slots.pop_front() else { break };
+            let number = row.front;
             row.front += 1;
             let counts = slot.parked.map_or([0; ParkReason::ALL.len()], |counts| *counts);
             let parked: u64 = counts.iter().sum();
             let delivered = u64::from(slot.events) - parked - slot.spilled.len() as u64;
             self.span_bytes -= slot.charge;
-            for spilled in slot.spilled {
-                self.spilled.remove(&spilled);
+            for place in slot.spilled {
+                if self.spilled.get(&place) == Some(&number) {
+                    self.spilled.remove(&place);
+                }
             }
             if let Some(worked_off) = slot.worked_off {
                 passed.extend(*worked_off);

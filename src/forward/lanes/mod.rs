@@ -198,7 +198,8 @@ impl Lanes {
         if let Some(id) = self.by_topic.get(topic) {
             return *id;
         }
-        if self.by_topic.len() >= self.evict_at {
+        // What is to be noted of a lane is noted under its topic.
+        if self.by_topic.len() >= self.evict_at && self.worked_off.is_empty() {
             self.evict();
         }
         let lane =

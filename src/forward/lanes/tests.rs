@@ -363,3 +363,20 @@ fn what_was_delivered_earlier_is_skipped_and_not_sent_again() {
     assert_eq!(driver.worked_off(), Some(110));
     assert!(!driver.lanes.is_held(driver.lane));
 }
+
+#[test]
+fn a_lane_is_not_forgotten_before_what_it_has_worked_off_is_noted() {
+    let mut driver = Driver::new();
+    let now = driver.now;
+    driver.lanes.restore("a", 50..51, now);
+    let (a, events) = driver.lanes.next_round(now).unwrap();
+    driver.lanes.sent(a, events[0], BYTES, now);
+    driver.lanes.delivered(a, events[0], BYTES, now, &mut driver.parked);
+    assert!(!driver.lanes.is_held(a));
+    for at in 0..LANES_MAX as u64 {
+        driver.lanes.restore(&format!("b{at}"), 100 + at..101 + at, now);
+    }
+    let worked_off = driver.lanes.take_worked_off();
+    assert_eq!(worked_off.len(), 1);
+    assert_eq!(driver.lanes.topic(worked_off[0].0), "a");
+}

@@ -6,7 +6,7 @@ use tracing::{error, info};
 
 use super::super::ParkReason;
 use super::super::discard::Verdict;
-use super::super::in_flight::{EventRef, InFlight, RECORDS_MAX, Side};
+use super::super::in_flight::{EventRef, InFlight, RECORDS_MAX, SPILLED_MAX, Side};
 use super::super::lanes::{LaneId, ToPark};
 use super::transaction::ExactlyOnce;
 use super::{READ_BYTES, Replay, charge};
@@ -20,6 +20,7 @@ impl Replay {
             |lane: &LaneId| self.lanes.client_bytes(*lane) < self.lane_bytes_max() || self.lanes.is_held(*lane);
         taken < self.in_flight_bytes_max
             && self.in_flight.records() < RECORDS_MAX
+            && self.in_flight.spilled_events() < SPILLED_MAX
             && self.full_lane.as_ref().is_none_or(lane_has_room)
     }
 

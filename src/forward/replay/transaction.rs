@@ -620,7 +620,7 @@ impl Replay {
             return next.map_or(Ok(false), |(lane, events)| self.begin_side(lane, events, now).map(|()| true));
         };
         match round.state {
-            State::Sealed => match round.cursor_reported.take() {
+            State::Sealed => match round.cursor_reported {
                 None => Ok(false),
                 Some(true) if round.waiting.is_empty() => {
                     round.state = State::Committing;
