@@ -153,6 +153,38 @@ fn what_is_refused_for_good_out_of_the_spill_is_parked_once() {
     assert_eq!((service.parked().len() as u64, findings.out_of_order), (findings.parked, 0));
 }
 
+/// A spill that takes the place of a lost one counts from the beginning again, and Kafka knows how far the lost one was worked
+/// off.
+#[test]
+fn what_is_in_a_spill_that_took_the_place_of_a_lost_one_is_sent() {
+    let kafka = Kafka::start_with(Options { acls: true, ..Options::default() });
+    for event_type in &TYPES[..4] {
+        kafka.create_topic(&topic(event_type), 4, &[]);
+    }
+    let mut service = Service::start(&kafka.bootstrap(), &format!("{SETTINGS}topic_grace = \"24h\""));
+    let traffic = Traffic::start(service.ports(), load(rand::random()));
+    let bad = topic(TYPES[2]);
+    let spill = |service: &mut Service, events: u64| {
+        kafka.deny(&bad, Denied::Write);
+        service.wait_for("events to go to disk", PATIENCE, |service| service.forward_number("spilled_events") > events);
+    };
+    service.wait_for_deliveries(2000.0);
+    spill(&mut service, 300);
+    kafka.allow(&bad);
+    service.wait_for("the spill to be empty", PATIENCE, |service| service.forward_number("spilled_events") == 0);
+    assert!(service.stop().success());
+    service.remove_spill();
+    service.restart();
+    spill(&mut service, 5000);
+    service.kill();
+    service.restart();
+    kafka.allow(&bad);
+    traffic.flow(&mut service, 2000);
+    let what = "delivery exactly_once, a topic denied and allowed, its empty spill lost, denied again, killed, allowed";
+    let findings = finish(fault("exactly once, lost spill", what), &mut service, traffic, &kafka, Vec::new());
+    assert_eq!((findings.parked, findings.out_of_order), (0, 0));
+}
+
 #[test]
 fn a_second_instance_with_the_same_id_takes_over() {
     let kafka = Kafka::start();

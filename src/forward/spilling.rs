@@ -76,6 +76,11 @@ impl Spilling {
         })
     }
 
+    /// What tells the spill from another one that was in its place.
+    pub(super) fn id(&self) -> &str {
+        self.spill.id()
+    }
+
     /// Events in the spill.
     pub(super) fn count(&self) -> u64 {
         self.spill.count()

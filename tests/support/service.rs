@@ -152,6 +152,12 @@ impl Service {
         });
     }
 
+    /// Loses the spill of a stopped service.
+    pub fn remove_spill(&self) {
+        assert!(self.child.is_none(), "the service runs");
+        fs::remove_dir_all(self.directory.path().join("wal/spill")).expect("remove the spill");
+    }
+
     /// Changes the names that it can resolve.
     pub fn set_hosts(&self, names: &[&str]) {
         self.hosts.as_ref().expect("it has hosts of its own").set(names);

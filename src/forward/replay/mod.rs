@@ -173,7 +173,7 @@ impl Replay {
             topic_propagation,
             exactly_once: producer.is_some() && config.delivery == Delivery::ExactlyOnce,
         };
-        let exactly_once = limits.exactly_once.then(|| ExactlyOnce::new(&config, &wal, parked_before));
+        let exactly_once = limits.exactly_once.then(|| ExactlyOnce::new(&config, &wal, parked_before, spilling.id()));
         let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
         let now = Instant::now();
         let live_first = LiveFirst::new(config.live_first && exactly_once.is_none() && producer.is_some(), &wal, now);

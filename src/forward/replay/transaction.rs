@@ -88,6 +88,7 @@ struct Names {
     id: String,
     cursor_topic: String,
     log_id: String,
+    spill_id: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +109,9 @@ enum State {
 struct Cursor {
     /// The log that it is about: another one, in the same place, starts anew.
     log: String,
+    /// Of a topic: the spill that it is about.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    spill: String,
     /// Of the log: the sequence of the first record not delivered. Of a topic in the spill: the number of the first event.
     next: u64,
 }
@@ -143,11 +147,11 @@ struct SideRound {
 
 impl ExactlyOnce {
     /// Parked events up to `parked_before` are those of an earlier log.
-    pub(super) fn new(config: &ForwardConfig, wal: &Wal, parked_before: u64) -> ExactlyOnce {
+    pub(super) fn new(config: &ForwardConfig, wal: &Wal, parked_before: u64, spill_id: &str) -> ExactlyOnce {
         let (id, log_id) = (transactional_id(config, wal), wal.id().to_owned());
         let backoff = Backoff::new(config.retry_delay_min, config.retry_delay_max);
         ExactlyOnce {
-            names: Names { id, cursor_topic: config.cursor_topic.clone(), log_id },
+            names: Names { id, cursor_topic: config.cursor_topic.clone(), log_id, spill_id: spill_id.to_owned() },
             interval: config.commit_interval,
             state: State::Starting,
             begun: Instant::now(),
@@ -253,8 +257,14 @@ impl Names {
         topic.map_or_else(|| self.id.clone(), |topic| format!("{}/{topic}", self.id))
     }
 
-    fn value(&self, next: u64) -> Vec<u8> {
-        serde_json::to_vec(&Cursor { log: self.log_id.clone(), next }).expect("its fields are strings and numbers")
+    fn value(&self, topic: Option<&str>, next: u64) -> Vec<u8> {
+        let spill = topic.map(|_| self.spill_id.clone()).unwrap_or_default();
+        let cursor = Cursor { log: self.log_id.clone(), spill, next };
+        serde_json::to_vec(&cursor).expect("its fields are strings and numbers")
+    }
+
+    fn is_ours(&self, name: &str, cursor: &Cursor) -> bool {
+        cursor.log == self.log_id && (name.is_empty() || cursor.spill == self.spill_id)
     }
 
     /// The cursors of this log: of the log itself under an empty name, and of topics.
@@ -264,7 +274,7 @@ impl Names {
         let mut cursors = HashMap::new();
         for (name, value) in values {
             match serde_json::from_slice::<Cursor>(&value) {
-                Ok(cursor) if cursor.log == self.log_id => drop(cursors.insert(name, cursor.next)),
+                Ok(cursor) if self.is_ours(&name, &cursor) => drop(cursors.insert(name, cursor.next)),
                 Ok(_) => {}
                 Err(error) => {
                     let what = format!("the cursor {name:?} in {} is not one: {error}", self.cursor_topic);
@@ -439,7 +449,7 @@ impl Replay {
         let (Some(producer), Some(end)) = (&self.producer, self.in_flight.end()) else { return false };
         // Of what was delivered before not everything need have been read again.
         let next = end.sequence().max(once.delivered_before);
-        let (key, value) = (once.names.key(None), once.names.value(next.0));
+        let (key, value) = (once.names.key(None), once.names.value(None, next.0));
         once.cursor_reported = None;
         match producer.send(&once.names.cursor_topic, Some(&key), &value, CURSOR_TAG) {
             Ok(()) => once.state = State::Sealed,
@@ -804,7 +814,7 @@ impl Side {
 impl SideRound {
     /// Sends a cursor of the topic.
     fn seal(&mut self, producer: &Producer, names: &Names, topic: &str, next: u64) {
-        let (key, value) = (names.key(Some(topic)), names.value(next));
+        let (key, value) = (names.key(Some(topic)), names.value(Some(topic), next));
         let sent = producer.send(&names.cursor_topic, Some(&key), &value, CURSOR_TAG);
         (self.state, self.cursor_reported) = (State::Sealed, sent.is_err().then_some(false));
     }

@@ -95,6 +95,8 @@ pub struct SpillContents {
 /// See the module.
 pub(super) struct Spill {
     directory: PathBuf,
+    id: String,
+    id_saved: bool,
     topics: HashMap<Box<str>, Topic>,
     files: BTreeMap<u64, FileUse>,
     current: Option<Current>,
@@ -192,8 +194,16 @@ impl Spill {
         } else {
             None
         };
+        let id_saved = directory.exists();
+        let id = if id_saved {
+            state::load_id(directory).map_err(SpillError::io("read the spill's id"))?
+        } else {
+            uuid::Uuid::new_v4().to_string()
+        };
         let mut spill = Spill {
             directory: directory.to_owned(),
+            id,
+            id_saved,
             topics: HashMap::new(),
             files: BTreeMap::new(),
             current: None,
@@ -233,6 +243,11 @@ impl Spill {
         let consumed: Vec<_> = spill.topics.iter().map(|(name, topic)| (name.clone(), topic.consumed)).collect();
         consumed.into_iter().for_each(|(name, consumed)| spill.consume(&name, consumed));
         Ok(spill)
+    }
+
+    /// What tells it from a spill that was in its place before and is lost.
+    pub(super) fn id(&self) -> &str {
+        &self.id
     }
 
     /// Takes in the headers of one file.
@@ -519,8 +534,12 @@ impl Spill {
     }
 
     fn create(&mut self) -> io::Result<Current> {
-        if !self.directory.exists() {
-            fs::create_dir(&self.directory)?;
+        if !self.id_saved {
+            if !self.directory.exists() {
+                fs::create_dir(&self.directory)?;
+            }
+            state::save_id(&self.directory, &self.id)?;
+            self.id_saved = true;
         }
         let id = self.next_file;
         self.next_file += 1;

@@ -1,7 +1,8 @@
-//! How far each topic of the spill is worked off: one small file, replaced as a whole.
+//! How far each topic of the spill is worked off: one small file, replaced as a whole. And which spill it is.
 //!
 //! ```text
 //! state   JSON │ crc32c of it, 8 hexadecimal digits │ newline
+//! id      written once, before the first event
 //! ```
 
 use std::fs::{self, File};
@@ -14,6 +15,7 @@ use crate::wal::crc32c;
 
 const NAME: &str = "state";
 const NEW_NAME: &str = "state.new";
+const ID_NAME: &str = "id";
 const CHECKSUM_BYTES: usize = 9;
 
 /// See the module.
@@ -65,14 +67,32 @@ fn checksum_of(json: &[u8]) -> String {
     format!("{:08x}\n", crc32c(&[json]))
 }
 
+/// What tells this spill from one that was lost, whose numbers it gives out again. Empty if it has none.
+pub(super) fn load_id(directory: &Path) -> io::Result<String> {
+    match fs::read_to_string(directory.join(ID_NAME)) {
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::InvalidData].contains(&error.kind()) => {
+            Ok(String::new())
+        }
+        id => id,
+    }
+}
+
+/// Gives it one. Durable, but for the directory's own name, when this returns.
+pub(super) fn save_id(directory: &Path, id: &str) -> io::Result<()> {
+    replace(directory, ID_NAME, &[id.as_bytes()])
+}
+
 /// Replaces it. Durable when this returns.
 pub(super) fn save(directory: &Path, state: &State) -> io::Result<()> {
     let json = serde_json::to_vec(state).expect("its fields are strings and numbers");
+    replace(directory, NAME, &[&json, checksum_of(&json).as_bytes()])
+}
+
+fn replace(directory: &Path, name: &str, parts: &[&[u8]]) -> io::Result<()> {
     let new = directory.join(NEW_NAME);
     let mut file = File::create(&new)?;
-    file.write_all(&json)?;
-    file.write_all(checksum_of(&json).as_bytes())?;
+    parts.iter().try_for_each(|part| file.write_all(part))?;
     file.sync_all()?;
-    fs::rename(new, directory.join(NAME))?;
+    fs::rename(new, directory.join(name))?;
     File::open(directory)?.sync_all()
 }
