@@ -316,7 +316,7 @@ fn new_events_that_go_first_and_the_backlog_all_arrive() {
     // The stretch that went ahead is known after a kill.
     service.kill();
     service.restart();
-    assert!(service.backlog().0 > 5000, "the backlog drains still");
+    assert!(service.backlog().0 > 0, "the backlog drains still");
     service.wait_for_deliveries(2000.0);
     kafka.kill();
     kafka.restart();

@@ -143,7 +143,8 @@ impl Forwarder {
                 "the parked store is empty, it held events when the cursor was last saved"
             );
         } else if missing > 0 {
-            tracing::error!(events = missing, "parked events are missing: the parked store was damaged");
+            // What was removed is known to the store's head alone: if that is damaged, it counts as missing as well.
+            tracing::error!(at_most = missing, "parked events are missing: the parked store was damaged");
             metrics.forward.dropped_events_damaged.increment(missing);
         }
         if missing > 0 {

@@ -299,8 +299,8 @@ impl Wal {
         self.shared.parked.clone()
     }
 
-    /// The id of the newest parked event of an earlier log, whose sequences this one has given out again; 0 if there is none.
-    /// `last_id` is the newest now: until this was asked once, nothing of this log is parked.
+    /// The id of the newest parked event that may be of an earlier log, whose sequences this one has given out again; 0 if there
+    /// is none. `last_id` is the newest now, and all up to it may be, if this is asked for the first time.
     ///
     /// # Errors
     /// [`StoreError`]

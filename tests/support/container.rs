@@ -58,7 +58,14 @@ impl Container {
     /// Reboots: every process ends, and systemd starts from nothing on the same files.
     pub fn reboot(&mut self) {
         self.run("systemctl reboot");
-        let status = self.nspawn.wait().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.nspawn.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the container does not shut down");
+            std::thread::sleep(Duration::from_millis(50));
+        };
         assert_eq!(status.code(), Some(REBOOT), "how systemd-nspawn says that it wants to be started again");
         self.leader = 0;
         self.nspawn = nspawn(&self.work, &self.root, &self.groups);
@@ -185,8 +192,9 @@ fn nspawn(work: &Path, root: &Path, groups: &ControlGroups) -> Child {
         "systemd.unit=multi-user.target",
     ]);
     groups.enter(&mut nspawn);
-    nspawn.stdin(Stdio::null()).stdout(File::create(work.join("console")).unwrap());
-    nspawn.stderr(File::create(work.join("nspawn")).unwrap()).spawn().expect("start systemd-nspawn")
+    let append = |name: &str| File::options().create(true).append(true).open(work.join(name)).unwrap();
+    nspawn.stdin(Stdio::null()).stdout(append("console")).stderr(append("nspawn"));
+    nspawn.spawn().expect("start systemd-nspawn")
 }
 
 /// A control group for the container in each hierarchy that systemd uses, so that two of them do not share theirs.

@@ -17,7 +17,8 @@ pub struct CheckArgs {
     #[command(flatten)]
     file: ConfigFile,
     /// Print one JSON object on standard output instead: valid, error, problems, file, without_effect (of Raccoon's
-    /// settings), service (whether one runs, and what a reload would do)
+    /// settings), service (its reload: not_running, taken with what it changes, refused with the reason, or unknown). The
+    /// exit code is 0 if it is valid and not refused
     #[arg(long)]
     json: bool,
 }

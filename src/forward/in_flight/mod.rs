@@ -12,8 +12,9 @@
 //! - Bytes are charged from [`InFlight::push`] until the record is done: its request, and [`EVENT_OVERHEAD_BYTES`] an
 //!   event for what the Kafka client keeps. That client's copy of the payloads comes on top, so memory is about twice
 //!   the charge.
-//! - A done record behind the watermark keeps only a slot of about 160 bytes, and 60 for each of its events in the spill; there are at most [`RECORDS_MAX`] slots, and
-//!   [`SPILLED_MAX`] such events besides those that were in flight when there were as many.
+//! - A done record behind the watermark keeps only a slot of about 160 bytes, and 60 for each of its events in the spill;
+//!   there are at most [`RECORDS_MAX`] slots, and [`SPILLED_MAX`] such events besides those that were in flight when there
+//!   were as many.
 
 #[cfg(test)]
 pub(super) mod tests;

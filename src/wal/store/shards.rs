@@ -390,8 +390,8 @@ impl Shards {
         self.sync_shard(HEAD)
     }
 
-    /// If it is the newest one, another begins before: its name says which ids were given out, for certain all that it held. It
-    /// has not met as many ids as it may hold bytes.
+    /// If it is the newest one, another begins before: its name says which ids were given out. It has not met as many ids as
+    /// it may hold bytes, unless it was emptied and filled again and again; the head knows the ids of what was removed.
     fn set_aside(&mut self, first: u64) -> Result<PathBuf, StoreError> {
         if self.newest() == Some(first) {
             self.add(first + self.shard_bytes)?;
