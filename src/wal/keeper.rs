@@ -15,7 +15,7 @@ use super::{ahead, cursor, losses};
 use crate::config::WhenFull;
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
-const SPARES: usize = 2;
+pub(super) const SPARES: usize = 2;
 /// How often the cursor is saved while it moves, and the disk is measured.
 const INTERVAL: Duration = Duration::from_secs(1);
 

@@ -71,6 +71,11 @@ pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// Until the keeper has prepared its segments: the next sync is a commit's.
+fn await_spares(wal: &Wal) {
+    until("segments are prepared", || wal.shared.log().spares.len() >= super::keeper::SPARES);
+}
+
 #[test]
 fn what_was_committed_is_read_in_order_also_after_a_restart() {
     let directory = tempfile::tempdir().unwrap();
@@ -294,6 +299,7 @@ fn a_failed_sync_ends_acking_for_good() {
     let store = MemoryStore::default();
     let wal = open_memory(&store);
     wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    await_spares(&wal);
     store.set_faults(Faults { sync_fails: true, ..Faults::default() });
     assert_eq!(wait(wal.append(batch(2, 10)).unwrap()), Err(CommitError::Poisoned));
     store.set_faults(Faults::default());
@@ -430,6 +436,7 @@ fn equal_batches_in_flight_are_stored_once_and_share_their_fate() {
         assert_eq!(stored, [Stored::New(crate::batch::Sequence(number)), Stored::Before, Stored::Before]);
     }
     assert_eq!(drain(&mut wal.reader()), (1..=200).collect::<Vec<_>>());
+    await_spares(&wal);
     store.set_faults(Faults { sync_fails: true, ..Faults::default() });
     let commits: Vec<_> = (0..3).filter_map(|_| wal.append(batch(201, 10)).ok()).collect();
     assert!(!commits.is_empty());
@@ -444,6 +451,7 @@ fn a_retry_is_not_acked_before_the_first_is_durable() {
     let store = MemoryStore::default();
     let wal = open_memory(&store);
     wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    await_spares(&wal);
     let gate = store.sync_gate();
     let held = gate.lock().unwrap();
     let mut commits = vec![wal.append(batch(2, 10)).unwrap()];
@@ -471,6 +479,7 @@ fn what_a_power_cut_leaves_behind_a_hole_is_cut_off_and_no_loss() {
     let wal = open_memory(&store);
     wait(wal.append(batch(1, 10)).unwrap()).unwrap();
     let is_syncing = |wal: &Wal| wal.shared.sync_began.load(Ordering::Relaxed) != 0;
+    await_spares(&wal);
     let gate = store.sync_gate();
     let held = gate.lock().unwrap();
     let mut commits = vec![wal.append(batch(2, 10)).unwrap()];
