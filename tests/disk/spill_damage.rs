@@ -67,7 +67,7 @@ async fn a_damaged_spill_is_delivered_as_far_as_it_can_be_read() {
 /// Damages a file of the spill that has something in it, and says how.
 fn damage(service: &Service, image: usize, rng: &mut StdRng) -> String {
     let files = std::fs::read_dir(service.disk.root().join("spill")).unwrap().map(|file| file.unwrap().path());
-    let mut files: Vec<_> = files.filter(|file| !file.ends_with("state")).collect();
+    let mut files: Vec<_> = files.filter(|file| !file.ends_with("state") && !file.ends_with("id")).collect();
     files.sort_unstable();
     let path = &files[rng.random_range(0..files.len())];
     let mut bytes = std::fs::read(path).unwrap();

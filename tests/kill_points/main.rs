@@ -302,7 +302,7 @@ fn spill_state(spill: &Path) -> Option<SystemTime> {
 /// Nothing is in the spill but its state.
 fn is_bare(spill: &Path) -> bool {
     let Ok(files) = std::fs::read_dir(spill) else { return true };
-    files.map(|file| file.unwrap().file_name()).all(|name| name == "state")
+    files.map(|file| file.unwrap().file_name()).all(|name| name == "state" || name == "id")
 }
 
 /// The sum over all labels of a metric.
