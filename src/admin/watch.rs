@@ -163,6 +163,8 @@ impl Watch {
         }
         state.looks.push_back(look);
         state.growth_bytes.grew(last.pending_bytes, look.pending_bytes, seconds);
+        // From rest: what a new log reserves in its first second is no trend.
+        state.shrinking_bytes.0.get_or_insert(0.0);
         state.shrinking_bytes.grew(look.capacity_bytes, last.capacity_bytes, seconds);
         let now = look.rates_since(&last);
         if state.samples.len() == SAMPLES_MAX {
@@ -373,8 +375,9 @@ mod tests {
             let committed = if second < 300 { 0 } else { (second - 299) * 10 };
             look_at(&watch, start, second, [committed, 0, 9_000_000 - second * 1000]);
             if second == 299 {
-                assert_eq!(watch.full_seconds(500_000, true), Some(500.0));
-                assert_eq!(watch.full_seconds(500_000, false), Some(500.0));
+                // Within a hundredth: it began at nothing.
+                assert_eq!(watch.full_seconds(500_000, true), Some(503.0));
+                assert_eq!(watch.full_seconds(500_000, false), Some(503.0));
             }
         }
         assert_eq!(watch.full_seconds(500_000, true).map(|seconds| seconds.round()), Some(251.0));
@@ -383,6 +386,16 @@ mod tests {
             look_at(&watch, start, second, [3000, 3000, 9_000_000]);
         }
         assert_eq!(watch.full_seconds(500_000, true), None);
+    }
+
+    #[test]
+    fn what_a_new_log_reserves_at_once_is_no_trend() {
+        let (watch, start) = (Watch::default(), Instant::now());
+        for second in 0..20 {
+            look_at(&watch, start, second, [0, 0, if second == 0 { 9_000_000 } else { 8_000_000 }]);
+        }
+        // As by a sixtieth of it each second, and less from then on.
+        assert!(watch.full_seconds(500_000_000, true) > Some(60.0 * 500.0));
     }
 
     #[test]

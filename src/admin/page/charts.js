@@ -143,7 +143,7 @@ function showCharts() {
   const [mostIn, mostOut] = [most((sample) => sample.committed_events), most((sample) => sample.delivered_events)];
   show("rates-summary", `Now ${rate(last.committed_events)} in and ${rate(last.delivered_events)} out; ` +
     `at most ${rate(mostIn)} in and ${rate(mostOut)} out.`);
-  const change = last.pending_events - samples[Math.max(0, samples.length - 11)].pending_events;
+  const change = last.pending_events - samples[Math.max(0, samples.length - 6)].pending_events;
   const trend = change > 0 ? "growing" : change < 0 ? "shrinking" : "steady";
   const mostPending = count(most((sample) => sample.pending_events));
   show("backlog-summary", `Now ${plural(last.pending_events, "event", "events")}, ${trend}; at most ${mostPending}.`);
