@@ -68,13 +68,14 @@ pub async fn cut(run: &Run, cuts: usize, services: usize, disbelief: Disbelief, 
     outcome
 }
 
-/// Moments of a run, as lengths of its journal, ascending: sync points in turn, and others. And the number of sync points.
+/// Moments of a run, as lengths of its journal, ascending: sync points in turn, others, and its end. And the number of sync points.
 fn moments(journal: &[u8], cuts: usize, rng: &mut StdRng) -> (Vec<usize>, usize) {
     // A moment after the begin of a sync: it has done nothing yet. After its end: nothing has happened since.
     let is_sync = |change: &Change| matches!(change, Change::SyncBegins { .. } | Change::SyncEnds { .. });
     let (syncs, others): (Vec<_>, Vec<_>) = records(journal).partition(|record| is_sync(&record.change));
-    let mut moments: Vec<usize> =
-        others.choose_multiple(rng, cuts / ELSEWHERE_ONE_IN).map(|record| record.end).collect();
+    // The end, when the run has left what it is about, is one of them.
+    let mut moments = vec![journal.len()];
+    moments.extend(others.choose_multiple(rng, cuts / ELSEWHERE_ONE_IN).map(|record| record.end));
     while moments.len() < cuts {
         moments.extend(syncs.choose_multiple(rng, (cuts - moments.len()).min(syncs.len())).map(|record| record.end));
     }
