@@ -160,10 +160,8 @@ fn what_was_parked_out_of_the_spill_before_that_was_noted_there_is_parked_once()
     forwarder.stop(DEADLINE);
 }
 
-/// The next log counts from 1 again, and what it shows is not what was parked of the one before.
-#[test]
-fn what_an_earlier_log_has_parked_stays() {
-    let setup = exactly_once();
+/// Parks the events 0, 1 and 2, and begins another log beside the store that they are in.
+fn beside_parked(setup: Setup) -> Setup {
     let forwarder = setup.start();
     for at in 0..3 {
         setup.send("a", &[("not a topic", number(at))]);
@@ -171,14 +169,19 @@ fn what_an_earlier_log_has_parked_stays() {
     setup.wait_for_empty_log(&forwarder);
     forwarder.stop(DEADLINE);
     drop(forwarder);
-
-    let setup = setup.reopened_after(|directory| {
+    setup.reopened_after(|directory| {
         for entry in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap()) {
             if entry.file_type().unwrap().is_dir() && entry.file_name() != "parked" {
                 std::fs::remove_dir_all(entry.path()).unwrap();
             }
         }
-    });
+    })
+}
+
+/// The next log counts from 1 again, and what it shows is not what was parked of the one before.
+#[test]
+fn what_an_earlier_log_has_parked_stays() {
+    let setup = beside_parked(exactly_once());
     setup.topic("click", 1);
     for at in 0..3 {
         setup.send("a", &[("click", number(at)), ("not a topic", number(3 + at))]);
@@ -204,22 +207,8 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
 /// An event that is requeued keeps the sequence that it had.
 #[test]
 fn what_an_earlier_log_has_parked_stays_also_when_it_was_requeued_and_parked_again() {
-    let mut setup = exactly_once();
+    let mut setup = beside_parked(exactly_once());
     setup.config.topic_grace = Duration::from_millis(100);
-    let forwarder = setup.start();
-    for at in 0..3 {
-        setup.send("a", &[("not a topic", number(at))]);
-    }
-    setup.wait_for_empty_log(&forwarder);
-    forwarder.stop(DEADLINE);
-    drop(forwarder);
-    let setup = setup.reopened_after(|directory| {
-        for entry in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap()) {
-            if entry.file_type().unwrap().is_dir() && entry.file_name() != "parked" {
-                std::fs::remove_dir_all(entry.path()).unwrap();
-            }
-        }
-    });
     setup.closed_topic("closed");
     setup.topic("click", 1);
     let forwarder = setup.start();
