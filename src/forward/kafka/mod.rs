@@ -340,8 +340,8 @@ impl ClientContext for Context {
     }
 }
 
-/// What a message of librdkafka's says, whichever broker it is about, and whatever was counted: `broker:9092/1: Connect to … failed:
-/// Connection refused (after 0ms in state CONNECT, 3 identical …)` says "Connection refused".
+/// What a message of librdkafka's says, whichever broker it is about, and whatever was counted: `broker:9092/1: Connect to …
+/// failed: Connection refused (after 0ms in state CONNECT, 3 identical …)` says "Connection refused".
 fn gist(message: &str) -> String {
     let said = message.split(" (after ").next().unwrap_or_default();
     let said = said.rsplit(": ").next().unwrap_or_default();

@@ -12,9 +12,9 @@
 //!
 //! # Order
 //! sled recovers a prefix of what was written to one Db, and shards know nothing of each other. So the head is durable before
-//! anything is removed from a shard, and a shard is closed only when it is durable. If that fails,
-//! whoever wrote to it learns of it by [`StateDb::reopened`]. A shard that becomes empty is removed, by a sync, unless it is the newest. One that a start finds empty stays: nobody knows then whether its entries were removed or are
-//! hidden by damage.
+//! anything is removed from a shard, and a shard is closed only when it is durable. If that fails, whoever wrote to it learns
+//! of it by [`StateDb::reopened`]. A shard that becomes empty is removed, by a sync, unless it is the newest. One that a start
+//! finds empty stays: nobody knows then whether its entries were removed or are hidden by damage.
 //!
 //! # Damage
 //! [`StateDb::visit`] finds it, and sets the shard aside alone. What shows later fails the call that met it.
