@@ -137,6 +137,7 @@ fn what_is_refused_for_good_out_of_the_spill_is_parked_once() {
     let settings = format!("{SETTINGS}topic_grace = \"24h\"");
     let mut service = Service::start(&kafka.bootstrap(), &settings);
     service.wait_for("its transactions", PATIENCE, |service| service.logged("exactly-once delivery goes on") == 1);
+    assert_eq!(service.logged("WARN"), 0, "a first start is nothing to warn of:\n{}", service.life_log());
     let pause = Duration::from_millis(500);
     let traffic = Traffic::start(service.ports(), Load { clients_per_protocol: 1, pause, ..load(1) });
     service.wait_for("events of it to go to disk", PATIENCE, |service| service.forward_number("spilled_events") > 30);

@@ -207,7 +207,7 @@ pub struct ForwardConfig {
     pub transactional_id: String,
     /// With `exactly_once`: the compacted topic that holds the cursors. Made if it is not there.
     pub cursor_topic: String,
-    /// Bytes handed to the Kafka client and not yet acked by the broker. At least 1 MiB.
+    /// Bytes handed to the Kafka client and not yet acked by the broker, half of it for one topic at most. At least 1 MiB.
     #[serde(with = "size")]
     pub in_flight_bytes_max: ByteSize,
     /// First delay before something that Kafka refused is tried again. At least 1 ms.
@@ -407,7 +407,7 @@ impl Default for ForwardConfig {
             commit_interval: Duration::from_secs(1),
             transactional_id: String::new(),
             cursor_topic: "ringtail-cursors".into(),
-            in_flight_bytes_max: ByteSize::mib(16),
+            in_flight_bytes_max: ByteSize::mib(32),
             retry_delay_min: Duration::from_millis(100),
             retry_delay_max: Duration::from_secs(5),
             topic_grace: Duration::from_secs(24 * 60 * 60),

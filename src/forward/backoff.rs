@@ -36,33 +36,47 @@ impl Backoff {
 #[derive(Debug, Clone)]
 pub(super) struct Retry {
     backoff: Backoff,
-    at: Option<Instant>,
+    /// None: it has not failed, or has succeeded since.
+    failing: Option<Failing>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Failing {
+    since: Instant,
+    /// When it may be tried again.
+    retry_at: Instant,
 }
 
 impl Retry {
     /// Has not failed yet.
     pub(super) fn new(backoff: Backoff) -> Retry {
-        Retry { backoff, at: None }
+        Retry { backoff, failing: None }
     }
 
     /// Whether it failed and has not succeeded since.
     pub(super) fn is_failing(&self) -> bool {
-        self.at.is_some()
+        self.failing.is_some()
+    }
+
+    /// Whether it has been failing for so long.
+    pub(super) fn is_failing_for(&self, patience: Duration, now: Instant) -> bool {
+        self.failing.is_some_and(|failing| now.saturating_duration_since(failing.since) >= patience)
     }
 
     /// When it may be tried again; none when it may be now.
     pub(super) fn due(&self, now: Instant) -> Option<Instant> {
-        self.at.filter(|at| *at > now)
+        self.failing.map(|failing| failing.retry_at).filter(|at| *at > now)
     }
 
     /// It failed (again).
     pub(super) fn failed(&mut self, now: Instant, rng: &mut impl Rng) {
-        self.at = Some(now + self.backoff.next(rng));
+        let since = self.failing.map_or(now, |failing| failing.since);
+        self.failing = Some(Failing { since, retry_at: now + self.backoff.next(rng) });
     }
 
     /// It succeeded.
     pub(super) fn succeeded(&mut self) {
-        if self.at.take().is_some() {
+        if self.failing.take().is_some() {
             self.backoff.reset();
         }
     }
@@ -133,6 +147,21 @@ mod tests {
         }
         backoff.reset();
         assert!(backoff.next(&mut rng) <= min);
+    }
+
+    #[test]
+    fn what_fails_again_has_been_failing_since_the_first_time() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut rng = SmallRng::seed_from_u64(7);
+        let mut retry = Retry::new(Backoff::new(second, second));
+        assert!(!retry.is_failing_for(Duration::ZERO, start));
+        retry.failed(start, &mut rng);
+        retry.failed(start + second, &mut rng);
+        assert!(retry.is_failing_for(second * 2, start + second * 2));
+        assert!(!retry.is_failing_for(second * 2, start + second));
+        retry.succeeded();
+        retry.failed(start + second * 3, &mut rng);
+        assert!(!retry.is_failing_for(second, start + second * 3));
     }
 
     #[test]

@@ -331,6 +331,8 @@ impl ClientContext for Context {
         }
         let Some(suppressed) = self.admit(facility, message) else { return };
         match level {
+            // It goes on trying to begin, and whoever waits for that says so.
+            _ if facility == "GETPID" => info!(facility, suppressed, "kafka client: {message}"),
             RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info | RDKafkaLogLevel::Debug => {
                 info!(facility, suppressed, "kafka client: {message}");
             }

@@ -45,6 +45,10 @@ pub(super) use transaction::transactional_id;
 /// Longest turn of an idle loop.
 const TURN_MAX: Duration = Duration::from_millis(500);
 
+/// One lane may have this part of the bytes in flight, or a topic that stalls would keep the others from being sent. Less would
+/// slow down a single topic: its records would go in smaller requests, and fewer of them at once.
+const LANE_PART: u64 = 2;
+
 /// Bytes read between two looks at the reports.
 const READ_BYTES: u64 = 256 * 1024;
 
@@ -500,7 +504,9 @@ impl Replay {
 
     /// Events of the spill that Kafka does not take must not keep others out of the client for long: they are safe, and go back.
     fn make_room_in_client(&mut self, now: Instant) {
-        if self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / 4 || self.spilling.has_delivered_since(now) {
+        if self.lanes.spilled_client_bytes() < self.in_flight_bytes_max / LANE_PART
+            || self.spilling.has_delivered_since(now)
+        {
             self.crowded_since = None;
             return;
         }

@@ -9,7 +9,7 @@ use super::super::discard::Verdict;
 use super::super::in_flight::{EventRef, InFlight, RECORDS_MAX, SPILLED_MAX, Side};
 use super::super::lanes::{LaneId, ToPark};
 use super::transaction::ExactlyOnce;
-use super::{READ_BYTES, Replay, charge};
+use super::{LANE_PART, READ_BYTES, Replay, charge};
 use crate::batch::now_ms;
 use crate::wal::{ReadError, Record};
 
@@ -31,7 +31,7 @@ impl Replay {
 
     /// What one lane may have in the client: never all that there may be.
     fn lane_bytes_max(&self) -> u64 {
-        self.in_flight_bytes_max.saturating_sub(self.lanes.spilled_client_bytes()) / 4
+        self.in_flight_bytes_max.saturating_sub(self.lanes.spilled_client_bytes()) / LANE_PART
     }
 
     /// Reads records while there is room, and sends their events. True: there may be more to read at once.

@@ -40,6 +40,9 @@ use crate::wal::Wal;
 const STEP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The same for reading the cursors.
 const READ_TIMEOUT: Duration = Duration::from_secs(20);
+/// A step that has to be repeated for longer is told. Kafka makes the topic of the cursors, and loads what it knows of
+/// transactions, when they are first asked for.
+const WAIT_PATIENCE: Duration = Duration::from_secs(10);
 /// A transaction that is younger was not given up by Kafka, which waits for a minute (`transaction.timeout.ms`).
 const EXPIRY_MIN: Duration = Duration::from_secs(40);
 /// Tag of a cursor record: one that no event has.
@@ -56,6 +59,8 @@ pub(super) struct ExactlyOnce {
     names: Names,
     interval: Duration,
     state: State,
+    /// No other producer with the id can do anything any more. That is not to be asked for twice.
+    initialised: bool,
     begun: Instant,
     /// Something in this transaction failed.
     failed: bool,
@@ -120,7 +125,7 @@ struct Cursor {
 #[derive(Default)]
 pub(super) struct Side {
     producer: Option<Producer>,
-    /// No other producer with its id can do anything any more.
+    /// As in [`ExactlyOnce`].
     initialised: bool,
     /// The cursors were read as well.
     started: bool,
@@ -154,6 +159,7 @@ impl ExactlyOnce {
             names: Names { id, cursor_topic: config.cursor_topic.clone(), log_id, spill_id: spill_id.to_owned() },
             interval: config.commit_interval,
             state: State::Starting,
+            initialised: false,
             begun: Instant::now(),
             failed: false,
             cursor_reported: None,
@@ -227,10 +233,19 @@ impl ExactlyOnce {
         is_cursor
     }
 
+    /// Makes every earlier producer with the id powerless.
+    fn init(&mut self, producer: &Producer) -> Result<(), TransactionError> {
+        if !self.initialised {
+            producer.init_transactions(STEP_TIMEOUT)?;
+            self.initialised = true;
+        }
+        Ok(())
+    }
+
     /// The producer is gone.
     pub(super) fn start_again(&mut self) {
         self.state = State::Starting;
-        (self.failed, self.stopping) = (false, false);
+        (self.initialised, self.failed, self.stopping) = (false, false, false);
         self.side = Side::default();
     }
 }
@@ -307,8 +322,8 @@ impl Replay {
         let result = match once.state {
             State::Idle | State::Committed => return false,
             // What an earlier process has left open would hide cursors.
-            State::Starting => producer
-                .init_transactions(STEP_TIMEOUT)
+            State::Starting => once
+                .init(producer)
                 .and_then(|()| match self.spilling.count() {
                     0 => Ok(()),
                     _ => once.side.init(&once.names, &self.properties),
@@ -403,6 +418,7 @@ impl Replay {
             TransactionError::Retry(message) | TransactionError::Abort(message) => {
                 // An outage is told by itself.
                 if self.connection.is_up()
+                    && once.steps.is_failing_for(WAIT_PATIENCE, now)
                     && let Some(suppressed) = once.log_limit.admit(now)
                 {
                     warn!(error = message, suppressed, "the transaction waits for kafka");
@@ -750,7 +766,9 @@ impl Replay {
     fn side_failed(&mut self, error: &TransactionError, now: Instant) {
         self.shared.set_last_error(error.to_string(), None);
         let Some(once) = &mut self.exactly_once else { return };
-        if let Some(suppressed) = once.log_limit.admit(now) {
+        let is_usual =
+            matches!(error, TransactionError::Retry(_)) && !once.side_steps.is_failing_for(WAIT_PATIENCE, now);
+        if !is_usual && let Some(suppressed) = once.log_limit.admit(now) {
             warn!(%error, suppressed, "the transactions of held topics wait for kafka");
         }
         once.side_steps.failed(now, &mut self.rng);
