@@ -4,7 +4,7 @@
 //! ```text
 //! cargo bench --bench drain                                        # into the in-process mock
 //! RINGTAIL_BENCH_BROKERS=127.0.0.1:9092 cargo bench --bench drain  # into a real Kafka, which makes topics by itself
-//! RINGTAIL_BENCH_EVENTS=25000000 RINGTAIL_BENCH_DIRECTORY=/mnt/disk cargo bench --bench drain
+//! RINGTAIL_BENCH_EVENTS=25000000 RINGTAIL_BENCH_ROUNDS=1 RINGTAIL_BENCH_DIRECTORY=/mnt/disk cargo bench --bench drain   # 5 GB
 //! RINGTAIL_BENCH_IN_FLIGHT_MIB=64 cargo bench --bench drain        # another forward.in_flight_bytes_max
 //! ```
 //!
@@ -29,7 +29,6 @@ use ringtail::metrics::Metrics;
 use ringtail::proto;
 use ringtail::wal::{Commit, Wal};
 
-const ROUNDS: usize = 3;
 const EVENTS_PER_BATCH: u64 = 20;
 const CLIENTS: u64 = 100;
 /// Payloads that differ.
@@ -44,6 +43,7 @@ struct Bench {
     directory: PathBuf,
     compression: &'static str,
     in_flight_bytes_max: ByteSize,
+    rounds: u64,
 }
 
 fn main() {
@@ -62,7 +62,8 @@ fn main() {
             payload_bytes,
             directory: directory.clone(),
             compression,
-            in_flight_bytes_max: ByteSize::mib(number("RINGTAIL_BENCH_IN_FLIGHT_MIB", 16)),
+            in_flight_bytes_max: ByteSize::mib(number("RINGTAIL_BENCH_IN_FLIGHT_MIB", 32)),
+            rounds: number("RINGTAIL_BENCH_ROUNDS", 3),
         };
         bench.run();
     }
@@ -71,7 +72,7 @@ fn main() {
 impl Bench {
     fn run(&self) {
         let (mut bare, mut drained, mut exact) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..ROUNDS {
+        for _ in 0..self.rounds {
             bare.push(self.bare());
             drained.push(self.drain(Delivery::AtLeastOnce));
             if self.is_real {
