@@ -1,8 +1,8 @@
 //! The commit thread: takes every batch that waits, writes them as one group, and passes it on to be synced (`syncer.rs`).
 //!
 //! There is no timer and no artificial delay: while one group is being synced, the next one is written, and the one after
-//! that gathers. Any error or panic refuses the whole group and fails the log for good, because after a failed sync nobody
-//! knows what is on disk.
+//! that gathers. Any error or panic refuses the whole group, because after a failed sync nobody knows what is on disk. If the
+//! disk has no room, another segment takes the place of this one (`abandoned.rs`); anything else fails the log for good.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use super::abandoned::{self, Abandoned};
 use super::dedup::{Fingerprint, Known, Window};
 use super::error::{AppendError, CommitError, StoreError};
-use super::log::{Segment, Shared};
+use super::log::{Position, Segment, Shared};
 use super::record::{ChunkHeader, HEADER_BYTES, Totals, encode_chunk, encode_record, record_bytes};
 use super::store::ActiveSegment;
 use super::syncer::{self, Group};
@@ -172,19 +173,23 @@ impl Appender {
         while self.wait() {
             kill_point::pass("commit.turn");
             shared.commit_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
-            self.commit_group();
+            if shared.pipeline.is_full() {
+                self.abandon();
+            } else {
+                self.commit_group();
+            }
             shared.commit_began.store(0, Ordering::Relaxed);
         }
     }
 
-    /// Waits for a batch. False: there will be none.
+    /// Waits for a batch, or for a segment to abandon. False: there will be none.
     fn wait(&self) -> bool {
         let mut queue = self.shared.queue();
         loop {
             if self.shared.failed.is_cancelled() {
                 return false;
             }
-            if !queue.waiting.is_empty() {
+            if !queue.waiting.is_empty() || self.shared.pipeline.is_full() {
                 return true;
             }
             if queue.closing {
@@ -223,10 +228,24 @@ impl Appender {
                 }
             }
             Err(error) => {
-                fail(&self.shared, &error);
-                refuse(chunks.into_iter().flatten(), &CommitError::Poisoned);
+                let error = abandoned::fail(&self.shared, &error);
+                abandoned::refuse(&self.shared, chunks.into_iter().flatten(), &error);
             }
         }
+    }
+
+    /// Abandons the active segment, which found no room (`abandoned.rs`).
+    fn abandon(&mut self) {
+        self.shared.pipeline.wait_until_empty();
+        let Active { id, file, .. } = self.active.take().expect("what found no room was written to it");
+        let mut log = self.shared.log();
+        self.tail = log.tail;
+        let slot = log.active.take().map_or(0, |(_, slots)| slots);
+        log.abandon(Abandoned { end: Position { segment: id, slot, totals: self.tail }, file });
+        drop(log);
+        self.shared.pipeline.end_full();
+        self.shared.log_changed.notify_all();
+        self.refuse_waiting(&CommitError::Full);
     }
 
     /// Takes what waits, as chunks, as far as it fits into the active segment.
@@ -295,6 +314,9 @@ impl Appender {
     fn rotate(&mut self) -> Result<(), CommitError> {
         // A segment is left when everything in it is durable: the reader goes by that.
         self.shared.pipeline.wait_until_empty();
+        if self.shared.pipeline.is_full() {
+            return Err(CommitError::Full);
+        }
         let began = Instant::now();
         let mut log = self.shared.log();
         if let Some(sealed) = self.active.take() {
@@ -307,7 +329,8 @@ impl Appender {
             if self.shared.failed.is_cancelled() {
                 return Err(CommitError::Poisoned);
             }
-            if let Some((id, file)) = log.spares.pop_front() {
+            let is_cut = log.abandoned.is_none();
+            if is_cut && let Some((id, file)) = log.spares.pop_front() {
                 // Whether another can be made is decided anew.
                 log.space_short &= !log.spares.is_empty() || self.shared.config.when_full == WhenFull::Reject;
                 let disk_bytes = self.shared.shape.reserved_bytes;
@@ -318,18 +341,8 @@ impl Appender {
                 self.shared.log_changed.notify_all();
                 return Ok(());
             }
-            if log.space_short || began.elapsed() >= SPARE_PATIENCE {
-                if log.full_since.is_none() {
-                    let config = &self.shared.config;
-                    tracing::warn!(
-                        disk_bytes = log.disk_bytes(&self.shared.shape),
-                        bytes_max = config.bytes_max.as_u64(),
-                        free_bytes = log.space.free_bytes,
-                        free_bytes_min = config.free_bytes_min.as_u64(),
-                        "log full, refusing batches"
-                    );
-                    log.full_since = Some(Instant::now());
-                }
+            if log.space_short || !is_cut || began.elapsed() >= SPARE_PATIENCE {
+                log.begin_full(&self.shared);
                 return Err(CommitError::Full);
             }
             let waited = self.shared.log_changed.wait_timeout(log, SPARE_PATIENCE);
@@ -338,22 +351,9 @@ impl Appender {
     }
 
     fn refuse_waiting(&self, error: &CommitError) {
-        let mut queue = self.shared.queue();
-        let waiting: Vec<_> = queue.waiting.drain(..).collect();
-        let bytes: u64 = waiting.iter().map(|waiting| waiting.batch.request.as_bytes().len() as u64).sum();
-        queue.bytes = queue.bytes.saturating_sub(bytes);
-        for fingerprint in waiting.iter().filter_map(|waiting| waiting.fingerprint) {
-            queue.window.refuse(&fingerprint, error);
-        }
-        drop(queue);
-        refuse(waiting, error);
+        let waiting: Vec<_> = self.shared.queue().waiting.drain(..).collect();
+        abandoned::refuse(&self.shared, waiting, error);
     }
-}
-
-/// Says that a commit failed, and ends acking.
-pub(super) fn fail(shared: &Shared, error: &StoreError) {
-    tracing::error!(error = error as &dyn std::error::Error, "commit failed, the log takes no more batches");
-    shared.fail();
 }
 
 pub(super) fn refuse(waiting: impl IntoIterator<Item = Waiting>, error: &CommitError) {

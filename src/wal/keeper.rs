@@ -11,7 +11,7 @@ use super::appender::FailOnPanic;
 use super::dedup::SavedWindow;
 use super::error::StoreError;
 use super::log::{Log, Segment, Shared};
-use super::{ahead, cursor, losses};
+use super::{abandoned, ahead, cursor, losses};
 use crate::config::WhenFull;
 
 /// Prepared segments to hold, so that the commit thread need not wait for one.
@@ -57,6 +57,9 @@ impl Keeper {
             let result = self.pass();
             self.report(result);
         }
+        // What was refused need not come back.
+        let result = abandoned::cut(&self.shared);
+        self.report(result);
         // The cursor is saved last: nothing moves it any more.
         let result = self.save_and_trim();
         self.report(result);
@@ -108,8 +111,13 @@ impl Keeper {
 
     fn prepare_spares(&self) -> Result<(), StoreError> {
         loop {
+            if let Err(error) = abandoned::cut(&self.shared) {
+                let is_full = error.is_full();
+                return self.no_spare(error, is_full);
+            }
             let (id, enough) = {
-                let log = self.shared.log();
+                let mut log = self.shared.log();
+                log.end_full(&self.shared);
                 if log.spares.len() >= SPARES {
                     return Ok(());
                 }
@@ -120,7 +128,8 @@ impl Keeper {
                 (log.next_segment, within_budget && free)
             };
             if !enough {
-                return self.space_is_short();
+                self.space_is_short();
+                return Ok(());
             }
             match self.shared.store.prepare(id) {
                 Ok(file) => {
@@ -129,20 +138,11 @@ impl Keeper {
                     log.next_segment = id + 1;
                     log.spares.push_back((id, file));
                     log.space_short = false;
-                    if let Some(since) = log.full_since.take() {
-                        tracing::info!(full_for = ?since.elapsed(), "log free again, accepting batches");
-                    }
-                }
-                Err(error) if error.is_full() || self.is_disk_full() => return self.space_is_short(),
-                Err(error) if error.is_short_of_descriptors() => {
-                    self.shared.log().space_short = true;
-                    self.shared.log_changed.notify_all();
-                    return Err(error);
+                    log.end_full(&self.shared);
                 }
                 Err(error) => {
-                    // Commits would soon wait for a segment that never comes.
-                    self.shared.fail();
-                    return Err(error);
+                    let is_full = error.is_full() || self.is_disk_full();
+                    return self.no_spare(error, is_full);
                 }
             }
             self.shared.log_changed.notify_all();
@@ -151,13 +151,29 @@ impl Keeper {
         }
     }
 
+    /// There is no next segment: for now, or for good.
+    fn no_spare(&self, error: StoreError, is_full: bool) -> Result<(), StoreError> {
+        if is_full {
+            self.space_is_short();
+            return Ok(());
+        }
+        if error.is_short_of_descriptors() {
+            self.shared.log().space_short = true;
+            self.shared.log_changed.notify_all();
+        } else {
+            // Commits would soon wait for a segment that never comes.
+            self.shared.fail();
+        }
+        Err(error)
+    }
+
     /// sled does not always say that it failed for lack of space.
     fn is_disk_full(&self) -> bool {
         self.shared.store.space().is_ok_and(|space| space.free_bytes < self.shared.shape.reserved_bytes)
     }
 
     /// Says so, unless the oldest segment is to make room.
-    fn space_is_short(&self) -> Result<(), StoreError> {
+    fn space_is_short(&self) {
         let mut log = self.shared.log();
         if self.can_give_up(&log) {
             self.give_up_oldest(&mut log);
@@ -165,7 +181,6 @@ impl Keeper {
         log.space_short = !self.is_giving_up(&log);
         drop(log);
         self.shared.log_changed.notify_all();
-        Ok(())
     }
 
     /// Whether a segment is given up and not gone yet.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
+use super::abandoned::Abandoned;
 use super::ahead::{Ahead, Received, Stretch};
 use super::appender::{Queue, refuse_all};
 use super::dedup::Window;
@@ -82,6 +83,8 @@ pub(super) struct Log {
     pub spilled_events: u64,
     /// No space to prepare another segment.
     pub space_short: bool,
+    /// The segment that found no room in a commit, until it is cut.
+    pub abandoned: Option<Abandoned>,
     /// Since when batches are refused for lack of space.
     pub full_since: Option<Instant>,
     /// Space as last measured.
@@ -309,6 +312,11 @@ impl Pool {
     /// Adds a handle made elsewhere.
     pub fn insert(&self, id: u64, file: Arc<dyn SegmentFile>) {
         self.open().insert(id, file);
+    }
+
+    /// Whoever wants this segment next opens it anew.
+    pub fn forget(&self, id: u64) {
+        self.open().remove(&id);
     }
 
     /// Closes every segment that nobody holds. The lock is held meanwhile, so that nobody opens one half closed.

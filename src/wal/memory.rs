@@ -1,6 +1,7 @@
 //! A store in memory that loses what was not synced, fails and fills up on command: for tests of the log's logic.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
@@ -18,6 +19,8 @@ struct Disk {
     cut: BTreeSet<u64>,
     /// Segments of which a part is there, without its marker.
     unfinished: BTreeSet<u64>,
+    /// Segments that are still held by whoever writes them.
+    held: BTreeSet<u64>,
     quarantined: Vec<u64>,
     states: BTreeMap<String, State>,
     faults: Faults,
@@ -29,6 +32,19 @@ struct Disk {
 struct Slots {
     synced: BTreeMap<u32, Bytes>,
     unsynced: BTreeMap<u32, Bytes>,
+    /// What a sync could not write, and no later one does: it is read all the same, as long as nobody looks at the disk.
+    unwritten: BTreeMap<u32, Bytes>,
+    /// What comes later, from a write that failed: at the latest when the segment is closed.
+    late: BTreeMap<u32, Bytes>,
+}
+
+/// Where a commit finds no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NoRoom {
+    Write,
+    Flush,
+    /// Of what it had to write, the slots of these bits are on disk.
+    Sync(u32),
 }
 
 #[derive(Default, Clone)]
@@ -42,6 +58,10 @@ struct State {
 pub(super) struct Faults {
     /// Segments that the disk has room for.
     pub segments_max: Option<usize>,
+    /// The disk has no room: this call of a commit fails, segments cannot be prepared, and nothing can be cut off.
+    pub no_room: Option<NoRoom>,
+    /// Once a commit has found that, there is some again.
+    pub no_room_once: bool,
     /// Syncs of segments fail.
     pub sync_fails: bool,
     /// Segments cannot be prepared, and not for lack of space.
@@ -63,6 +83,8 @@ impl Faults {
     pub fn is_none(&self) -> bool {
         let Faults {
             segments_max,
+            no_room,
+            no_room_once: _,
             sync_fails,
             prepare_fails,
             descriptors_short,
@@ -72,12 +94,19 @@ impl Faults {
             power_after_syncs,
         } = *self;
         let fails = sync_fails || prepare_fails || descriptors_short || housekeeping_fails || put_fails;
-        !fails && unreadable.is_none() && segments_max.is_none() && power_after_syncs.is_none()
+        !fails && no_room.is_none() && unreadable.is_none() && segments_max.is_none() && power_after_syncs.is_none()
     }
 
     fn check(&self, fails: bool, operation: &'static str) -> Result<(), StoreError> {
         if fails || self.power_after_syncs == Some(0) {
             return Err(StoreError::io(operation)(std::io::Error::from_raw_os_error(libc::EIO)));
+        }
+        Ok(())
+    }
+
+    fn check_room(&self, finds_none: impl FnOnce(NoRoom) -> bool, operation: &'static str) -> Result<(), StoreError> {
+        if self.power_after_syncs != Some(0) && self.no_room.is_some_and(finds_none) {
+            return Err(StoreError::io(operation)(std::io::Error::from_raw_os_error(libc::ENOSPC)));
         }
         Ok(())
     }
@@ -137,7 +166,7 @@ impl MemoryStore {
                     synced.insert(*slot, value.clone());
                 }
             }
-            after.segments.insert(*id, Slots { synced, unsynced: BTreeMap::new() });
+            after.segments.insert(*id, Slots { synced, ..Slots::default() });
         }
         after.unfinished.clone_from(&disk.unfinished);
         for id in &disk.cut {
@@ -174,6 +203,18 @@ impl MemoryStore {
     /// Loses the content of a small map.
     pub fn forget_state(&self, name: &str) {
         self.disk().states.remove(name);
+    }
+
+    /// A commit has found no room.
+    fn no_room_found(&self) {
+        let mut disk = self.disk();
+        if disk.faults.no_room_once {
+            disk.faults.no_room = None;
+        }
+    }
+
+    fn segment(&self, id: u64, slots: u32) -> MemorySegment {
+        MemorySegment { store: self.clone(), id, slots, is_closed: AtomicBool::new(false) }
     }
 
     /// Runs a sync, unless it fails or the power is off.
@@ -213,6 +254,7 @@ impl Store for MemoryStore {
     fn prepare(&self, id: u64) -> Result<Arc<dyn ActiveSegment>, StoreError> {
         let mut disk = self.disk();
         disk.faults.check(disk.faults.prepare_fails, "prepare segment")?;
+        disk.faults.check_room(|_| true, "prepare segment")?;
         if disk.faults.descriptors_short {
             return Err(StoreError::io("prepare segment")(std::io::Error::from_raw_os_error(libc::EMFILE)));
         }
@@ -225,14 +267,16 @@ impl Store for MemoryStore {
         self.sync("prepare segment", |disk| {
             disk.cut.remove(&id);
             disk.segments.insert(id, Slots::default());
+            disk.held.insert(id);
         })?;
-        Ok(Arc::new(MemorySegment { store: self.clone(), id, slots: small_shape().slots }))
+        Ok(Arc::new(Held(self.segment(id, small_shape().slots))))
     }
 
     fn settle(&self, id: u64) -> Result<(), StoreError> {
         self.sync("settle segment", |disk| {
             let slots = disk.segments.get_mut(&id).expect("it is there");
             slots.synced.append(&mut slots.unsynced);
+            slots.unwritten.clear();
         })
     }
 
@@ -240,23 +284,27 @@ impl Store for MemoryStore {
         if self.faults().unreadable.is_some_and(|(unreadable, _)| unreadable == id) {
             return Err(StoreError::io("open segment")(std::io::Error::from_raw_os_error(libc::EIO)));
         }
-        Ok(Arc::new(MemorySegment { store: self.clone(), id, slots: small_shape().slots }))
+        Ok(Arc::new(self.segment(id, small_shape().slots)))
     }
 
     fn open_readable(&self, id: u64) -> Result<Readable, StoreError> {
         let Some((_, slots)) = self.faults().unreadable.filter(|(unreadable, _)| *unreadable == id) else {
             return Ok(Readable { file: self.open(id)?, unread_bytes: 0, hidden_bytes: 0 });
         };
-        let disk = self.disk();
-        let hidden_bytes = disk.segments[&id].synced.range(slots..).map(|(_, value)| value.len() as u64).sum();
-        let file = Arc::new(MemorySegment { store: self.clone(), id, slots });
+        let hidden_bytes = self.disk().segments[&id].synced.range(slots..).map(|(_, value)| value.len() as u64).sum();
+        let file = Arc::new(self.segment(id, slots));
         Ok(Readable { file, unread_bytes: 1, hidden_bytes })
     }
 
     fn cut(&self, id: u64, from: u32) -> Result<(), StoreError> {
+        assert!(!self.disk().held.contains(&id), "segment {id} may still be written");
+        self.faults().check_room(|_| true, "cut segment")?;
         self.sync("cut segment", |disk| {
             let slots = disk.segments.get_mut(&id).expect("it is there");
-            drop(slots.synced.split_off(&from));
+            slots.synced.append(&mut slots.unsynced);
+            for slots in [&mut slots.synced, &mut slots.unwritten] {
+                drop(slots.split_off(&from));
+            }
         })
     }
 
@@ -309,41 +357,107 @@ struct MemorySegment {
     store: MemoryStore,
     id: u64,
     slots: u32,
+    is_closed: AtomicBool,
 }
+
+/// One that is written.
+struct Held(MemorySegment);
 
 impl SegmentFile for MemorySegment {
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
+        if self.is_closed() {
+            return Err(StoreError::io("read slot")(std::io::Error::other("the segment is closed")));
+        }
         let disk = self.store.disk();
         // A reader may still hold a segment that was delivered and removed, as it may a removed file.
         let Some(slots) = disk.segments.get(&self.id).filter(|_| slot < self.slots) else { return Ok(Bytes::new()) };
-        Ok(slots.unsynced.get(&slot).or_else(|| slots.synced.get(&slot)).cloned().unwrap_or_default())
+        let Slots { synced, unsynced, unwritten, .. } = slots;
+        let value = [unsynced, unwritten, synced].into_iter().find_map(|values| values.get(&slot));
+        Ok(value.cloned().unwrap_or_default())
     }
 
     fn slots(&self) -> u32 {
         self.slots
     }
+
+    fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Relaxed)
+    }
 }
 
-impl ActiveSegment for MemorySegment {
+impl SegmentFile for Held {
+    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
+        self.0.read(slot)
+    }
+
+    fn slots(&self) -> u32 {
+        self.0.slots()
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+impl Held {
+    fn change(&self, change: impl FnOnce(&mut Slots)) {
+        // It may have been delivered and removed.
+        if let Some(slots) = self.0.store.disk().segments.get_mut(&self.0.id) {
+            change(slots);
+        }
+    }
+}
+
+impl ActiveSegment for Held {
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
-        let mut disk = self.store.disk();
-        disk.faults.check(false, "write slot")?;
-        let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
-        slots.unsynced.insert(slot, Bytes::copy_from_slice(value));
-        Ok(())
+        let (faults, value) = (self.0.store.faults(), Bytes::copy_from_slice(value));
+        faults.check(false, "write slot")?;
+        let has_room = faults.check_room(|call| call == NoRoom::Write, "write slot");
+        has_room.is_err().then(|| self.0.store.no_room_found());
+        self.change(|slots| {
+            let values = if has_room.is_ok() { &mut slots.unsynced } else { &mut slots.late };
+            values.insert(slot, value);
+        });
+        has_room
     }
 
     fn flush(&self) -> Result<(), StoreError> {
-        Ok(())
+        let has_room = self.0.store.faults().check_room(|call| call == NoRoom::Flush, "flush segment");
+        has_room.inspect_err(|_| self.0.store.no_room_found())
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        let gate = self.store.sync_gate();
+        let (faults, gate) = (self.0.store.faults(), self.0.store.sync_gate());
         let _passed = gate.lock().unwrap();
-        self.store.sync("sync segment", |disk| {
-            let slots = disk.segments.get_mut(&self.id).expect("an open segment exists");
+        let has_room = faults.check_room(|call| matches!(call, NoRoom::Sync(_)), "sync segment");
+        if let (Err(error), Some(NoRoom::Sync(on_disk))) = (has_room, faults.no_room) {
+            self.0.store.no_room_found();
+            self.change(|slots| {
+                for (slot, value) in std::mem::take(&mut slots.unsynced) {
+                    let is_on_disk = on_disk >> (slot % u32::BITS) & 1 == 1;
+                    let values = if is_on_disk { &mut slots.synced } else { &mut slots.unwritten };
+                    values.insert(slot, value);
+                }
+            });
+            return Err(error);
+        }
+        self.0.store.sync("sync segment", |disk| {
+            let slots = disk.segments.get_mut(&self.0.id).expect("an open segment exists");
             slots.synced.append(&mut slots.unsynced);
         })
+    }
+
+    fn close(&self) -> Result<(), StoreError> {
+        self.0.is_closed.store(true, Ordering::Relaxed);
+        self.change(|slots| slots.unsynced.append(&mut slots.late));
+        self.0.store.disk().held.remove(&self.0.id);
+        Ok(())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = self.close();
     }
 }
 

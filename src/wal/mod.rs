@@ -24,6 +24,7 @@
 //! a segment was delivered and trimmed, or, with `wal.when_full = "drop_oldest"`, until the forwarder has dropped what is in
 //! the oldest one. Restart time and memory do not grow with the backlog.
 
+mod abandoned;
 mod ahead;
 mod appender;
 mod carved;

@@ -215,6 +215,10 @@ impl Reader {
             if self.at.totals.sequence >= tail.sequence {
                 self.settle();
                 self.deliver_loss();
+                if active.is_none() {
+                    // Nothing follows for now, and what is held open takes space even when it is removed.
+                    self.open = None;
+                }
                 return Ok(false);
             }
             let Some((id, segment)) = next else {
@@ -225,10 +229,21 @@ impl Reader {
             if id != self.at.segment {
                 (self.at.segment, self.at.slot) = (id, 0);
             }
+            if segment.end.is_some_and(|end| end.sequence <= self.at.totals.sequence) {
+                self.leave(id, segment.end);
+                continue;
+            }
             let Some(file) = self.open(id)? else { continue };
             let active_slots = active.filter(|(active, _)| *active == id).map(|(_, slots)| slots);
             let slots = active_slots.unwrap_or(file.slots());
-            if self.find_chunk(&*file, slots)? {
+            let found = match self.find_chunk(&*file, slots, segment.end) {
+                Err(_) if file.is_closed() => {
+                    self.open = None;
+                    continue;
+                }
+                found => found?,
+            };
+            if found {
                 self.settle();
                 return Ok(true);
             }
@@ -285,8 +300,9 @@ impl Reader {
         Ok(file)
     }
 
-    /// Goes through the slots from `self.at` on until one holds records not read yet.
-    fn find_chunk(&mut self, file: &dyn SegmentFile, slots: u32) -> Result<bool, StoreError> {
+    /// Goes through the slots from `self.at` on until one holds records not read yet. What stands behind `end` was never acked
+    /// (`abandoned.rs`).
+    fn find_chunk(&mut self, file: &dyn SegmentFile, slots: u32, end: Option<Totals>) -> Result<bool, StoreError> {
         while self.at.slot < slots {
             match read_slot(file, self.at.slot, slots)? {
                 Slot::Empty => self.at.slot += 1,
@@ -302,9 +318,9 @@ impl Reader {
                     self.report_damage(self.at.segment, self.at.slot, &reason);
                     self.at.slot += 1;
                 }
+                Slot::Chunk { header, .. } if end.is_some_and(|end| end.sequence <= header.before.sequence) => break,
                 Slot::Chunk { header, body, next_slot } => {
-                    let end = header.before.sequence + u64::from(header.records);
-                    if end <= self.at.totals.sequence {
+                    if header.end_sequence() <= self.at.totals.sequence {
                         self.at.slot = next_slot;
                         continue;
                     }

@@ -90,6 +90,7 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         parked_events: cursor::load_parked(meta)?,
         spilled_events: 0,
         space_short: false,
+        abandoned: None,
         full_since: None,
         space: store.space()?,
         reader_woken: false,

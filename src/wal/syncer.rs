@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::appender::{FailOnPanic, Waiting, fail, refuse};
+use super::abandoned;
+use super::appender::{FailOnPanic, Waiting, refuse};
 use super::error::CommitError;
 use super::log::Shared;
 use super::record::Totals;
@@ -45,6 +46,8 @@ struct State {
     groups: VecDeque<Group>,
     /// Groups taken and not yet published.
     syncing: bool,
+    /// The segment found no room: none of its groups is synced any more.
+    full: bool,
     closed: bool,
     ended: bool,
 }
@@ -70,6 +73,21 @@ impl Pipeline {
     /// Waits until every group is published or refused.
     pub fn wait_until_empty(&self) {
         drop(self.wait_while(|state| (state.syncing || !state.groups.is_empty()) && !state.ended));
+    }
+
+    /// The disk has no room for the segment of these groups: what is not durable by now is refused.
+    pub fn set_full(&self) {
+        self.state().full = true;
+    }
+
+    /// Whether it has none, and the segment is still to be abandoned.
+    pub fn is_full(&self) -> bool {
+        self.state().full
+    }
+
+    /// The next group is in another segment.
+    pub fn end_full(&self) {
+        self.state().full = false;
     }
 
     /// There will be no more groups once the returned guard is dropped.
@@ -128,19 +146,21 @@ pub(super) fn run(shared: &Shared) {
 pub(super) fn commit(shared: &Shared, groups: VecDeque<Group>) {
     let Some(first) = groups.front() else { return };
     shared.sync_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
-    let synced = if shared.failed.is_cancelled() { None } else { Some(first.file.sync()) };
+    let synced = if shared.failed.is_cancelled() {
+        Err(CommitError::Poisoned)
+    } else if shared.pipeline.is_full() {
+        // After a sync that failed, the next one may succeed without having written what that one could not.
+        Err(CommitError::Full)
+    } else {
+        first.file.sync().map_err(|error| abandoned::fail(shared, &error))
+    };
     shared.sync_began.store(0, Ordering::Relaxed);
     match synced {
-        Some(Ok(())) => {
+        Ok(()) => {
             kill_point::pass("commit.synced");
             groups.into_iter().for_each(|group| publish(shared, group));
         }
-        failed => {
-            if let Some(Err(error)) = failed {
-                fail(shared, &error);
-            }
-            refuse(groups.into_iter().flat_map(|group| group.chunks).flatten(), &CommitError::Poisoned);
-        }
+        Err(error) => abandoned::refuse(shared, groups.into_iter().flat_map(|group| group.chunks).flatten(), &error),
     }
 }
 

@@ -72,7 +72,7 @@ pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Until the keeper has prepared its segments: the next sync is a commit's.
-fn await_spares(wal: &Wal) {
+pub(super) fn await_spares(wal: &Wal) {
     until("segments are prepared", || wal.shared.log().spares.len() >= super::keeper::SPARES);
 }
 

@@ -18,17 +18,21 @@ pub(super) fn own_descriptor(path: &Path) -> Result<File, StoreError> {
 const UNLOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Waits until nobody has a Db locked. Nobody else may use this directory, but sled's own threads may hold a Db for a moment
-/// after it was closed, and opening it then fails.
-pub(super) fn await_unlocked(path: &Path) -> Result<(), StoreError> {
+/// after it was closed: opening it then fails, and they may still write to it. False: it takes too long.
+pub(super) fn await_unlocked(path: &Path) -> Result<bool, StoreError> {
     let file = match File::open(path.join("db")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
         file => file.map_err(StoreError::io("open segment file"))?,
     };
     let deadline = Instant::now() + UNLOCK_PATIENCE;
-    while matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock)) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
+    loop {
+        match file.try_lock_shared() {
+            Err(std::fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            locked => return Ok(locked.is_ok()),
+        }
     }
-    Ok(())
 }
 
 pub(super) fn sync_directory(path: &Path) -> Result<(), StoreError> {
@@ -195,7 +199,7 @@ mod tests {
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| await_unlocked(directory.path()));
             drop(held);
-            waiting.join().unwrap().unwrap();
+            assert!(waiting.join().unwrap().unwrap());
         });
         File::open(directory.path().join("db")).unwrap().try_lock().unwrap();
     }

@@ -169,6 +169,10 @@ pub trait SegmentFile: Send + Sync {
     fn read(&self, slot: u32) -> Result<Bytes, StoreError>;
     /// Number of slots.
     fn slots(&self) -> u32;
+    /// Whether it was closed ([`ActiveSegment::close`]) under its reader, who is to open it anew.
+    fn is_closed(&self) -> bool {
+        false
+    }
     /// The slot to read on from: `slot`, unless the slots may have moved since that was noted. Then the one after all that end
     /// at or before `sequence`.
     fn seek(&self, slot: u32, _sequence: u64) -> u32 {
@@ -184,6 +188,9 @@ pub trait ActiveSegment: SegmentFile {
     fn flush(&self) -> Result<(), StoreError>;
     /// Makes everything flushed before the call durable: it survives power loss once this has returned.
     fn sync(&self) -> Result<(), StoreError>;
+    /// Lets go of the segment: no write comes to it any more once this has returned, and every later call fails. Try again after
+    /// an error.
+    fn close(&self) -> Result<(), StoreError>;
 }
 
 /// Key and value.

@@ -3,13 +3,13 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 
 use super::copies::quarantined_states;
 use super::files::{
-    absent_is_default, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
+    absent_is_default, await_unlocked, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
     sync_directory,
 };
 use super::shards::ShardedState;
@@ -257,7 +257,7 @@ impl SledStore {
         kill_point::pass("prepare.marked");
         sync_directory(path)?;
         sync_directory(&self.wal())?;
-        Ok(Arc::new(SledSegment { slots, file, db: Some(db) }))
+        Ok(Arc::new(SledSegment::new(path, slots, file, db)))
     }
 }
 
@@ -282,22 +282,41 @@ fn key(slot: u32) -> [u8; 8] {
 
 /// The segment that takes records.
 struct SledSegment {
+    path: PathBuf,
     slots: u32,
-    file: File,
-    /// Always present; taken by `drop`, because sled may panic there too.
-    db: Option<sled::Db>,
+    /// None: it is closed.
+    open: RwLock<Option<(sled::Db, File)>>,
 }
 
 impl SledSegment {
-    fn db(&self) -> &sled::Db {
-        self.db.as_ref().expect("taken by drop only")
+    fn new(path: &Path, slots: u32, file: File, db: sled::Db) -> SledSegment {
+        SledSegment { path: path.to_path_buf(), slots, open: RwLock::new(Some((db, file))) }
+    }
+
+    /// Does something with the Db and the descriptor of our own, unless they are closed.
+    fn with<T>(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce(&sled::Db, &File) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        match &*self.open.read().unwrap_or_else(PoisonError::into_inner) {
+            Some((db, file)) => call(db, file),
+            None => Err(StoreError::io(operation)(io::Error::other("the segment is closed"))),
+        }
+    }
+
+    fn drop_db(&self) {
+        if let Some((db, _)) = self.open.write().unwrap_or_else(PoisonError::into_inner).take() {
+            // sled may panic there too.
+            close(db);
+        }
     }
 }
 
 impl SegmentFile for SledSegment {
     fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
         let operation = "read slot";
-        let value = guard(operation, || self.db().get(key(slot)))?;
+        let value = self.with(operation, |db, _| guard(operation, || db.get(key(slot))))?;
         // Every slot was there, empty, before the segment was ready.
         let missing = || StoreError::Sled { operation, message: "the slot is not there".to_owned() };
         value.map(Bytes::from_owner).ok_or_else(missing)
@@ -306,27 +325,41 @@ impl SegmentFile for SledSegment {
     fn slots(&self) -> u32 {
         self.slots
     }
+
+    fn is_closed(&self) -> bool {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
 }
 
 impl ActiveSegment for SledSegment {
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
-        guard("write slot", || self.db().insert(key(slot), value)).map(|_| ())
+        let operation = "write slot";
+        self.with(operation, |db, _| guard(operation, || db.insert(key(slot), value))).map(|_| ())
     }
 
     fn flush(&self) -> Result<(), StoreError> {
-        guard("flush segment", || self.db().flush()).map(|_| ())
+        let operation = "flush segment";
+        self.with(operation, |db, _| guard(operation, || db.flush())).map(|_| ())
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        self.file.sync_data().map_err(StoreError::io("sync segment"))
+        let operation = "sync segment";
+        self.with(operation, |_, file| file.sync_data().map_err(StoreError::io(operation)))
+    }
+
+    fn close(&self) -> Result<(), StoreError> {
+        self.drop_db();
+        kill_point::pass("abandon.dropped");
+        if await_unlocked(&self.path)? {
+            return Ok(());
+        }
+        Err(StoreError::io("close segment")(io::Error::new(io::ErrorKind::WouldBlock, "sled still holds its file")))
     }
 }
 
 impl Drop for SledSegment {
     fn drop(&mut self) {
-        if let Some(db) = self.db.take() {
-            close(db);
-        }
+        self.drop_db();
     }
 }
 
@@ -343,7 +376,7 @@ mod tests {
         super::super::await_unlocked(&path).unwrap();
         let db = SledStore::open_db(&path, store.shape.sled_segment_bytes).unwrap();
         db.remove(key(5)).unwrap();
-        let segment = SledSegment { slots: store.shape.slots, file: own_descriptor(&path).unwrap(), db: Some(db) };
+        let segment = SledSegment::new(&path, store.shape.slots, own_descriptor(&path).unwrap(), db);
         assert!(segment.read(4).unwrap().is_empty());
         let missing = segment.read(5).expect_err("it was read as empty");
         assert!(missing.is_damage(), "{missing}");

@@ -1,0 +1,227 @@
+//! Commits that find no room, on the store in memory.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::config::WalConfig;
+use crate::metrics::Metrics;
+use crate::wal::memory::{Faults, MemoryStore, NoRoom, small_shape};
+use crate::wal::store::Store;
+use crate::wal::tests::{await_spares, batch, drain, number, open_memory, stored, until, wait};
+use crate::wal::{AppendError, CommitError, Stored, Wal};
+
+/// Of a refused group, everything is on disk, nothing, or some of it.
+const NO_ROOM: [NoRoom; 6] = [
+    NoRoom::Write,
+    NoRoom::Flush,
+    NoRoom::Sync(0),
+    NoRoom::Sync(u32::MAX),
+    NoRoom::Sync(0x5555_5555),
+    NoRoom::Sync(0xaaaa_aaaa),
+];
+
+fn set_no_room(store: &MemoryStore, no_room: Option<NoRoom>) {
+    store.set_faults(Faults { no_room, ..Faults::default() });
+}
+
+/// Five batches are acked, one after the other.
+fn open_with_five(store: &MemoryStore) -> Wal {
+    let wal = open_memory(store);
+    for number in 1..=5 {
+        assert_eq!(wait(wal.append(batch(number, 100)).unwrap()), Ok(number));
+    }
+    await_spares(&wal);
+    wal
+}
+
+/// Six more find no room, in as many chunks: 6 to 11. One of them takes several slots.
+fn refuse_six(wal: &Wal) {
+    let commits: Vec<_> = (6..=11)
+        .map_while(|number| wal.append(batch(number, if number == 8 { 900 } else { 300 })).ok())
+        .collect();
+    assert!(!commits.is_empty());
+    for commit in commits {
+        assert_eq!(wait(commit), Err(CommitError::Full));
+    }
+    assert!(wal.status().full && !wal.status().failed);
+    assert_eq!(wal.append(batch(12, 10)).unwrap_err(), AppendError::Full);
+}
+
+fn accept_again(wal: &Wal, store: &MemoryStore) {
+    set_no_room(store, None);
+    until("there is room again", || !wal.status().full);
+}
+
+fn assert_nothing_is_wrong(wal: &Wal) {
+    assert!(wal.losses().is_empty(), "{:?}", wal.losses());
+    assert_eq!(wal.status().quarantined_segments, 0);
+}
+
+#[test]
+fn a_commit_without_room_is_refused_and_the_log_goes_on_once_there_is_some() {
+    for no_room in NO_ROOM {
+        println!("{no_room:?}");
+        let (store, metrics) = (MemoryStore::default(), Metrics::new());
+        let (config, shape) = (WalConfig::default(), small_shape());
+        let wal = Wal::open_in(&config, 1 << 20, shape, Arc::new(store.clone()), metrics.clone(), None).unwrap();
+        for number in 1..=5 {
+            assert_eq!(wait(wal.append(batch(number, 100)).unwrap()), Ok(number));
+        }
+        await_spares(&wal);
+        // One reader is in the middle of the segment, one at its end, and one begins when it is full.
+        let (mut middle, mut end) = (wal.reader(), wal.reader());
+        assert_eq!(number(&middle.next_record().unwrap().unwrap().batch), 1);
+        assert_eq!(drain(&mut end), [1, 2, 3, 4, 5]);
+        set_no_room(&store, Some(no_room));
+        refuse_six(&wal);
+        assert_eq!(wal.status().next_sequence, 6);
+        assert_eq!(drain(&mut wal.peek()), [1, 2, 3, 4, 5]);
+        accept_again(&wal, &store);
+        // The same batches, which the log does not know, under the sequences that they could not get before.
+        for number in 6..=20 {
+            assert_eq!(wait(wal.append(batch(number, 200)).unwrap()), Ok(number));
+        }
+        assert_eq!(drain(&mut middle), (2..=20).collect::<Vec<_>>());
+        assert_eq!(drain(&mut end), (6..=20).collect::<Vec<_>>());
+        let mut reader = wal.reader();
+        for _ in 1..=10 {
+            wal.deliver(reader.next_record().unwrap().unwrap().end);
+        }
+        assert_eq!((wal.status().pending_batches, wal.status().pending_events), (10, 10));
+        assert_nothing_is_wrong(&wal);
+        drop((middle, end, reader));
+        wal.close();
+        drop(wal);
+        assert!(metrics.handle().render().contains("ringtail_wal_committed_events_total 20"));
+
+        let wal = open_memory(&store);
+        assert_eq!(drain(&mut wal.reader()), (11..=20).collect::<Vec<_>>());
+        for number in 1..=20 {
+            assert_eq!(stored(&wal, batch(number, if number > 5 { 200 } else { 100 })), Stored::Before);
+        }
+        assert_eq!(wait(wal.append(batch(21, 10)).unwrap()), Ok(21));
+        assert_nothing_is_wrong(&wal);
+        wal.close();
+    }
+}
+
+/// The process ends at once, or with the power, or later: what was refused may come back, once and in its place.
+#[test]
+fn a_process_that_ends_before_the_segment_is_cut_loses_nothing() {
+    let seed = rand::random();
+    println!("seed {seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    for no_room in NO_ROOM.repeat(8) {
+        for is_cut in [false, true] {
+            println!("{no_room:?}, power cut {is_cut}");
+            let mut store = MemoryStore::default();
+            let wal = open_with_five(&store);
+            set_no_room(&store, Some(no_room));
+            refuse_six(&wal);
+            let after = store.after_power_cut(&mut rng);
+            wal.close();
+            drop(wal);
+            set_no_room(&store, None);
+            store = if is_cut { after } else { store };
+
+            let wal = open_memory(&store);
+            let read = drain(&mut wal.reader());
+            let end = read.len() as u64 + 1;
+            assert!(end >= 6 && read == (1..end).collect::<Vec<_>>(), "{read:?}");
+            for number in 6..=20 {
+                let bytes = if number == 8 { 900 } else { 300 };
+                let expected = if number < end { Stored::Before } else { Stored::New(crate::batch::Sequence(number)) };
+                assert_eq!(stored(&wal, batch(number, bytes)), expected, "{number}");
+            }
+            assert_eq!(drain(&mut wal.reader()), (1..=20).collect::<Vec<_>>());
+            assert_nothing_is_wrong(&wal);
+            wal.close();
+        }
+    }
+}
+
+/// There is room, and then again none: before anything was acked in the new segment, and after.
+#[test]
+fn segments_are_abandoned_again_and_again() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    let mut next = 6;
+    for (round, no_room) in NO_ROOM.repeat(2).into_iter().enumerate() {
+        await_spares(&wal);
+        set_no_room(&store, Some(no_room));
+        assert_eq!(wait(wal.append(batch(next, 100)).unwrap()), Err(CommitError::Full), "round {round}");
+        accept_again(&wal, &store);
+        if round % 3 > 0 {
+            assert_eq!(wait(wal.append(batch(next, 100)).unwrap()), Ok(next));
+            next += 1;
+        }
+    }
+    let mut reader = wal.reader();
+    while let Some(record) = reader.next_record().unwrap() {
+        assert_eq!(record.sequence.0, number(&record.batch));
+        wal.deliver(record.end);
+    }
+    assert_eq!((wal.status().next_sequence, wal.status().pending_events), (next, 0));
+    assert_nothing_is_wrong(&wal);
+    until("the abandoned segments are trimmed", || store.segments().unwrap().len() <= 4);
+    drop(reader);
+    wal.close();
+}
+
+/// A backlog is delivered while the disk is full, abandoned segment included, though that cannot even be cut.
+#[test]
+fn an_abandoned_segment_that_is_delivered_goes_before_it_is_cut() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    let mut reader = wal.reader();
+    set_no_room(&store, Some(NoRoom::Sync(u32::MAX)));
+    refuse_six(&wal);
+    while let Some(record) = reader.next_record().unwrap() {
+        wal.deliver(record.end);
+    }
+    until("the abandoned segment is gone", || !store.segments().unwrap().contains(&1));
+    assert!(wal.status().full && wal.status().pending_events == 0);
+    accept_again(&wal, &store);
+    assert_eq!(wait(wal.append(batch(6, 100)).unwrap()), Ok(6));
+    assert_eq!(drain(&mut reader), [6]);
+    assert_nothing_is_wrong(&wal);
+    drop(reader);
+    wal.close();
+}
+
+/// The commit thread waits for another segment when this one turns out to have no room.
+#[test]
+fn a_segment_is_abandoned_when_it_is_about_to_be_left() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    let gate = store.sync_gate();
+    let held = gate.lock().unwrap();
+    let first = wal.append(batch(6, 100)).unwrap();
+    until("its sync has begun", || wal.shared.sync_began.load(Ordering::Relaxed) > 0);
+    store.set_faults(Faults { no_room: Some(NoRoom::Sync(0)), no_room_once: true, ..Faults::default() });
+    let small = wal.append(batch(7, 100)).unwrap();
+    // It does not fit into the segment any more, so that another thread syncs.
+    let large = wal.append(batch(8, 2800)).unwrap();
+    drop(held);
+    assert_eq!(wait(first), Ok(6));
+    assert_eq!((wait(small), wait(large)), (Err(CommitError::Full), Err(CommitError::Full)));
+    until("there is room again", || !wal.status().full);
+    assert_eq!(wait(wal.append(batch(8, 2800)).unwrap()), Ok(7));
+    assert_eq!(drain(&mut wal.reader()), [1, 2, 3, 4, 5, 6, 8]);
+    assert_nothing_is_wrong(&wal);
+    wal.close();
+}
+
+#[test]
+fn a_cut_that_fails_for_another_reason_ends_the_log() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    set_no_room(&store, Some(NoRoom::Flush));
+    refuse_six(&wal);
+    store.set_faults(Faults { sync_fails: true, ..Faults::default() });
+    until("the log has failed", || wal.status().failed);
+    wal.close();
+}
