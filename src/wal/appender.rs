@@ -243,9 +243,10 @@ impl Appender {
         let slot = log.active.take().map_or(0, |(_, slots)| slots);
         log.abandon(Abandoned { end: Position { segment: id, slot, totals: self.tail }, file });
         drop(log);
+        self.refuse_waiting(&CommitError::Full);
+        // From here on the keeper may end the full state.
         self.shared.pipeline.end_full();
         self.shared.log_changed.notify_all();
-        self.refuse_waiting(&CommitError::Full);
     }
 
     /// Takes what waits, as chunks, as far as it fits into the active segment.

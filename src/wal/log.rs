@@ -120,13 +120,18 @@ impl Log {
     /// A cursor at the end of a segment that takes no more records belongs to the next one.
     pub fn leave_delivered_segments(&mut self) {
         while let Some((id, segment)) = self.segments.range(self.cursor.segment..).next() {
-            let is_active = self.active.is_some_and(|(active, _)| active == *id);
+            let is_open = self.open_end().is_some_and(|(open, _)| open == *id);
             let left = segment.end.is_some_and(|end| end.sequence <= self.cursor.totals.sequence);
-            if is_active || !left {
+            if is_open || !left {
                 return;
             }
             (self.cursor.segment, self.cursor.slot) = (*id + 1, 0);
         }
+    }
+
+    /// Segment and slot where records may follow: in the active segment, or at the next start in one that is abandoned and not cut.
+    pub fn open_end(&self) -> Option<(u64, u32)> {
+        self.active.or_else(|| self.abandoned.as_ref().map(|abandoned| (abandoned.end.segment, abandoned.end.slot)))
     }
 
     /// Notes that committed records are missing, as far as the ledger does not say so already: a reader that goes back, or

@@ -1,5 +1,5 @@
 //! Random histories on the store in memory, against a model: append, commit, read, deliver, trim, rotate, calls that fail,
-//! restarts, and power cuts at any sync; some of it ahead of the cursor. Every acked batch is there once, in order, under the sequence that its ack said,
+//! commits that find no room, restarts, and power cuts at any sync; some of it ahead of the cursor. Every acked batch is there once, in order, under the sequence that its ack said,
 //! unless it was delivered before; and a retry of it is not stored again.
 //!
 //! `RINGTAIL_SEED` replays the choices of a run (not the timing of the log's threads), `RINGTAIL_HISTORIES` sets their
@@ -16,9 +16,9 @@ use environment::number_from_environment;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::memory::{Faults, MemoryStore, small_shape};
-use super::tests::{batch, number, stored, wait};
-use super::{Commit, OpenError, Stored, Wal};
+use super::memory::{Faults, MemoryStore, NoRoom, small_shape};
+use super::tests::{batch, number, stored, until, wait};
+use super::{Commit, CommitError, OpenError, Stored, Wal};
 use crate::batch::Batch;
 use crate::config::WalConfig;
 use crate::metrics::Metrics;
@@ -99,6 +99,10 @@ struct Counts {
     failed_logs: u64,
     failed_starts: u64,
     refused: u64,
+    /// Queued, and then refused for lack of room.
+    without_room: u64,
+    /// Acked by a log that had been full.
+    after_full: u64,
     retried: u64,
     /// Delivered ahead of the cursor, which then passed it.
     passed_ahead: u64,
@@ -113,15 +117,18 @@ impl Counts {
         self.failed_logs += other.failed_logs;
         self.failed_starts += other.failed_starts;
         self.refused += other.refused;
+        self.without_room += other.without_room;
+        self.after_full += other.after_full;
         self.retried += other.retried;
         self.passed_ahead += other.passed_ahead;
     }
 
     fn covers_everything(&self) -> bool {
-        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead } =
-            *self;
-        let counts = [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, retried, passed_ahead];
-        counts.iter().all(|count| *count > 0)
+        let Counts { acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused, .. } = *self;
+        let Counts { without_room, after_full, retried, passed_ahead, .. } = *self;
+        let counts = [acked, cuts, restarts, trimmed, failed_logs, failed_starts, refused];
+        let counts = counts.into_iter().chain([without_room, after_full, retried, passed_ahead]);
+        counts.into_iter().all(|count| count > 0)
     }
 }
 
@@ -138,6 +145,8 @@ struct History {
     /// Batches that were refused, and then acked as retries.
     retried: BTreeSet<u64>,
     delivered: BTreeSet<u64>,
+    /// Batches that found no room in this life.
+    without_room: Vec<u64>,
     counts: Counts,
     /// Calls fail at random, and the power may also be cut when a life has ended, between two syncs.
     faults_at_random: bool,
@@ -159,6 +168,7 @@ impl History {
             acked,
             retried,
             delivered,
+            without_room: Vec::new(),
             counts,
             faults_at_random: true,
             metrics,
@@ -214,6 +224,7 @@ impl History {
                 }
             }
             self.land(&mut flying);
+            self.end_full(wal);
             while self.rng.random_bool(0.8) {
                 if live.is_none() && self.rng.random_bool(0.05) && wal.begin_ahead() {
                     live = wal.ahead_reader();
@@ -237,6 +248,7 @@ impl History {
             }
         }
         self.land(&mut flying);
+        self.without_room.clear();
         drop((reader, live));
         let segments = wal.status().segments;
         self.counts.failed_logs += u64::from(wal.status().failed);
@@ -278,7 +290,13 @@ impl History {
             return;
         }
         let mut faults = self.store.faults();
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..14) {
+            10.. => {
+                let no_room = [NoRoom::Write, NoRoom::Flush, NoRoom::Sync(self.rng.random())];
+                let no_room = no_room[self.rng.random_range(0..3)];
+                faults.no_room = faults.no_room.is_none().then_some(no_room);
+                faults.no_room_once = self.rng.random();
+            }
             0 => faults.prepare_fails ^= true,
             1..4 => faults.housekeeping_fails ^= true,
             4..7 => faults.put_fails ^= true,
@@ -288,12 +306,37 @@ impl History {
         self.store.change_faults(faults);
     }
 
+    /// Now and then room is made, and the log goes on by itself. What it has refused is new to it.
+    fn end_full(&mut self, wal: &Wal) {
+        let faults = self.store.faults();
+        if !wal.status().full || wal.status().failed || self.store.is_off() || !self.rng.random_bool(0.1) {
+            return;
+        }
+        self.store.change_faults(Faults::default());
+        let is_over = || !wal.status().full || wal.status().failed || self.store.is_off();
+        until("the log has room again", is_over);
+        self.store.change_faults(Faults { no_room: None, segments_max: None, ..faults });
+        for number in std::mem::take(&mut self.without_room) {
+            let Ok(commit) = wal.append(self.batches[&number].clone()) else { continue };
+            let mut flying = vec![(number, commit)];
+            self.land(&mut flying);
+            self.counts.after_full += u64::from(self.acked.values().any(|acked| *acked == number));
+        }
+    }
+
     fn land(&mut self, flying: &mut Vec<(u64, Commit)>) {
         for (number, commit) in flying.drain(..) {
-            if let Ok(sequence) = wait(commit) {
-                self.counts.acked += 1;
-                let before = self.acked.insert(sequence, number);
-                assert_eq!(before, None, "{}: sequence {sequence} was acked twice", self.name);
+            match wait(commit) {
+                Ok(sequence) => {
+                    self.counts.acked += 1;
+                    let before = self.acked.insert(sequence, number);
+                    assert_eq!(before, None, "{}: sequence {sequence} was acked twice", self.name);
+                }
+                Err(CommitError::Full) => {
+                    self.counts.without_room += 1;
+                    self.without_room.push(number);
+                }
+                Err(CommitError::Poisoned) => {}
             }
         }
     }

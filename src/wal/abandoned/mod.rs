@@ -18,7 +18,8 @@
 //!   They may write for a while what was refused.
 //! - The cut does not hang on what the failed sync left in the page cache: it writes over the front of each chunk that can be
 //!   read, and its own sync says whether that is on disk. What cannot be read there is not on disk either.
-//! - This process reads the segment before it is cut, so that deliveries can make room: no further than to its end.
+//! - This process reads the segment before it is cut, so that deliveries can make room: no further than to its end. But the cursor
+//!   does not leave it before that: what comes back at the next start is behind the cursor's place, and read from there.
 //!
 //! Spares go as well, as segments without a record: they were prepared when there seemed to be room, too. That a new one can be
 //! prepared shows that there is some again.
@@ -82,7 +83,6 @@ impl Log {
         }
         self.active = None;
         self.abandoned = Some(abandoned);
-        self.leave_delivered_segments();
     }
 
     /// Batches are refused for lack of space from now on, if they are not yet.
@@ -121,12 +121,14 @@ pub(super) fn cut(shared: &Shared) -> Result<(), StoreError> {
     shared.pool.forget(id);
     file.close()?;
     kill_point::pass("abandon.closed");
-    // It may have been delivered and removed, or set aside.
+    // It may have been set aside.
     if shared.log().segments.contains_key(&id) {
         let from = store.open(id)?.seek(end.slot, end.totals.sequence);
         store.cut(id, from)?;
     }
     kill_point::pass("abandon.cut");
-    shared.log().abandoned = None;
+    let mut log = shared.log();
+    log.abandoned = None;
+    log.leave_delivered_segments();
     Ok(())
 }

@@ -180,7 +180,7 @@ impl Log {
             return false;
         }
         let last = self.segments.last_key_value().map_or(self.cursor.segment, |(id, _)| *id);
-        let (segment, slot) = self.active.unwrap_or((last + 1, 0));
+        let (segment, slot) = self.open_end().unwrap_or((last + 1, 0));
         let at = Position { segment, slot, totals: self.tail };
         self.ahead = Some(Ahead { stretch: Stretch { from: at, to: at }, received: Received::default() });
         true

@@ -9,8 +9,8 @@ use bytes::Bytes;
 
 use super::copies::quarantined_states;
 use super::files::{
-    absent_is_default, await_unlocked, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle, sync_conf,
-    sync_directory,
+    absent_is_default, await_unlocked, blocks_bytes, disk_bytes, free_bytes, list, own_descriptor, reserve, settle,
+    sync_conf, sync_directory,
 };
 use super::shards::ShardedState;
 use super::state::SledState;
