@@ -96,19 +96,70 @@ async fn a_service_that_has_parked_much_starts_on_a_full_disk() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_that_finds_no_space_acks_nothing_and_the_next_start_goes_on() {
+/// Commits find no room from now on, after `skip` calls that do.
+fn no_room(call: Call, error: i32, skip: u64) -> Rule {
+    Rule { skip, ..Rule::always(call, error, "wal/", "/db") }
+}
+
+/// It refuses and delivers, and accepts again by itself: the same process, which never ends.
+async fn assert_a_commit_without_room_is_refused(call: Call, error: i32) {
     let mut service = Service::start(seed());
-    service.send(2 * MIB).await;
-    service.disk.set_rule(0, Rule::always(Call::Write, libc::ENOSPC, "wal/", "/db"));
-    service.send(MIB).await;
-    assert_eq!(service.process.wait_for_end().code(), Some(1));
-    assert!(service.disk.hits(0) > 0);
-    service.disk.clear_rule(0);
-    service.restart();
+    let pid = service.process.pid();
+    for skip in [0, 7, 20] {
+        service.send(MIB).await;
+        service.disk.set_rule(0, no_room(call, error, skip));
+        service.send(100 * MIB).await;
+        assert!(service.disk.hits(0) > 0);
+        assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+        service.assert_refuses("full").await;
+        service.kafka.up();
+        service.wait_until_delivered().await;
+        assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+        service.kafka.down();
+        service.disk.clear_rule(0);
+        service.wait_until_accepting().await;
+    }
+    // Once, for a moment.
+    service.disk.set_rule(0, Rule { times: 1, ..no_room(call, error, 3) });
+    service.send(100 * MIB).await;
     service.wait_until_accepting().await;
+    assert_eq!(service.disk.hits(0), 1);
+    let loses_nothing = ["lost_batches", "quarantined_segments"].map(|name| service.wal(name));
+    assert_eq!((service.process.pid(), loses_nothing), (pid, [0, 0]));
+    service.kafka.up();
+    service.wait_until_delivered().await;
     service.stop();
     service.check();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_whose_writes_find_no_room_is_refused_and_the_service_goes_on() {
+    assert_a_commit_without_room_is_refused(Call::Write, libc::ENOSPC).await;
+    assert_a_commit_without_room_is_refused(Call::Write, libc::EDQUOT).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_whose_sync_finds_no_room_is_refused_and_the_service_goes_on() {
+    assert_a_commit_without_room_is_refused(Call::Sync, libc::ENOSPC).await;
+    assert_a_commit_without_room_is_refused(Call::Sync, libc::EDQUOT).await;
+}
+
+/// Before what was refused is cut off: it may come back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_that_is_killed_after_a_commit_without_room_goes_on() {
+    for call in [Call::Write, Call::Sync] {
+        let mut service = Service::start(seed());
+        service.send(MIB).await;
+        service.disk.set_rule(0, no_room(call, libc::ENOSPC, 10));
+        service.send(100 * MIB).await;
+        assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+        service.process.kill();
+        service.disk.clear_rule(0);
+        service.restart();
+        service.wait_until_accepting().await;
+        service.stop();
+        service.check();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

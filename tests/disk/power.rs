@@ -16,7 +16,7 @@ use crate::environment::number_from_environment;
 use crate::journal::{Change, records};
 use crate::model::Disbelief;
 use crate::order::Order;
-use crate::runs::{Run, collect, forward, park, spill};
+use crate::runs::{Run, abandon, collect, forward, park, spill};
 use crate::seed;
 
 /// Cuts of a plain run.
@@ -70,6 +70,14 @@ async fn a_power_cut_loses_nothing_that_was_not_delivered_or_parked() {
     assert!(marked > 0 && written > 0 && removed > 0, "hardly anything was done to segments");
     let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
     assert!(outcome.found.passed > 0 && outcome.found.parked > 0, "nothing was delivered or parked");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_power_cut_loses_nothing_that_was_acked_around_commits_without_room() {
+    let mut rng = StdRng::seed_from_u64(seed());
+    let began = Instant::now();
+    let run = abandon(&mut rng).await;
+    assert_nothing_is_lost(&run, began, &mut rng).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::disk::Disk;
+use crate::disk::{Call, Disk, Rule};
+use crate::http::{get, wait_until};
 use crate::image;
 use crate::journal::records;
 use crate::kafka::{Deliveries, Kafka};
@@ -144,6 +145,39 @@ pub async fn park(rng: &mut StdRng) -> Run {
     }
     let deliveries = kafka.deliveries();
     finish(&disk, load, clients, deliveries, [Vec::new(), Vec::new()])
+}
+
+/// Clients send to a service that forwards nothing, and whose commits find no room, for a moment, time and again. One life ends
+/// with SIGKILL at a random sync soon after such a moment, and one before there is room.
+pub async fn abandon(rng: &mut StdRng) -> Run {
+    const ROUNDS: u32 = 8;
+    let disk = Arc::new(Disk::new());
+    let load = Load::new(rng.random(), 200 << 10);
+    let mut clients = Clients::new(&load, &disk);
+    let (mut process, mut addresses) = Process::start(&disk.options());
+    let (killed_after, killed_before) = (rng.random_range(1..ROUNDS / 2), rng.random_range(ROUNDS / 2..ROUNDS));
+    for round in 0..ROUNDS {
+        clients.send(addresses, 1 << 20).await;
+        let call = if rng.random() { Call::Write } else { Call::Sync };
+        let times = if round == killed_before { u64::MAX } else { rng.random_range(1..4) };
+        let rule = Rule { skip: rng.random_range(0..20), times, ..Rule::always(call, libc::ENOSPC, "wal/", "/db") };
+        disk.set_rule(0, rule);
+        clients.send(addresses, usize::MAX).await;
+        assert!(disk.hits(0) > 0, "no commit has found no room");
+        if round == killed_after {
+            kill_at_sync(&disk, rng.random_range(1..8), &mut clients, &mut process, addresses).await;
+        } else if round == killed_before {
+            process.kill();
+            disk.clear_rule(0);
+        }
+        if round == killed_after || round == killed_before {
+            (process, addresses) = Process::start(&disk.options());
+        }
+        wait_until("batches to be accepted", || get(addresses.admin, "/readyz").0 == 200).await;
+    }
+    clients.send(addresses, 1 << 20).await;
+    assert!(process.stop().success());
+    finish(&disk, load, clients, Deliveries::new(), [Vec::new(), Vec::new()])
 }
 
 /// Clients send until SIGKILL ends the service, so many syncs from now.

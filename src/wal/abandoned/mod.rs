@@ -34,7 +34,6 @@ use super::appender::{self, Waiting};
 use super::error::{CommitError, StoreError};
 use super::log::{Log, Position, Shared};
 use super::store::ActiveSegment;
-use crate::kill_point;
 
 /// A segment that is still to be cut.
 #[derive(Clone)]
@@ -116,17 +115,14 @@ impl Log {
 pub(super) fn cut(shared: &Shared) -> Result<(), StoreError> {
     let Some(Abandoned { end, file }) = shared.log().abandoned.clone() else { return Ok(()) };
     let (store, id) = (&shared.store, end.segment);
-    kill_point::pass("abandon.begin");
     // Whoever reads it opens it anew, without sled.
     shared.pool.forget(id);
     file.close()?;
-    kill_point::pass("abandon.closed");
     // It may have been set aside.
     if shared.log().segments.contains_key(&id) {
         let from = store.open(id)?.seek(end.slot, end.totals.sequence);
         store.cut(id, from)?;
     }
-    kill_point::pass("abandon.cut");
     let mut log = shared.log();
     log.abandoned = None;
     log.leave_delivered_segments();

@@ -349,7 +349,6 @@ impl ActiveSegment for SledSegment {
 
     fn close(&self) -> Result<(), StoreError> {
         self.drop_db();
-        kill_point::pass("abandon.dropped");
         if await_unlocked(&self.path)? {
             return Ok(());
         }
