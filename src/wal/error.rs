@@ -82,7 +82,7 @@ pub enum AppendError {
 /// Why a queued batch was not committed. It may still turn up after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommitError {
-    /// No space turned up for it.
+    /// There is no space for it, or none turned up.
     #[error("the log is full")]
     Full,
     /// The commit failed.

@@ -12,11 +12,11 @@
 //!
 //! # Invariants
 //! - A [`Commit`] resolves to `Ok` only after the `fdatasync` that covers its batch has returned.
-//! - Sequences are handed out in the order of [`Wal::append`], without gaps, and never reused.
+//! - Sequences are handed out in the order of [`Wal::append`], without gaps. One that was acked is never given out again.
 //! - A segment is removed only when the durable cursor has left it, or when it is durable that all of it was delivered ahead of
 //!   the cursor (`ahead/mod.rs`).
-//! - After an error while committing nothing is acked any more: [`Wal::failed`] fires and the process must end. What was
-//!   refused then may still turn up after the restart.
+//! - After an error while committing nothing is acked any more: [`Wal::failed`] fires and the process must end. If there was no
+//!   room, another segment takes over, and the process goes on (`abandoned/`). What was refused may turn up after a restart.
 //!
 //! # Limits
 //! Waiting batches are bounded in bytes (`ingest.in_flight_bytes_max`), disk by `wal.bytes_max` and `wal.free_bytes_min`: a
@@ -290,7 +290,7 @@ impl Wal {
         }
     }
 
-    /// Fires when a commit failed: the process must end, recovery decides at the next start.
+    /// Fires when a commit failed, and not for lack of room: the process must end, recovery decides at the next start.
     pub fn failed(&self) -> &CancellationToken {
         &self.shared.failed
     }

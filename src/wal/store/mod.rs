@@ -16,7 +16,8 @@
 //!   below the 16 that split one, and filling 8 slots adds fewer than the 10 fragments that rewrite one. So each value is
 //!   written once, inline in sled's log, and none becomes a blob file (whose durability sled does not order).
 //! - A value above a quarter of sled's `segment_size` would become a blob file all the same: see [`SegmentShape`].
-//! - Disk is reserved when a segment is prepared, so that a full disk shows there and not in a commit.
+//! - Disk is reserved when a segment is prepared, so that a full disk shows there, and in a commit only where a file system
+//!   or a quota does not keep to that (`wal/abandoned/`).
 //! - Opening a Db changes it: behind a damaged message, or one that the disk failed to read for a moment, sled fills the file
 //!   with zeroes, good messages included. So sled only writes segments; closed ones are read without it (`wal/closed.rs`).
 //! - sled needs free disk to open the small Dbs: on a full one it gets the `reserve`, or nothing could be delivered that would
