@@ -45,7 +45,7 @@ pub(super) struct Queue {
 pub(super) struct Waiting {
     pub batch: Batch,
     /// Bytes of its record.
-    bytes: usize,
+    pub bytes: usize,
     pub fingerprint: Option<Fingerprint>,
     pub done: oneshot::Sender<Done>,
 }
@@ -241,7 +241,8 @@ impl Appender {
         let mut log = self.shared.log();
         self.tail = log.tail;
         let slot = log.active.take().map_or(0, |(_, slots)| slots);
-        log.abandon(Abandoned { end: Position { segment: id, slot, totals: self.tail }, file });
+        let end = Position { segment: id, slot, totals: self.tail };
+        log.abandon(Abandoned { end, file }, &self.shared.shape);
         drop(log);
         self.refuse_waiting(&CommitError::Full);
         // From here on the keeper may end the full state.

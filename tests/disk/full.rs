@@ -1,13 +1,17 @@
 //! The disk is full: by a neighbour, by the backlog, at any call that takes space. It is a state, and not a failure: what
 //! was acked stays, what comes is refused and told so, and all of it ends by itself once there is room.
 
+use std::process::Command;
+
 use ringtail::forward::{ParkReason, ParkedStore};
 use ringtail::metrics::Metrics;
 use ringtail::wal::Wal;
+use serde_json::{Value, json};
 
 use crate::disk::{Call, Rule};
 use crate::http::{status, wait_until};
 use crate::parked::about;
+use crate::process::turns;
 use crate::seed;
 use crate::service::Service;
 use crate::small_log::small_log;
@@ -126,6 +130,11 @@ async fn assert_a_commit_without_room_is_refused(call: Call, error: i32) {
     assert_eq!(service.disk.hits(0), 1);
     let loses_nothing = ["lost_batches", "quarantined_segments"].map(|name| service.wal(name));
     assert_eq!((service.process.pid(), loses_nothing), (pid, [0, 0]));
+    // With a backlog on both sides of an abandoned segment's end.
+    service.stop();
+    assert_eq!(backlog(&service, "check")["problems"], json!([]));
+    assert_eq!(backlog(&service, "repair")["segments"], json!([]));
+    service.restart();
     service.kafka.up();
     service.wait_until_delivered().await;
     service.stop();
@@ -144,6 +153,14 @@ async fn a_commit_whose_sync_finds_no_room_is_refused_and_the_service_goes_on() 
     assert_a_commit_without_room_is_refused(Call::Sync, libc::EDQUOT).await;
 }
 
+/// What `ringtail backlog …` says of the log of the stopped service.
+fn backlog(service: &Service, command: &str) -> Value {
+    let mut ringtail = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    ringtail.args(["backlog", command, "--json", "--directory"]).arg(service.disk.root());
+    let output = turns::output(ringtail.envs(service.disk.options().environment)).expect("run ringtail");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
+}
+
 /// Before what was refused is cut off: it may come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_service_that_is_killed_after_a_commit_without_room_goes_on() {
@@ -155,9 +172,11 @@ async fn a_service_that_is_killed_after_a_commit_without_room_goes_on() {
         assert_eq!(service.readyz(), (503, "full\n".to_owned()));
         service.process.kill();
         service.disk.clear_rule(0);
+        assert_eq!(backlog(&service, "check")["missing"], json!([]));
         service.restart();
         service.wait_until_accepting().await;
         service.stop();
+        assert_eq!(backlog(&service, "check")["problems"], json!([]));
         service.check();
     }
 }

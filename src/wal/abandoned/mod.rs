@@ -32,8 +32,8 @@ use std::time::Instant;
 
 use super::appender::{self, Waiting};
 use super::error::{CommitError, StoreError};
-use super::log::{Log, Position, Shared};
-use super::store::ActiveSegment;
+use super::log::{Log, Position, Segment, Shared};
+use super::store::{ActiveSegment, SegmentShape};
 
 /// A segment that is still to be cut.
 #[derive(Clone)]
@@ -74,11 +74,12 @@ pub(super) fn refuse(shared: &Shared, waiting: impl IntoIterator<Item = Waiting>
 
 impl Log {
     /// The active segment takes no more records, and neither do the spares.
-    pub fn abandon(&mut self, abandoned: Abandoned) {
+    pub fn abandon(&mut self, abandoned: Abandoned, shape: &SegmentShape) {
         let end = abandoned.end;
         let spares = self.spares.drain(..).map(|(id, _)| id);
+        let whole = Segment { disk_bytes: shape.reserved_bytes, ..Segment::default() };
         for id in [end.segment].into_iter().chain(spares) {
-            self.segments.entry(id).or_default().end = Some(end.totals);
+            self.segments.entry(id).or_insert(whole).end = Some(end.totals);
         }
         self.active = None;
         self.abandoned = Some(abandoned);

@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use tokio::sync::oneshot;
 
 use crate::config::WalConfig;
 use crate::metrics::Metrics;
+use crate::wal::appender::Waiting;
 use crate::wal::memory::{Faults, MemoryStore, NoRoom, small_shape};
 use crate::wal::store::Store;
+use crate::wal::syncer::{self, Group};
 use crate::wal::tests::{await_spares, batch, drain, number, open_memory, stored, until, wait};
 use crate::wal::{AppendError, CommitError, Stored, Wal};
 
@@ -57,6 +61,7 @@ fn accept_again(wal: &Wal, store: &MemoryStore) {
 fn assert_nothing_is_wrong(wal: &Wal) {
     assert!(wal.losses().is_empty(), "{:?}", wal.losses());
     assert_eq!(wal.status().quarantined_segments, 0);
+    assert!(wal.shared.log().segments.values().all(|segment| !segment.damaged));
 }
 
 #[test]
@@ -78,18 +83,22 @@ fn a_commit_without_room_is_refused_and_the_log_goes_on_once_there_is_some() {
         refuse_six(&wal);
         assert_eq!(wal.status().next_sequence, 6);
         assert_eq!(drain(&mut wal.peek()), [1, 2, 3, 4, 5]);
+        // It has the segment open without sled, and not yet cut.
+        until("sled has let go", || !store.is_held(1));
+        assert_eq!(number(&middle.next_record().unwrap().unwrap().batch), 2);
         accept_again(&wal, &store);
-        // The same batches, which the log does not know, under the sequences that they could not get before.
-        for number in 6..=20 {
-            assert_eq!(wait(wal.append(batch(number, 200)).unwrap()), Ok(number));
+        // Refused batches, which the log does not know, and others, under the sequences that those could not get.
+        let later = || (7..=10).chain(106..=116);
+        for (sequence, number) in (6..).zip(later()) {
+            assert_eq!(wait(wal.append(batch(number, 200)).unwrap()), Ok(sequence));
         }
-        assert_eq!(drain(&mut middle), (2..=20).collect::<Vec<_>>());
-        assert_eq!(drain(&mut end), (6..=20).collect::<Vec<_>>());
+        assert_eq!(drain(&mut middle), (3..=5).chain(later()).collect::<Vec<_>>());
+        assert_eq!(drain(&mut end), later().collect::<Vec<_>>());
         let mut reader = wal.reader();
-        for _ in 1..=10 {
+        for _ in 1..=3 {
             wal.deliver(reader.next_record().unwrap().unwrap().end);
         }
-        assert_eq!((wal.status().pending_batches, wal.status().pending_events), (10, 10));
+        assert_eq!((wal.status().pending_batches, wal.status().pending_events), (17, 17));
         assert_nothing_is_wrong(&wal);
         drop((middle, end, reader));
         wal.close();
@@ -97,8 +106,8 @@ fn a_commit_without_room_is_refused_and_the_log_goes_on_once_there_is_some() {
         assert!(metrics.handle().render().contains("ringtail_wal_committed_events_total 20"));
 
         let wal = open_memory(&store);
-        assert_eq!(drain(&mut wal.reader()), (11..=20).collect::<Vec<_>>());
-        for number in 1..=20 {
+        assert_eq!(drain(&mut wal.reader()), [4, 5].into_iter().chain(later()).collect::<Vec<_>>());
+        for number in (1..=5).chain(later()) {
             assert_eq!(stored(&wal, batch(number, if number > 5 { 200 } else { 100 })), Stored::Before);
         }
         assert_eq!(wait(wal.append(batch(21, 10)).unwrap()), Ok(21));
@@ -223,6 +232,44 @@ fn a_segment_is_abandoned_when_it_is_about_to_be_left() {
     assert_eq!(wait(wal.append(batch(8, 2800)).unwrap()), Ok(7));
     assert_eq!(drain(&mut wal.reader()), [1, 2, 3, 4, 5, 6, 8]);
     assert_nothing_is_wrong(&wal);
+    wal.close();
+}
+
+/// A sync after one that failed may succeed without having written what that one could not.
+#[test]
+fn what_is_written_behind_a_sync_without_room_is_not_synced_again() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    let tail = wal.shared.log().tail;
+    let (batch_behind, (done, commit)) = (batch(7, 100), oneshot::channel());
+    let group = Group {
+        before: tail,
+        tail: tail.after(&batch_behind),
+        chunks: vec![vec![Waiting { bytes: 100, batch: batch_behind, fingerprint: None, done }]],
+        segment: 1,
+        slots_used: 7,
+        file: store.prepare(99).unwrap(),
+        began: Instant::now(),
+    };
+    wal.shared.pipeline.set_full();
+    syncer::commit(&wal.shared, [group].into());
+    assert_eq!(commit.blocking_recv().unwrap(), Err(CommitError::Full));
+    assert_eq!(wal.status().next_sequence, 6);
+    until("the segment is abandoned", || !wal.shared.pipeline.is_full());
+    wal.close();
+}
+
+/// The disk spoils the last acked chunk as well: what was refused behind it does not take its place.
+#[test]
+fn damage_before_the_end_does_not_show_what_is_behind_it() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    set_no_room(&store, Some(NoRoom::Flush));
+    refuse_six(&wal);
+    store.damage(1, 4, |value| value[60] ^= 1);
+    assert_eq!(drain(&mut wal.reader()), [1, 2, 3, 4]);
+    let losses: Vec<_> = wal.losses().iter().map(|loss| (loss.first_sequence, loss.end_sequence)).collect();
+    assert_eq!(losses, [(5, 6)]);
     wal.close();
 }
 

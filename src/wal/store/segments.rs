@@ -306,8 +306,9 @@ impl SledSegment {
     }
 
     fn drop_db(&self) {
-        if let Some((db, _)) = self.open.write().unwrap_or_else(PoisonError::into_inner).take() {
-            // sled may panic there too.
+        // Readers do not wait while sled tidies up.
+        let open = self.open.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((db, _)) = open {
             close(db);
         }
     }
@@ -365,6 +366,34 @@ impl Drop for SledSegment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wal::record::{ChunkHeader, Totals, encode_chunk};
+
+    #[test]
+    fn a_closed_segment_can_be_cut_and_takes_nothing_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = SledStore::new(directory.path(), SegmentShape::new(8 << 20)).unwrap();
+        let segment = store.prepare(1).unwrap();
+        let mut value = Vec::new();
+        for slot in 0..3 {
+            let sequence = 7 + u64::from(slot);
+            let before = Totals { sequence, ..Totals::ZERO };
+            encode_chunk(&ChunkHeader { before, records: 1, part: 0, parts: 1, unsynced: 0 }, b"body", &mut value);
+            segment.write(slot, &value).unwrap();
+        }
+        assert!(!segment.is_closed());
+        segment.close().unwrap();
+        segment.close().unwrap();
+        assert!(segment.is_closed());
+        // Dropping it has handed all of it to the system, as sled may have done after a failure.
+        let file = store.open(1).unwrap();
+        assert_eq!((file.slots(), file.seek(0, 8)), (3, 1));
+        store.cut(1, 1).unwrap();
+        assert_eq!(store.open(1).unwrap().slots(), 1);
+        assert!(segment.write(3, &value).is_err() && segment.flush().is_err());
+        assert!(segment.sync().is_err() && segment.read(0).is_err());
+        drop(segment);
+        assert_eq!(store.open(1).unwrap().slots(), 1);
+    }
 
     #[test]
     fn a_slot_that_is_not_there_is_not_an_empty_one() {

@@ -1,12 +1,15 @@
 //! A store in memory that loses what was not synced, fails and fills up on command: for tests of the log's logic.
 
+mod segment;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use rand::Rng;
 use rand::rngs::StdRng;
+
+use segment::{HeldSegment, MemorySegment};
 
 use super::error::StoreError;
 use super::store::{ActiveSegment, Readable, SegmentFile, SegmentShape, Space, StateDb, Store};
@@ -36,6 +39,9 @@ struct Slots {
     unwritten: BTreeMap<u32, Bytes>,
     /// What comes later, from a write that failed: at the latest when the segment is closed.
     late: BTreeMap<u32, Bytes>,
+    /// How often it was cut, and which slots that emptied.
+    cuts: u32,
+    cut: BTreeSet<u32>,
 }
 
 /// Where a commit finds no room.
@@ -214,7 +220,13 @@ impl MemoryStore {
     }
 
     fn segment(&self, id: u64, slots: u32) -> MemorySegment {
-        MemorySegment { store: self.clone(), id, slots, is_closed: AtomicBool::new(false) }
+        let cuts = self.disk().segments.get(&id).map_or(0, |segment| segment.cuts);
+        MemorySegment::new(self.clone(), id, slots, cuts)
+    }
+
+    /// Whether whoever writes a segment still holds it.
+    pub fn is_held(&self, id: u64) -> bool {
+        self.disk().held.contains(&id)
     }
 
     /// Runs a sync, unless it fails or the power is off.
@@ -269,7 +281,7 @@ impl Store for MemoryStore {
             disk.segments.insert(id, Slots::default());
             disk.held.insert(id);
         })?;
-        Ok(Arc::new(Held(self.segment(id, small_shape().slots))))
+        Ok(Arc::new(HeldSegment(self.segment(id, small_shape().slots))))
     }
 
     fn settle(&self, id: u64) -> Result<(), StoreError> {
@@ -302,9 +314,10 @@ impl Store for MemoryStore {
         self.sync("cut segment", |disk| {
             let slots = disk.segments.get_mut(&id).expect("it is there");
             slots.synced.append(&mut slots.unsynced);
-            for slots in [&mut slots.synced, &mut slots.unwritten] {
-                drop(slots.split_off(&from));
+            for values in [&mut slots.synced, &mut slots.unwritten] {
+                slots.cut.extend(values.split_off(&from).into_keys());
             }
+            slots.cuts += 1;
         })
     }
 
@@ -350,114 +363,6 @@ impl Store for MemoryStore {
 
     fn shards(&self, name: &str) -> Result<Arc<dyn StateDb>, StoreError> {
         self.state(name)
-    }
-}
-
-struct MemorySegment {
-    store: MemoryStore,
-    id: u64,
-    slots: u32,
-    is_closed: AtomicBool,
-}
-
-/// One that is written.
-struct Held(MemorySegment);
-
-impl SegmentFile for MemorySegment {
-    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
-        if self.is_closed() {
-            return Err(StoreError::io("read slot")(std::io::Error::other("the segment is closed")));
-        }
-        let disk = self.store.disk();
-        // A reader may still hold a segment that was delivered and removed, as it may a removed file.
-        let Some(slots) = disk.segments.get(&self.id).filter(|_| slot < self.slots) else { return Ok(Bytes::new()) };
-        let Slots { synced, unsynced, unwritten, .. } = slots;
-        let value = [unsynced, unwritten, synced].into_iter().find_map(|values| values.get(&slot));
-        Ok(value.cloned().unwrap_or_default())
-    }
-
-    fn slots(&self) -> u32 {
-        self.slots
-    }
-
-    fn is_closed(&self) -> bool {
-        self.is_closed.load(Ordering::Relaxed)
-    }
-}
-
-impl SegmentFile for Held {
-    fn read(&self, slot: u32) -> Result<Bytes, StoreError> {
-        self.0.read(slot)
-    }
-
-    fn slots(&self) -> u32 {
-        self.0.slots()
-    }
-
-    fn is_closed(&self) -> bool {
-        self.0.is_closed()
-    }
-}
-
-impl Held {
-    fn change(&self, change: impl FnOnce(&mut Slots)) {
-        // It may have been delivered and removed.
-        if let Some(slots) = self.0.store.disk().segments.get_mut(&self.0.id) {
-            change(slots);
-        }
-    }
-}
-
-impl ActiveSegment for Held {
-    fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
-        let (faults, value) = (self.0.store.faults(), Bytes::copy_from_slice(value));
-        faults.check(false, "write slot")?;
-        let has_room = faults.check_room(|call| call == NoRoom::Write, "write slot");
-        has_room.is_err().then(|| self.0.store.no_room_found());
-        self.change(|slots| {
-            let values = if has_room.is_ok() { &mut slots.unsynced } else { &mut slots.late };
-            values.insert(slot, value);
-        });
-        has_room
-    }
-
-    fn flush(&self) -> Result<(), StoreError> {
-        let has_room = self.0.store.faults().check_room(|call| call == NoRoom::Flush, "flush segment");
-        has_room.inspect_err(|_| self.0.store.no_room_found())
-    }
-
-    fn sync(&self) -> Result<(), StoreError> {
-        let (faults, gate) = (self.0.store.faults(), self.0.store.sync_gate());
-        let _passed = gate.lock().unwrap();
-        let has_room = faults.check_room(|call| matches!(call, NoRoom::Sync(_)), "sync segment");
-        if let (Err(error), Some(NoRoom::Sync(on_disk))) = (has_room, faults.no_room) {
-            self.0.store.no_room_found();
-            self.change(|slots| {
-                for (slot, value) in std::mem::take(&mut slots.unsynced) {
-                    let is_on_disk = on_disk >> (slot % u32::BITS) & 1 == 1;
-                    let values = if is_on_disk { &mut slots.synced } else { &mut slots.unwritten };
-                    values.insert(slot, value);
-                }
-            });
-            return Err(error);
-        }
-        self.0.store.sync("sync segment", |disk| {
-            let slots = disk.segments.get_mut(&self.0.id).expect("an open segment exists");
-            slots.synced.append(&mut slots.unsynced);
-        })
-    }
-
-    fn close(&self) -> Result<(), StoreError> {
-        self.0.is_closed.store(true, Ordering::Relaxed);
-        self.change(|slots| slots.unsynced.append(&mut slots.late));
-        self.0.store.disk().held.remove(&self.0.id);
-        Ok(())
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let _ = self.close();
     }
 }
 
