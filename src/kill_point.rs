@@ -50,6 +50,8 @@ pub const ALL: &[&str] = &[
     // Parking: in the store; durable there, and still open in flight.
     "park.written",
     "park.synced",
+    // A removal from the parked store: the log's books count it, and nothing is removed.
+    "removal.noted",
     // A shard of the parked store: its directory is there; it is made; it is durable and about to be closed; it is empty and
     // about to be removed; it has lost its name, and not durably.
     "shard.begun",

@@ -451,8 +451,9 @@ fn describe() {
     describe_counter!("ringtail_forward_parked_events_total", "Events parked, by reason.");
     describe_counter!(
         "ringtail_forward_parked_dropped_events_total",
-        "Dead letters dropped after they were parked, by reason: the operator, or a limit of forward.parked. Each was counted \
-         as parked before and left the log's books then, so it is not in ringtail_forward_dropped_events_total."
+        "Dead letters dropped after they were parked, by reason: the operator, a limit of forward.parked, or damage of the \
+         disk. Each was counted as parked before and left the log's books then, so it is not in \
+         ringtail_forward_dropped_events_total."
     );
     describe_counter!(
         "ringtail_forward_dropped_events_total",

@@ -3,8 +3,12 @@
 
 #[path = "forward/books.rs"]
 mod books;
+#[path = "support/environment.rs"]
+mod environment;
 #[path = "forward/live_first.rs"]
 mod live_first;
+#[path = "forward/parked_books.rs"]
+mod parked_books;
 #[path = "support/small_log.rs"]
 mod small_log;
 #[path = "support/turns.rs"]
@@ -32,7 +36,7 @@ use ringtail::config::{
 use ringtail::forward::{Forwarder, ParkReason, ParkedDropReason, ParkedEvent, ParkedStore, Requeue, RequeueError};
 use ringtail::metrics::Metrics;
 use ringtail::proto;
-use ringtail::wal::Wal;
+use ringtail::wal::{ParkedBooks, Wal};
 use small_log::small_log;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -820,58 +824,6 @@ fn what_is_spilled_and_grows_old_in_the_client_is_dropped() {
     setup.assert_books_balance(400);
 }
 
-#[test]
-fn parked_events_that_vanish_are_reported_and_counted() {
-    let setup = Setup::new();
-    let forwarder = setup.start();
-    setup.send("client", &[("not a topic", vec![1]), ("nor this", vec![2])]);
-    setup.wait_for_empty_log(&forwarder);
-    forwarder.stop(DEADLINE);
-    let store = ParkedStore::open(setup.wal.parked()).unwrap();
-    assert_eq!((store.count(), setup.wal.noted_parked()), (2, 2));
-    // Taken out by the operator, and lost.
-    store.drop_events(&[2], ParkedDropReason::Operator).unwrap();
-    let first = [&1u64.to_be_bytes()[..], &[0, 0]].concat();
-    setup.wal.parked().remove(&first).unwrap();
-    assert_eq!(setup.wal.noted_parked(), 2);
-    let _forwarder = setup.start();
-    assert_eq!(setup.metric("ringtail_forward_dropped_events_total"), 1);
-    assert_eq!(setup.wal.noted_parked(), 1);
-}
-
-#[test]
-fn parked_events_that_are_set_aside_as_damaged_are_counted() {
-    use std::path::Path;
-    fn damage(directory: &Path) {
-        std::fs::remove_file(directory.join("parked/000000000001/db")).unwrap();
-    }
-    /// It is set aside by a process that is killed before it counts.
-    fn damage_and_kill(directory: &Path) {
-        damage(directory);
-        let wal = Wal::open(&small_log(directory), 64 << 20, Metrics::new()).unwrap();
-        assert_eq!(ParkedStore::open(wal.parked()).unwrap().count(), 0);
-        wal.close();
-    }
-    fn remove(directory: &Path) {
-        std::fs::remove_dir_all(directory.join("parked")).unwrap();
-    }
-    type Between = fn(&Path);
-    let cases: [(Between, u64); 3] = [(damage, 2), (damage_and_kill, 2), (remove, 0)];
-    for (between, lost) in cases {
-        let setup = Setup::new();
-        let forwarder = setup.start();
-        setup.send("client", &[("not a topic", vec![1]), ("nor this", vec![2])]);
-        setup.wait_for_empty_log(&forwarder);
-        forwarder.stop(DEADLINE);
-        drop(forwarder);
-        let setup = setup.reopened_after(between);
-        let _forwarder = setup.start();
-        assert_eq!(setup.metric("ringtail_forward_dropped_events_total"), lost);
-        assert_eq!(setup.wal.noted_parked(), 0);
-        wait_until("it is seen", || setup.wal.status().quarantined_stores == u64::from(lost > 0));
-    }
-}
-
 fn exactly_once() -> Setup {
     let mut setup = Setup::new();
     setup.config.delivery = Delivery::ExactlyOnce;
@@ -983,7 +935,7 @@ fn parked_events_over_the_limits_go_and_are_counted_apart() {
     setup.wait_for_empty_log(&forwarder);
     assert_eq!((store.count(), dropped("operator")), (8, 2));
     setup.assert_books_balance(21);
-    assert_eq!(setup.wal.noted_parked(), 21);
+    assert_eq!(setup.wal.parked_notes().noted().books, ParkedBooks { ever: 21, removed: 13 });
     forwarder.stop(DEADLINE);
     drop(forwarder);
 

@@ -135,21 +135,6 @@ impl Forwarder {
         validate(config)?;
         let parked = ParkedStore::open_for(&config.parked, &wal, &metrics)?;
         let parked_before = wal.parked_before(parked.last_id()).map_err(ParkedError::from)?;
-        let missing = wal.noted_parked().saturating_sub(parked.ever());
-        if missing > 0 && parked.ever() == 0 && !wal.is_parked_set_aside().map_err(ParkedError::from)? {
-            // Removed by the operator.
-            tracing::info!(
-                events = missing,
-                "the parked store is empty, it held events when the cursor was last saved"
-            );
-        } else if missing > 0 {
-            // What was removed is known to the store's head alone: if that is damaged, it counts as missing as well.
-            tracing::error!(at_most = missing, "parked events are missing: the parked store was damaged");
-            metrics.forward.dropped_events_damaged.increment(missing);
-        }
-        if missing > 0 {
-            wal.reset_parked(parked.ever());
-        }
         let seed = rand::random();
         let spilling = Spilling::open(
             &wal.config().directory.join(SPILL),

@@ -17,7 +17,6 @@ use super::store::StateDb;
 use crate::kill_point;
 
 const KEY: &[u8] = b"cursor";
-const PARKED_KEY: &[u8] = b"parked";
 const LOG_ID_KEY: &[u8] = b"log_id";
 const PARKED_BEFORE_KEY: &[u8] = b"parked_before";
 const VERSION: u8 = 1;
@@ -57,17 +56,6 @@ pub(super) fn load_or_make_parked_before(meta: &dyn StateDb, last_id: u64) -> Re
     meta.put(PARKED_BEFORE_KEY, &last_id.to_le_bytes())?;
     meta.sync()?;
     Ok(last_id)
-}
-
-/// Saves how many events were ever put into the parked store. Durable with the next sync of `meta`.
-pub(super) fn put_parked(meta: &dyn StateDb, events: u64) -> Result<(), StoreError> {
-    meta.put(PARKED_KEY, &events.to_le_bytes())
-}
-
-/// How many events had been put into the parked store when the cursor was saved. 0 if that is not known.
-pub(super) fn load_parked(meta: &dyn StateDb) -> Result<u64, StoreError> {
-    let value = meta.get(PARKED_KEY)?.and_then(|value| value.try_into().ok());
-    Ok(value.map_or(0, u64::from_le_bytes))
 }
 
 /// The saved cursor and tail; none in a new log, or when what is there is not right.

@@ -11,6 +11,7 @@ use super::appender::FailOnPanic;
 use super::dedup::SavedWindow;
 use super::error::StoreError;
 use super::log::{Log, Segment, Shared};
+use super::parked_books::SavedBooks;
 use super::{abandoned, ahead, cursor, losses};
 use crate::config::WhenFull;
 
@@ -24,8 +25,8 @@ pub(super) struct Keeper {
     shared: Arc<Shared>,
     /// The tail as saved with the cursor.
     saved_tail: u64,
-    /// Parked events, as saved with it.
-    saved_parked: u64,
+    /// The books of the parked store, as saved with it.
+    saved_parked: SavedBooks,
     /// The dedup window as saved.
     saved_window: SavedWindow,
     /// What recovery found, or what a failed save may have lost, is saved.
@@ -37,7 +38,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub fn new(shared: Arc<Shared>, saved_window: SavedWindow) -> Keeper {
-        let saved_parked = shared.log().parked_events;
+        let saved_parked = shared.parked_notes.to_save();
         Keeper {
             shared,
             saved_tail: 0,
@@ -60,6 +61,9 @@ impl Keeper {
         // What was refused need not come back.
         let result = abandoned::cut(&self.shared);
         self.report(result);
+        if shared.log().closing {
+            shared.parked_notes.finish();
+        }
         // The cursor is saved last: nothing moves it any more.
         let result = self.save_and_trim();
         self.report(result);
@@ -252,19 +256,19 @@ impl Keeper {
     }
 
     fn save_cursor(&mut self) -> Result<(), StoreError> {
-        let (cursor, tail, saved, losses, parked, stretch) = {
+        let (cursor, tail, saved, losses, stretch) = {
             let log = self.shared.log();
             let stretch = log.ahead.as_ref().map(|ahead| ahead.stretch).filter(|ahead| log.saved_ahead != Some(*ahead));
-            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone(), log.parked_events, stretch)
+            (log.cursor, log.tail, log.saved_cursor, log.unsaved_losses.clone(), stretch)
         };
         let is_saved = cursor == saved && tail.sequence == self.saved_tail && stretch.is_none();
-        if is_saved && losses.is_empty() && parked == self.saved_parked {
+        if is_saved && losses.is_empty() && self.shared.parked_notes.to_save() == self.saved_parked {
             return Ok(());
         }
         let meta = &*self.shared.meta;
         // Before the cursor, which may pass them: a loss that nobody can look up later would be a silent one.
         losses.iter().try_for_each(|loss| losses::put(meta, loss))?;
-        cursor::put_parked(meta, parked)?;
+        let parked = self.shared.parked_notes.put_noted()?;
         stretch.map_or(Ok(()), |stretch| ahead::put(meta, stretch))?;
         cursor::save(meta, cursor, tail)?;
         self.saved_parked = parked;

@@ -13,6 +13,7 @@ use super::appender::{Queue, refuse_all};
 use super::dedup::Window;
 use super::error::StoreError;
 use super::losses::Loss;
+use super::parked_books::ParkedNotes;
 use super::record::Totals;
 use super::store::{ActiveSegment, SegmentFile, SegmentShape, Space, StateDb, Store};
 use super::syncer::Pipeline;
@@ -77,8 +78,6 @@ pub(super) struct Log {
     pub losses: BTreeMap<u64, Loss>,
     /// Losses that are not in the ledger yet.
     pub unsaved_losses: Vec<Loss>,
-    /// Events ever put into the parked store, as of the cursor.
-    pub parked_events: u64,
     /// Pending events that are not in the log any more.
     pub spilled_events: u64,
     /// No space to prepare another segment.
@@ -192,6 +191,7 @@ pub(super) struct Shared {
     pub store: Arc<dyn Store>,
     pub meta: Arc<dyn StateDb>,
     pub parked: Arc<dyn StateDb>,
+    pub parked_notes: Arc<ParkedNotes>,
     pub metrics: Arc<Metrics>,
     pub pool: Pool,
     pub queue: Mutex<Queue>,
@@ -224,6 +224,7 @@ impl Shared {
         pool: Pool,
         meta: Arc<dyn StateDb>,
         parked: Arc<dyn StateDb>,
+        parked_notes: ParkedNotes,
         metrics: Arc<Metrics>,
         log: Log,
         window: Window,
@@ -236,6 +237,7 @@ impl Shared {
             pool,
             meta,
             parked,
+            parked_notes: Arc::new(parked_notes),
             metrics,
             dedup: window.is_on(),
             queue: Mutex::new(Queue::new(window)),

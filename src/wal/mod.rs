@@ -40,6 +40,7 @@ mod losses;
 #[cfg(test)]
 mod memory;
 mod offline;
+mod parked_books;
 #[cfg(test)]
 mod power_cuts;
 mod reader;
@@ -71,6 +72,7 @@ pub use error::{AppendError, CommitError, OpenError, ReadError, StoreError};
 pub use log::Position;
 pub use losses::Loss;
 pub use offline::{OfflineLog, ParkedCopy, SegmentFiles};
+pub use parked_books::{NotedParked, ParkedBooks, ParkedNotes};
 pub use reader::{Reader, Record};
 pub use scan::Scan;
 pub use store::{STATE_VALUE_BYTES_MAX, StateDb};
@@ -101,6 +103,16 @@ struct Threads {
     keeper: Option<JoinHandle<()>>,
     /// Held for as long as the log is open; none for a store in memory.
     _lock: Option<File>,
+}
+
+/// See [`open_parked`].
+pub struct OfflineParked {
+    /// The store.
+    pub state: Arc<dyn StateDb>,
+    /// Its books.
+    pub notes: Arc<ParkedNotes>,
+    /// Held for as long as the store is open.
+    _lock: File,
 }
 
 /// What an operator sees of the log. Bytes are request bytes unless the name says disk.
@@ -183,7 +195,8 @@ impl Wal {
         let log = recovery::recover(&pool, &*meta, Mode::Repair)?;
         let mut window = Window::new(&config.dedup);
         let saved_window = recovery::recover_window(&pool, &*meta, &log, &mut window)?;
-        let shared = Shared::new(config, queue_bytes_max, shape, pool, meta, parked, metrics, log, window);
+        let notes = ParkedNotes::load(meta.clone())?;
+        let shared = Shared::new(config, queue_bytes_max, shape, pool, meta, parked, notes, metrics, log, window);
         let shared = Arc::new(shared);
         let appender = appender::Appender::new(shared.clone());
         let syncer = shared.clone();
@@ -309,30 +322,9 @@ impl Wal {
         cursor::load_or_make_parked_before(&*self.shared.meta, last_id)
     }
 
-    /// How many events were ever put into the parked store ([`crate::forward::ParkedStore::ever`]), at least: a lower number
-    /// than before changes nothing. Saved with the cursor, so that the next start knows if some are missing.
-    pub fn note_parked(&self, events: u64) {
-        let mut log = self.shared.log();
-        log.parked_events = log.parked_events.max(events);
-    }
-
-    /// The parked store was found with this many: begins to note anew.
-    pub fn reset_parked(&self, events: u64) {
-        self.shared.log().parked_events = events;
-    }
-
-    /// What [`Wal::note_parked`] said last, before the start.
-    pub fn noted_parked(&self) -> u64 {
-        self.shared.log().parked_events
-    }
-
-    /// Whether parked events were ever set aside as damaged, and are still there.
-    ///
-    /// # Errors
-    /// [`StoreError`]
-    pub fn is_parked_set_aside(&self) -> Result<bool, StoreError> {
-        let names = self.shared.store.quarantined_states()?;
-        Ok(names.iter().any(|name| name.starts_with(PARKED)))
+    /// The books of that store.
+    pub fn parked_notes(&self) -> &Arc<ParkedNotes> {
+        &self.shared.parked_notes
     }
 
     /// How many events the forwarder keeps beside the log, which no longer counts them: they belong to the backlog.
@@ -373,19 +365,21 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     let pool = Pool::new(store);
     let log = recovery::recover(&pool, &*meta, Mode::Inspect)?;
     let window = Window::new(&DedupConfig { enabled: false, ..DedupConfig::default() });
-    let shared = Arc::new(Shared::new(config, 0, shape, pool, meta, parked, Metrics::new(), log, window));
+    let notes = ParkedNotes::load(meta.clone())?;
+    let shared = Arc::new(Shared::new(config, 0, shape, pool, meta, parked, notes, Metrics::new(), log, window));
     let threads = Threads { appender: None, syncer: None, keeper: None, _lock: Some(lock) };
     Ok(Wal { id: "".into(), shared, threads: Arc::new(Mutex::new(threads)) }.status())
 }
 
-/// Opens the parked store of a log that no process has open.
+/// Opens the parked store of a log that no process has open, and its books.
 ///
 /// # Errors
 /// [`OpenError::InUse`] while a process has it open.
-pub fn open_parked(directory: &Path) -> Result<(Arc<dyn StateDb>, File), OpenError> {
+pub fn open_parked(directory: &Path) -> Result<OfflineParked, OpenError> {
     let lock = lock_directory(directory)?;
     let store = SledStore::new(directory, SegmentShape::new(8 << 20))?;
-    Ok((store.shards(PARKED)?, lock))
+    let notes = ParkedNotes::load(store.state(META)?)?;
+    Ok(OfflineParked { state: store.shards(PARKED)?, notes: Arc::new(notes), _lock: lock })
 }
 
 /// Ends the process when a panic strikes one of sled's own threads: their callers would wait for ever.

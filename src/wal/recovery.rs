@@ -87,7 +87,6 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         received: Received::default(),
         losses: losses.into_iter().map(|loss| (loss.first_sequence, loss)).collect(),
         unsaved_losses: Vec::new(),
-        parked_events: cursor::load_parked(meta)?,
         spilled_events: 0,
         space_short: false,
         abandoned: None,

@@ -1,6 +1,6 @@
 //! The log that is damaged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -32,8 +32,10 @@ pub struct Built {
     pub batches: BTreeMap<u64, Written>,
     /// The first one that is not delivered.
     pub cursor: u64,
-    /// Payloads by id.
+    /// Payloads by id, also of those removed.
     pub parked: BTreeMap<u64, Bytes>,
+    /// Those that were removed again.
+    pub removed: BTreeSet<u64>,
 }
 
 /// A batch of the log.
@@ -99,8 +101,11 @@ impl Built {
             // So that the copies of `meta` differ.
             deliver(&wal, to / 10);
         }
-        let (cursor, store) = (wal.status().cursor_sequence, ParkedStore::open(wal.parked()).unwrap());
-        let parked = store.events(0).map(|event| event.unwrap()).map(|event| (event.id, event.payload)).collect();
+        let (cursor, store) = (wal.status().cursor_sequence, parked(&wal));
+        let parked: BTreeMap<u64, Bytes> =
+            store.events(0).map(|event| event.unwrap()).map(|event| (event.id, event.payload)).collect();
+        let removed: BTreeSet<u64> = parked.keys().copied().filter(|_| rng.random_ratio(1, 5)).collect();
+        store.remove(&removed.iter().copied().collect::<Vec<_>>()).unwrap();
         let mut reader = wal.reader();
         while let Some(record) = reader.next_record().unwrap() {
             let batch = batches.get_mut(&record.sequence.0).unwrap();
@@ -113,7 +118,7 @@ impl Built {
         drop(reader);
         wal.close();
         assert!(wal.status().segments >= 4, "{:?}", wal.status());
-        Built { directory, batches, cursor, parked }
+        Built { directory, batches, cursor, parked, removed }
     }
 
     /// Its files.
@@ -151,8 +156,13 @@ fn deliver(wal: &Wal, count: u64) {
     }
 }
 
+/// The parked store, with its books in the log.
+fn parked(wal: &Wal) -> ParkedStore {
+    ParkedStore::open_offline(wal.parked(), wal.parked_notes().clone()).unwrap()
+}
+
 fn park(wal: &Wal, rng: &mut StdRng, count: u64) {
-    let store = ParkedStore::open(wal.parked()).unwrap();
+    let store = parked(wal);
     for number in 0..count {
         let bytes = if number % 10 == 0 { rng.random_range(0..PARKED_BYTES_MAX) } else { rng.random_range(0..2000) };
         let mut payload = vec![0; bytes];

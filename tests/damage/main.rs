@@ -9,8 +9,8 @@
 //! - that its newest or its oldest records are gone, when `meta` is lost or old as well: the saved end and the saved cursor
 //!   are the only witnesses;
 //! - what was delivered, when `meta` is lost or old: then everything still in the log comes again, and records that
-//!   were delivered may be reported missing;
-//! - that the parked store was replaced with an older one of itself, or that sled recovered a shorter one.
+//!   were delivered may be reported missing; and how many parked events there were;
+//! - which parked events are missing, where damage brought back some that were removed: those are set off against them.
 //!
 //! `RINGTAIL_SEED` replays a run, `RINGTAIL_IMAGES` sets the number of images, `RINGTAIL_IMAGE` tries one of them alone.
 

@@ -142,7 +142,13 @@ fn check_batch(batch: &Batch, load: &Load) -> Result<Name, String> {
 
 /// The events in the parked store, each as it was sent.
 fn read_parked(wal: &Wal, load: &Load) -> Result<HashSet<(Name, usize)>, String> {
-    let store = ParkedStore::open(wal.parked()).map_err(|error| format!("the parked store does not open: {error}"))?;
+    let notes = wal.parked_notes().clone();
+    let store = ParkedStore::open_offline(wal.parked(), notes.clone());
+    let store = store.map_err(|error| format!("the parked store does not open: {error}"))?;
+    let (noted, ever) = (notes.noted().books, store.ever());
+    if noted.ever > ever {
+        return Err(format!("{noted:?}, and {ever} parked events are known: some would be called lost"));
+    }
     let mut parked = HashSet::new();
     for event in store.events(0) {
         let event = event.map_err(|error| format!("a parked event is damaged: {error}"))?;

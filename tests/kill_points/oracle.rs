@@ -191,7 +191,13 @@ impl Oracle {
 
     /// The parked events, and the newest id.
     fn read_parked(&mut self, wal: &Wal, load: &Load, sweep: bool) -> (HashSet<(u32, Place)>, u64) {
-        let store = ParkedStore::open(wal.parked()).expect("the parked store opens");
+        let notes = wal.parked_notes().clone();
+        let store = ParkedStore::open_offline(wal.parked(), notes.clone()).expect("the parked store opens");
+        let (noted, ever) = (notes.noted().books, store.ever());
+        assert!(
+            self.is_parked_damaged || noted.ever <= ever,
+            "{noted:?}, and {ever} are known: some would be called lost"
+        );
         let mut parked = HashSet::new();
         let mut ids = Vec::new();
         for event in store.events(0) {

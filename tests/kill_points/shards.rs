@@ -22,9 +22,9 @@ const SHARDS: usize = 3;
 /// Events that are parked then, at least.
 const PARKED_MIN: u64 = 50;
 
-/// Points that are passed where there are several shards, or an older version's parked store.
+/// Points that are passed where there are several shards, something is removed, or there is an older version's parked store.
 pub fn needs_shards(point: &str) -> bool {
-    point.starts_with("shard.") || point.starts_with("take_over.")
+    ["shard.", "removal.", "take_over."].iter().any(|stage| point.starts_with(stage))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -105,8 +105,9 @@ async fn read(mut answer: control::Answer, lines: &mut Lines<'_>) -> anyhow::Res
 fn do_here<C: ParkedCommand>(directory: &Path, command: &C, lines: &mut Lines<'_>) -> anyhow::Result<()> {
     eprintln!("no service runs on {}, opening the parked events themselves", directory.display());
     wal::exit_on_store_panic();
-    let (state, _lock) = alone(wal::open_parked(directory)).context("open the parked events")?;
-    let store = ParkedStore::open(state).context("open the parked events")?;
+    let opened = alone(wal::open_parked(directory)).context("open the parked events")?;
+    let store =
+        ParkedStore::open_offline(opened.state.clone(), opened.notes.clone()).context("open the parked events")?;
     let mut result = Ok(());
     let spill = OfflineSpill::open(directory).context("open the spill")?;
     command.run(&store, &spill, &mut |line| {

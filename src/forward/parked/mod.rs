@@ -9,9 +9,10 @@
 //! passed over. Nothing is overwritten.
 //!
 //! # Books
-//! What is removed is counted in the store itself, before it is removed (`removal.rs`). So [`ParkedStore::ever`], the
-//! number of events ever parked here, does not change when events are removed, and is never too low after a crash: if it
-//! is below what the log noted ([`Wal::note_parked`]), events were lost to damage, and not to the operator.
+//! What is removed is counted before it goes, in the store itself (`removal.rs`) and beside the log's cursor
+//! ([`ParkedNotes`]). So [`ParkedStore::ever`], the number of events ever parked here, does not change when events are removed,
+//! and is never too low after a crash: if it is below what the log noted, events were lost to damage, and not to the operator.
+//! `missing.rs` looks after that at every start.
 //!
 //! # Sharing
 //! One thread parks ([`ParkedStore::park`], [`ParkedStore::sync`]); any may read and remove. Readers see only what is
@@ -20,6 +21,7 @@
 mod filter;
 mod format;
 mod limits;
+mod missing;
 mod reader;
 mod removal;
 #[cfg(test)]
@@ -40,7 +42,7 @@ use super::ParkReason;
 use crate::batch::Sequence;
 use crate::config::ParkedConfig;
 use crate::metrics::Metrics;
-use crate::wal::{STATE_VALUE_BYTES_MAX, StateDb, StoreError, Wal};
+use crate::wal::{ParkedBooks, ParkedNotes, STATE_VALUE_BYTES_MAX, StateDb, StoreError, Wal};
 use format::{JOURNAL_KEY, Journal, base64_bytes, encode, key, split_id, split_key};
 
 /// A parked event. As JSON: one flat object, the payload in base64.
@@ -119,19 +121,18 @@ pub struct ParkedStore(Arc<Inner>);
 struct Inner {
     db: Arc<dyn StateDb>,
     limits: ParkedConfig,
+    /// None of a store without a log.
+    notes: Option<Arc<ParkedNotes>>,
     /// None outside the service.
-    service: Option<Service>,
+    metrics: Option<Arc<Metrics>>,
+    /// It was never used, or somebody removed it as a whole.
+    is_new: bool,
     /// Held by whoever writes.
     books: Mutex<Books>,
     count: AtomicU64,
     bytes: AtomicU64,
     ever: AtomicU64,
-}
-
-/// What the service is told.
-struct Service {
-    wal: Wal,
-    metrics: Arc<Metrics>,
+    lost: AtomicU64,
 }
 
 struct Books {
@@ -152,17 +153,28 @@ struct Books {
 }
 
 impl ParkedStore {
-    /// Opens the store in `db` ([`Wal::parked`] or [`crate::wal::open_parked`]), without limits. Reads it through once, to
-    /// count, and to set aside what is damaged.
+    /// Opens the store in `db` ([`Wal::parked`]), without limits, and without its books in the log: to look at. Reads it
+    /// through once, to count, and to set aside what is damaged.
     ///
     /// # Errors
     /// [`ParkedError::Store`]
     pub fn open(db: Arc<dyn StateDb>) -> Result<ParkedStore, ParkedError> {
-        let limits = ParkedConfig { bytes_max: bytesize::ByteSize(0), ..ParkedConfig::default() };
-        ParkedStore::open_in(db, limits, None)
+        ParkedStore::open_in(db, ParkedStore::no_limits(), None, None)
     }
 
-    /// Opens the store of a running service: it keeps to `limits`, counts in `metrics`, and notes in the log what it holds.
+    /// Opens the store of a stopped log ([`crate::wal::open_parked`]), without limits.
+    ///
+    /// # Errors
+    /// [`ParkedError::Store`]
+    pub fn open_offline(db: Arc<dyn StateDb>, notes: Arc<ParkedNotes>) -> Result<ParkedStore, ParkedError> {
+        ParkedStore::open_in(db, ParkedStore::no_limits(), Some(notes), None)
+    }
+
+    fn no_limits() -> ParkedConfig {
+        ParkedConfig { bytes_max: bytesize::ByteSize(0), ..ParkedConfig::default() }
+    }
+
+    /// Opens the store of a running service: it keeps to `limits` and counts in `metrics`, also what is missing of it.
     ///
     /// # Errors
     /// [`ParkedError::Store`]
@@ -171,36 +183,45 @@ impl ParkedStore {
         wal: &Wal,
         metrics: &Arc<Metrics>,
     ) -> Result<ParkedStore, ParkedError> {
-        let service = Service { wal: wal.clone(), metrics: metrics.clone() };
-        ParkedStore::open_in(wal.parked(), limits.clone(), Some(service))
+        let (notes, metrics) = (wal.parked_notes().clone(), metrics.clone());
+        let store = ParkedStore::open_in(wal.parked(), limits.clone(), Some(notes), Some(metrics))?;
+        store.look_after_missing();
+        Ok(store)
     }
 
     fn open_in(
         db: Arc<dyn StateDb>,
         limits: ParkedConfig,
-        service: Option<Service>,
+        notes: Option<Arc<ParkedNotes>>,
+        metrics: Option<Arc<Metrics>>,
     ) -> Result<ParkedStore, ParkedError> {
         let (count, bytes) = measure(&*db)?;
         let journal = db.get(JOURNAL_KEY)?.and_then(|value| Journal::decode(&value)).unwrap_or_default();
-        let last_id = db.last_key()?.and_then(|key| split_id(&key).map(|(id, _)| id)).unwrap_or_default();
+        let last_key = db.last_key()?;
+        let last_id = last_key.as_ref().and_then(|key| split_id(key).map(|(id, _)| id)).unwrap_or_default();
         let next = (last_id + 1).max(journal.next_id);
+        // The journal may be lost to damage.
+        let removed = journal.removed.max(notes.as_ref().map_or(0, |notes| notes.noted().books.removed));
         let books = Books {
             next,
             synced: next,
             unsynced_bytes: 0,
             reopened: 0,
             forgotten: false,
-            removed: journal.removed,
+            removed,
             doubtful: Vec::new(),
         };
         let store = ParkedStore(Arc::new(Inner {
             db,
             limits,
-            service,
+            notes,
+            metrics,
+            is_new: last_key.is_none(),
             books: Mutex::new(books),
             count: AtomicU64::new(count),
             bytes: AtomicU64::new(bytes),
-            ever: AtomicU64::new(count + journal.removed),
+            ever: AtomicU64::new(count + removed),
+            lost: AtomicU64::new(0),
         }));
         store.show();
         Ok(store)
@@ -246,11 +267,26 @@ impl ParkedStore {
         self.0.db.sync().inspect_err(|_| self.forget_unsynced(&mut books))?;
         self.check_not_forgotten(&mut books)?;
         (books.synced, books.unsynced_bytes) = (books.next, 0);
-        if let Some(Service { wal, .. }) = &self.0.service {
-            wal.note_parked(self.ever());
-        }
+        self.note(&books);
         self.show();
         Ok(())
+    }
+
+    /// Tells the log what is durable here. What is not known to be still there counts as removed: never is more noted than
+    /// there is.
+    fn note(&self, books: &Books) {
+        if let Some(notes) = &self.0.notes {
+            notes.note(self.durable(books, 0));
+        }
+    }
+
+    /// The books without what is not durable, when `going` more are about to be removed.
+    fn durable(&self, books: &Books, going: usize) -> ParkedBooks {
+        let doubtful: usize = books.doubtful.iter().map(removal::Doubtful::len).sum();
+        ParkedBooks {
+            ever: self.ever() - (books.next - books.synced),
+            removed: books.removed + (doubtful + going) as u64,
+        }
     }
 
     /// Says so, once, if unsynced events may be lost for a reason that the one that parked them does not know.
@@ -322,7 +358,7 @@ impl ParkedStore {
 
     /// Shows the books in the metrics.
     fn show(&self) {
-        if let Some(Service { metrics, .. }) = &self.0.service {
+        if let Some(metrics) = &self.0.metrics {
             metrics.forward.parked_events.set(self.count() as f64);
             metrics.forward.parked_bytes.set(self.bytes() as f64);
         }

@@ -1,15 +1,16 @@
 //! Takes events out of the parked store, durably.
 //!
-//! First the store's journal counts what will be removed, then it goes, then one sync makes both durable. The store below
-//! lets nothing go before the journal is durable, so a crash in between never leaves events missing that the journal does not
-//! know of. If any of it fails, nobody knows what is still there until the store can be read again: until then these events
-//! are counted as held.
+//! First the log's books count what will be removed, durably, then the store's journal does, then it goes, then one sync makes
+//! both durable. The store below lets nothing go before the journal is durable, so a crash in between never leaves events missing
+//! that the journal does not know of; if that is lost to damage, the log's books still know. If any of it fails, nobody knows
+//! what is still there until the store can be read again: until then these events are counted as held.
 
 use std::sync::atomic::Ordering;
 
 use super::format::{JOURNAL_KEY, Journal, key};
 use super::reader::Entries;
-use super::{Books, ParkedError, ParkedStore, Service};
+use super::{Books, ParkedError, ParkedStore};
+use crate::kill_point;
 
 /// Most events removed with one sync, while nobody else can write.
 pub(super) const EVENTS_MAX: usize = 1024;
@@ -27,12 +28,18 @@ pub enum ParkedDropReason {
     ParkedFull,
     /// Parked longer than `forward.parked.age_max`.
     ParkedExpired,
+    /// Lost to damage of the parked store.
+    Damaged,
 }
 
 impl ParkedDropReason {
     /// Every reason.
-    pub const ALL: [ParkedDropReason; 3] =
-        [ParkedDropReason::Operator, ParkedDropReason::ParkedFull, ParkedDropReason::ParkedExpired];
+    pub const ALL: [ParkedDropReason; 4] = [
+        ParkedDropReason::Operator,
+        ParkedDropReason::ParkedFull,
+        ParkedDropReason::ParkedExpired,
+        ParkedDropReason::Damaged,
+    ];
 
     /// Its value as a metric label.
     pub fn as_str(self) -> &'static str {
@@ -40,6 +47,7 @@ impl ParkedDropReason {
             ParkedDropReason::Operator => "operator",
             ParkedDropReason::ParkedFull => "parked_full",
             ParkedDropReason::ParkedExpired => "parked_expired",
+            ParkedDropReason::Damaged => "damaged",
         }
     }
 }
@@ -58,6 +66,12 @@ pub(super) struct Doubtful {
     events: Vec<Going>,
     /// Counted under it if they are gone.
     reason: Option<ParkedDropReason>,
+}
+
+impl Doubtful {
+    pub(super) fn len(&self) -> usize {
+        self.events.len()
+    }
 }
 
 /// An event that is being removed.
@@ -105,6 +119,11 @@ impl ParkedStore {
         events.dedup_by_key(|event| event.id);
         if events.is_empty() {
             return Ok(Removed::default());
+        }
+        if let Some(notes) = &self.0.notes {
+            // Nothing is removed yet if that fails.
+            notes.save(self.durable(&books, events.len())).inspect_err(|_| self.note(&books))?;
+            kill_point::pass("removal.noted");
         }
         if let Err(error) = self.write_removal(&books, &events) {
             books.forgotten |= books.next > books.synced;
@@ -169,7 +188,8 @@ impl ParkedStore {
         books.removed += removed.events;
         self.0.count.fetch_sub(removed.events, Ordering::Relaxed);
         self.0.bytes.fetch_sub(removed.bytes, Ordering::Relaxed);
-        if let (Some(Service { metrics, .. }), Some(reason)) = (&self.0.service, reason) {
+        self.note(books);
+        if let (Some(metrics), Some(reason)) = (&self.0.metrics, reason) {
             metrics.forward.parked_dropped_events(reason).increment(removed.events);
         }
         self.show();

@@ -117,7 +117,7 @@ fn read(store: &ParkedStore) -> Vec<ParkedEvent> {
 /// A store that holds events 1 to `count`, of a kilobyte each, with the bytes of one.
 fn filled(limits: ParkedConfig, count: u64) -> (Arc<MemoryDb>, ParkedStore, u64) {
     let db = Arc::new(MemoryDb::default());
-    let store = ParkedStore::open_in(db.clone(), limits, None).unwrap();
+    let store = ParkedStore::open_in(db.clone(), limits, None, None).unwrap();
     for number in 1..=count {
         let about = ParkedAbout { parked_at_ms: 1000 * number, ..about("x") };
         assert_eq!(store.park(&about, &[7; 1024]).unwrap(), number);

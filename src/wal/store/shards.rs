@@ -17,7 +17,9 @@
 //! finds empty stays: nobody knows then whether its entries were removed or are hidden by damage.
 //!
 //! # Damage
-//! [`StateDb::visit`] finds it, and sets the shard aside alone. What shows later fails the call that met it.
+//! [`StateDb::visit`] finds it, and sets the shard aside alone. What shows later fails the call that met it. Where sled recovers
+//! a shorter log and says nothing, it may do so again with what is written behind that: whoever finds something missing says so
+//! by [`StateDb::leave_newest`].
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -61,6 +63,8 @@ struct Shards {
     open: Vec<(u64, SledState)>,
     /// Bytes of values in the newest one, or put into it since.
     newest_bytes: u64,
+    /// It takes no new ids, however few bytes those are.
+    newest_is_left: bool,
     /// Written since the last sync.
     unsynced: BTreeSet<u64>,
     /// Those that entries were removed from, and that may be empty.
@@ -88,6 +92,7 @@ impl ShardedState {
             firsts,
             open: Vec::new(),
             newest_bytes: 0,
+            newest_is_left: false,
             unsynced: BTreeSet::new(),
             drained: BTreeSet::new(),
             failed: BTreeSet::new(),
@@ -145,6 +150,10 @@ impl StateDb for ShardedState {
 
     fn reopened(&self) -> u64 {
         self.reopened.load(Ordering::SeqCst)
+    }
+
+    fn leave_newest(&self) {
+        self.shards().newest_is_left = true;
     }
 }
 
@@ -204,7 +213,7 @@ impl Shards {
         self.firsts.insert(first);
         self.open.push((first, state));
         if self.newest() == Some(first) {
-            self.newest_bytes = 0;
+            (self.newest_bytes, self.newest_is_left) = (0, false);
         }
         Ok(())
     }
@@ -300,8 +309,11 @@ impl Shards {
     /// The shard to put entries of `id` into. An id that a full one has not met begins the next.
     fn place(&mut self, id: u64) -> Result<u64, StoreError> {
         if let Some(first) = self.holder(id) {
-            let is_full = self.newest() == Some(first) && self.newest_bytes >= self.shard_bytes;
-            if !is_full || self.last_key_of(first)?.map_or(first, |key| id_of(&key)) >= id {
+            let is_full = self.newest_is_left || self.newest_bytes >= self.shard_bytes;
+            if self.newest() != Some(first)
+                || !is_full
+                || self.last_key_of(first)?.map_or(first, |key| id_of(&key)) >= id
+            {
                 return Ok(first);
             }
         }

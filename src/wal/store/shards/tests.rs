@@ -170,6 +170,17 @@ fn the_head_is_durable_before_anything_is_removed() {
 }
 
 #[test]
+fn what_is_put_after_something_was_missed_is_in_a_shard_of_its_own() {
+    let directory = directory();
+    let state = filled(&directory);
+    state.leave_newest();
+    put(&state, 18..=18);
+    state.put(&key(17, 1), &VALUE).unwrap();
+    put(&state, 19..=20);
+    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 6, 11, 16, 18]));
+}
+
+#[test]
 fn a_damaged_shard_is_set_aside_alone() {
     let directory = directory();
     drop(filled(&directory));
