@@ -371,6 +371,10 @@ impl StatusSource for Stages {
         self.opened.get().map_or(0, |opened| opened.forwarder.parked().count())
     }
 
+    fn parked_lost(&self) -> u64 {
+        self.opened.get().map_or(0, |opened| opened.forwarder.parked().lost())
+    }
+
     fn parked(&self) -> ParkedStore {
         self.opened().forwarder.parked().clone()
     }

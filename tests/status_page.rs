@@ -187,13 +187,16 @@ async fn each_state_has_its_sentence() {
         (&format!("{old} forecast.drain_seconds = 9e6"), "Kafka is reachable, but events wait | warn | idle | idle"),
         (&format!("{old} forward.live_first = true"), "New events go ahead of the backlog | busy | idle | idle"),
         (old, "Kafka is reachable, but events wait | warn | idle | idle"),
-        ("wal.quarantined_segments = 2", "2 damaged segments are set aside | warn | idle | idle"),
+        ("wal.quarantined_segments = 2", "2 damaged parts of the log are set aside | warn | idle | idle"),
+        ("wal.quarantined_stores = 1", "1 damaged part of the log is set aside | warn | idle | idle"),
         ("s.parked.events = 1", "1 event is parked | warn | idle | idle"),
     ];
     for (change, expected) in cases {
         let shown = page.evaluate(&format!("show_state((s, wal, forward, forecast) => {{ {change} }})")).await;
         assert_eq!(shown, expected, "{change}");
     }
+    page.evaluate("show_state((s) => { s.parked.lost_events = 3 })").await;
+    assert_eq!(page.text("parked-summary").await, "None. 3 others were lost to damage of the disk.");
     let full = "wal.full = true; wal.disk_bytes = wal.disk_limit_bytes; forecast.headroom_bytes = 0; s.totals.rejected_batches = 1234; \
                 s.rates.rejected_batches = 12.5; wal.quarantined_segments = 1; s.connections.websocket = 9800; \
                 wal.pending_events = 41234567; wal.pending_bytes = 8e9; wal.oldest_pending_received_at_ms = s.now_ms - 3e8; \

@@ -86,6 +86,9 @@ pub trait StatusSource: Send + Sync + 'static {
     /// Number of parked events.
     fn parked_count(&self) -> u64;
 
+    /// Number of those that were missing at the start.
+    fn parked_lost(&self) -> u64;
+
     /// The store of parked events. It may block: it is used on a thread for that.
     fn parked(&self) -> ParkedStore;
     /// Takes parked events back into the backlog.

@@ -151,6 +151,8 @@ pub struct Reload {
 pub struct ParkedCount {
     /// Events held now.
     pub events: u64,
+    /// Events that were missing at the start: lost to damage.
+    pub lost_events: u64,
     /// The same by reason, as last counted; none before they were.
     pub by_reason: Option<BTreeMap<&'static str, u64>>,
 }
@@ -194,7 +196,11 @@ impl Admin {
             reload: source.reload(),
             wal,
             forward,
-            parked: ParkedCount { events: source.parked_count(), by_reason: self.watch.parked_by_reason() },
+            parked: ParkedCount {
+                events: source.parked_count(),
+                lost_events: source.parked_lost(),
+                by_reason: self.watch.parked_by_reason(),
+            },
             rates: self.watch.rates(),
             totals: self.metrics.totals(),
             forecast,

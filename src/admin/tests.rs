@@ -50,6 +50,9 @@ impl StatusSource for Fake {
     fn parked_count(&self) -> u64 {
         self.parked.count()
     }
+    fn parked_lost(&self) -> u64 {
+        7
+    }
     fn parked(&self) -> ParkedStore {
         self.parked.clone()
     }
@@ -228,7 +231,7 @@ async fn the_status_remembers() {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     };
-    assert_eq!(status["parked"], json!({"events": 2, "by_reason": {"expired": 2}}));
+    assert_eq!(status["parked"], json!({"events": 2, "lost_events": 7, "by_reason": {"expired": 2}}));
     assert_eq!(status["errors"][0]["message"], "<script>alert(1)</script>");
     assert_eq!(status["totals"]["committed_events"], 3);
     assert_eq!(status["recent"][0]["pending_events"], 7);

@@ -17,9 +17,11 @@ const COLOURS = { ok: "#1f8a41", busy: "#2f6fd6", warn: "#c98500", bad: "#d22f3d
 
 function showParked(parked) {
   const some = parked.events > 0;
+  const lost = parked.lost_events > 0 ? ` ${plural(parked.lost_events, "other", "others")} were lost to damage of the disk.` : "";
   show("parked-summary", some
-    ? `${plural(parked.events, "event", "events")} that Kafka can never take, kept on disk with the reason.`
-    : "None. Kafka took everything that it was given.");
+    ? `${plural(parked.events, "event", "events")} that Kafka can never take, kept on disk with the reason.${lost}`
+    : lost ? `None.${lost}` : "None. Kafka took everything that it was given.");
+  byId("parked-summary").classList.toggle("alarm", lost !== "");
   const reasons = Object.entries(parked.by_reason || {}).sort((a, b) => b[1] - a[1]);
   byId("parked-hint").hidden = !some;
   byId("parked-table").hidden = !some || reasons.length === 0;

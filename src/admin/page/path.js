@@ -11,6 +11,11 @@ function waited({ wal, now_ms }) {
   return oldest ? Math.max(0, now_ms - oldest) / 1000 : 0;
 }
 
+// What is set aside: segments, and small databases (the cursor's, or some of the parked events).
+function damagedParts(wal) {
+  return wal.quarantined_segments + wal.quarantined_stores;
+}
+
 // The one sentence: state of the lamp, headline, explanation. What is worst comes first.
 function judge(status) {
   const { wal, forward, forecast, parked } = status;
@@ -58,8 +63,8 @@ function judge(status) {
       `The oldest for ${duration(waited(status))}. A topic is refused or has no leader, or more comes in than Kafka ` +
       `takes: see the last errors. ${full}`];
   }
-  if (wal && wal.quarantined_segments > 0) {
-    return ["warn", `${plural(wal.quarantined_segments, "damaged segment is", "damaged segments are")} set aside`,
+  if (wal && damagedParts(wal) > 0) {
+    return ["warn", `${plural(damagedParts(wal), "damaged part of the log is", "damaged parts of the log are")} set aside`,
       "The rest goes on. Look after the disk, then: ringtail backlog check."];
   }
   if (parked.events > 0) {
@@ -112,9 +117,10 @@ function showLog(status) {
   mark("meter", "state", wal.full ? "bad" : used >= 80 ? "warn" : "ok");
   show("full", wal.full ? "now" : isNumber(forecast.full_seconds) ? duration(forecast.full_seconds) : "not filling");
 
-  byId("damage").hidden = wal.quarantined_segments === 0;
-  show("damaged", count(wal.quarantined_segments));
-  const worrying = used >= 80 || wal.quarantined_segments > 0;
+  const damaged = damagedParts(wal);
+  byId("damage").hidden = damaged === 0;
+  show("damaged", count(damaged));
+  const worrying = used >= 80 || damaged > 0;
   mark("log", "state", wal.full || wal.failed ? "bad" : worrying ? "warn" : "ok");
 }
 

@@ -81,6 +81,14 @@ pub struct Log {
     pub full: bool,
     pub failed: bool,
     pub quarantined_segments: u64,
+    pub quarantined_stores: u64,
+}
+
+impl Log {
+    /// What is set aside: segments, and small databases (the cursor's, or some of the parked events).
+    pub fn damaged_parts(&self) -> u64 {
+        self.quarantined_segments + self.quarantined_stores
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -98,6 +106,7 @@ pub struct Forward {
 #[serde(default)]
 pub struct Parked {
     pub events: u64,
+    pub lost_events: u64,
     pub by_reason: Option<BTreeMap<String, u64>>,
 }
 

@@ -120,7 +120,7 @@ fn draw_log(frame: &mut Frame<'_>, area: Rect, status: &Status) {
     let used = if room > 0 { (log.disk_bytes as f64 / room as f64).min(1.0) } else { 0.0 };
     let colour = match () {
         () if log.full || log.failed => Color::Red,
-        () if used >= 0.8 || log.quarantined_segments > 0 => Color::Yellow,
+        () if used >= 0.8 || log.damaged_parts() > 0 => Color::Yellow,
         () => Color::Green,
     };
     let block = boxed("Log", colour);
@@ -200,7 +200,12 @@ fn draw_last(frame: &mut Frame<'_>, area: Rect, status: &Status) {
     let block = boxed("Parked, last reload and errors", Color::DarkGray);
     let inner = block.inner(area);
     frame.render_widget(block, area);
+    let lost = status.parked.lost_events;
     let mut lines = vec![match &status.parked.by_reason {
+        _ if lost > 0 => {
+            let (held, lost) = (count(status.parked.events), count(lost));
+            Line::raw(format!("parked: {held}, and {lost} lost to damage: see the log")).fg(Color::Red)
+        }
         _ if status.parked.events == 0 => Line::raw("parked: none"),
         None => Line::raw(format!("parked: {}", count(status.parked.events))),
         Some(reasons) => {

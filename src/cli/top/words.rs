@@ -1,6 +1,6 @@
 //! Numbers in words, and the one sentence about a service. As `src/admin/page/words.js` and `path.js` have them.
 
-use super::status::{Reload, Status};
+use super::status::{Log, Reload, Status};
 
 const DAY: f64 = 86_400.0;
 
@@ -120,9 +120,10 @@ pub fn judge(status: &Status) -> (State, String, String) {
         let explanation = format!("The oldest for {}. {full}", duration(status.waited()));
         return say(State::Warning, "Kafka is reachable, but events wait", &explanation);
     }
-    let damaged = status.wal.as_ref().map_or(0, |log| log.quarantined_segments);
+    let damaged = status.wal.as_ref().map_or(0, Log::damaged_parts);
     if damaged > 0 {
-        let headline = plural(damaged, "damaged segment is set aside", "damaged segments are set aside");
+        let headline =
+            plural(damaged, "damaged part of the log is set aside", "damaged parts of the log are set aside");
         return say(State::Warning, &headline, "Stop the service and run `ringtail backlog check`.");
     }
     if status.parked.events > 0 {
@@ -135,7 +136,7 @@ pub fn judge(status: &Status) -> (State, String, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::top::status::{Forward, Log};
+    use crate::cli::top::status::Forward;
 
     #[test]
     fn numbers_in_words() {
@@ -171,9 +172,15 @@ mod tests {
             ..Status::default()
         };
         assert_eq!(judge(&well).0, State::Good);
+        let damaged = Log { quarantined_segments: 1, quarantined_stores: 2, ..Log::default() };
+        let damaged = Status { wal: Some(damaged), ..well };
+        assert_eq!(judge(&damaged).1, "3 damaged parts of the log are set aside");
+        let store = Log { quarantined_stores: 1, ..Log::default() };
+        let store = Status { wal: Some(store), ..damaged };
+        assert_eq!(judge(&store).1, "1 damaged part of the log is set aside");
         let ahead = Forward { connected: true, live_first: true, ..Forward::default() };
         let pending = Log { pending_events: 1, ..Log::default() };
-        let ahead = Status { wal: Some(pending), forward: Some(ahead), ..well };
+        let ahead = Status { wal: Some(pending), forward: Some(ahead), ..store };
         assert_eq!(judge(&ahead).1, "New events go ahead of the backlog");
         let cut = Status { forward: Some(Forward::default()), ..ahead };
         assert_eq!(judge(&cut).1, "Kafka is unreachable");
