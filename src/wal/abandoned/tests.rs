@@ -62,6 +62,7 @@ fn assert_nothing_is_wrong(wal: &Wal) {
     assert!(wal.losses().is_empty(), "{:?}", wal.losses());
     assert_eq!(wal.status().quarantined_segments, 0);
     assert!(wal.shared.log().segments.values().all(|segment| !segment.damaged));
+    assert_eq!(wal.shared.queue().bytes, 0, "refused batches still take room in the queue");
 }
 
 #[test]
