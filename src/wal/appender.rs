@@ -2,7 +2,7 @@
 //!
 //! There is no timer and no artificial delay: while one group is being synced, the next one is written, and the one after
 //! that gathers. Any error or panic refuses the whole group, because after a failed sync nobody knows what is on disk. If the
-//! disk has no room, another segment takes the place of this one (`abandoned.rs`); anything else fails the log for good.
+//! disk has no room, another segment takes the place of this one (`abandoned/mod.rs`); anything else fails the log for good.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -173,7 +173,7 @@ impl Appender {
         while self.wait() {
             kill_point::pass("commit.turn");
             shared.commit_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
-            if shared.pipeline.is_full() {
+            if shared.pipeline.found_no_room() {
                 self.abandon();
             } else {
                 self.commit_group();
@@ -189,7 +189,7 @@ impl Appender {
             if self.shared.failed.is_cancelled() {
                 return false;
             }
-            if !queue.waiting.is_empty() || self.shared.pipeline.is_full() {
+            if !queue.waiting.is_empty() || self.shared.pipeline.found_no_room() {
                 return true;
             }
             if queue.closing {
@@ -234,7 +234,7 @@ impl Appender {
         }
     }
 
-    /// Abandons the active segment, which found no room (`abandoned.rs`).
+    /// Abandons the active segment, which found no room (`abandoned/mod.rs`).
     fn abandon(&mut self) {
         self.shared.pipeline.wait_until_empty();
         let Active { id, file, .. } = self.active.take().expect("what found no room was written to it");
@@ -246,7 +246,7 @@ impl Appender {
         drop(log);
         self.refuse_waiting(&CommitError::Full);
         // From here on the keeper may end the full state.
-        self.shared.pipeline.end_full();
+        self.shared.pipeline.end_no_room();
         self.shared.log_changed.notify_all();
     }
 
@@ -316,7 +316,7 @@ impl Appender {
     fn rotate(&mut self) -> Result<(), CommitError> {
         // A segment is left when everything in it is durable: the reader goes by that.
         self.shared.pipeline.wait_until_empty();
-        if self.shared.pipeline.is_full() {
+        if self.shared.pipeline.found_no_room() {
             return Err(CommitError::Full);
         }
         let began = Instant::now();

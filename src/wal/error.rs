@@ -131,6 +131,11 @@ impl StoreError {
         matches!(self, StoreError::Io { source, .. } if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)))
     }
 
+    /// Somebody still holds what is asked for: that passes.
+    pub fn is_held(&self) -> bool {
+        matches!(self, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::WouldBlock)
+    }
+
     /// The file system or a quota has no room: freeing some mends it.
     pub fn is_full(&self) -> bool {
         let StoreError::Io { source, .. } = self else { return false };

@@ -59,7 +59,7 @@ impl Keeper {
             self.report(result);
         }
         // What was refused need not come back.
-        let result = abandoned::cut(&self.shared);
+        let result = abandoned::cut(&self.shared).map(drop);
         self.report(result);
         if shared.log().closing {
             shared.parked_notes.finish();
@@ -78,7 +78,7 @@ impl Keeper {
             }
             let due = self.last_pass.map_or(Duration::ZERO, |last| INTERVAL.saturating_sub(last.elapsed()));
             let wanted = if log.space_short { self.can_give_up(&log) } else { log.spares.len() < SPARES };
-            let urgent = (wanted && !self.is_giving_up(&log))
+            let urgent = (wanted && !self.is_giving_up(&log) && !log.is_pausing())
                 || (log.cursor.segment > log.saved_cursor.segment
                     && log.segments.range(..log.cursor.segment).next().is_some());
             // After an error the next try waits for its time.
@@ -115,13 +115,22 @@ impl Keeper {
 
     fn prepare_spares(&self) -> Result<(), StoreError> {
         loop {
-            if let Err(error) = abandoned::cut(&self.shared) {
-                let is_full = error.is_full();
-                return self.no_spare(error, is_full);
+            match abandoned::cut(&self.shared) {
+                Ok(false) => {}
+                Ok(true) => self.measure_after_cut()?,
+                Err(error) => {
+                    let is_full = error.is_full() || error.is_held();
+                    return self.no_spare(error, is_full);
+                }
             }
             let (id, enough) = {
                 let mut log = self.shared.log();
                 log.end_full(&self.shared);
+                if log.is_pausing() {
+                    log.space_short = true;
+                    self.shared.log_changed.notify_all();
+                    return Ok(());
+                }
                 if log.spares.len() >= SPARES {
                     return Ok(());
                 }
@@ -153,6 +162,14 @@ impl Keeper {
             let space = self.shared.store.space()?;
             self.shared.log().space = space;
         }
+    }
+
+    /// What an abandoned segment and its spares had reserved is free again, before anything is given up for lack of room.
+    fn measure_after_cut(&self) -> Result<(), StoreError> {
+        self.seal()?;
+        let space = self.shared.store.space()?;
+        self.shared.log().space = space;
+        Ok(())
     }
 
     /// There is no next segment: for now, or for good.

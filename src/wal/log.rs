@@ -84,6 +84,9 @@ pub(super) struct Log {
     pub space_short: bool,
     /// The segment that found no room in a commit, until it is cut.
     pub abandoned: Option<Abandoned>,
+    /// Segments abandoned since a record was acked, and when there may be another.
+    pub abandoned_in_row: u32,
+    pub next_segment_at: Option<Instant>,
     /// Since when batches are refused for lack of space.
     pub full_since: Option<Instant>,
     /// Space as last measured.
@@ -110,7 +113,7 @@ impl Log {
         if position.totals.sequence < self.cursor.totals.sequence {
             return;
         }
-        self.cursor = position;
+        self.cursor = self.before_the_cut(position);
         self.pass_ahead();
         self.leave_delivered_segments();
         self.received.pass(self.cursor.totals.sequence);
@@ -167,8 +170,8 @@ impl Log {
 
     /// The segments that take no more records, oldest first.
     pub fn full_segments(&self) -> impl Iterator<Item = (&u64, &Segment)> {
-        let active = self.active.map(|(id, _)| id);
-        self.segments.iter().filter(move |(id, _)| Some(**id) != active)
+        let open = self.open_end().map(|(id, _)| id);
+        self.segments.iter().filter(move |(id, _)| Some(**id) != open)
     }
 
     /// Whether a batch would be refused for lack of space.

@@ -301,7 +301,7 @@ impl Reader {
     }
 
     /// Goes through the slots from `self.at` on until one holds records not read yet. What stands behind `end` was never acked
-    /// (`abandoned.rs`).
+    /// (`abandoned/mod.rs`).
     fn find_chunk(&mut self, file: &dyn SegmentFile, slots: u32, end: Option<Totals>) -> Result<bool, StoreError> {
         while self.at.slot < slots {
             match read_slot(file, self.at.slot, slots)? {

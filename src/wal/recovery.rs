@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::ahead::{self, Ahead, Received, Stretch};
 use super::dedup::{SavedWindow, Window, fingerprint};
 use super::error::StoreError;
+use super::keeper::SPARES;
 use super::log::{Log, Pool, Position, Segment};
 use super::record::{RECORD_HEADER_BYTES, Totals};
 use super::slots::{Content, Slot, first_chunk, for_each_record, last_totals, read_slot, unfinished_from};
@@ -70,8 +71,8 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
             segment.damaged = true;
         }
     }
-    // The last process may not have come to seal the last ones.
-    for segment in segments.values_mut().rev().take(2) {
+    // The last process may not have come to seal the last ones, nor the spares of one that it abandoned.
+    for segment in segments.values_mut().rev().take(2 + SPARES) {
         segment.sealed = false;
     }
     let mut log = Log {
@@ -90,6 +91,8 @@ pub(super) fn recover(pool: &Pool, meta: &dyn StateDb, mode: Mode) -> Result<Log
         spilled_events: 0,
         space_short: false,
         abandoned: None,
+        abandoned_in_row: 0,
+        next_segment_at: None,
         full_since: None,
         space: store.space()?,
         reader_woken: false,

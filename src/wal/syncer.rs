@@ -47,7 +47,7 @@ struct State {
     /// Groups taken and not yet published.
     syncing: bool,
     /// The segment found no room: none of its groups is synced any more.
-    full: bool,
+    no_room: bool,
     closed: bool,
     ended: bool,
 }
@@ -76,18 +76,18 @@ impl Pipeline {
     }
 
     /// The disk has no room for the segment of these groups: what is not durable by now is refused.
-    pub fn set_full(&self) {
-        self.state().full = true;
+    pub fn set_no_room(&self) {
+        self.state().no_room = true;
     }
 
     /// Whether it has none, and the segment is still to be abandoned.
-    pub fn is_full(&self) -> bool {
-        self.state().full
+    pub fn found_no_room(&self) -> bool {
+        self.state().no_room
     }
 
     /// The next group is in another segment.
-    pub fn end_full(&self) {
-        self.state().full = false;
+    pub fn end_no_room(&self) {
+        self.state().no_room = false;
     }
 
     /// There will be no more groups once the returned guard is dropped.
@@ -148,7 +148,7 @@ pub(super) fn commit(shared: &Shared, groups: VecDeque<Group>) {
     shared.sync_began.store(shared.elapsed_ms() + 1, Ordering::Relaxed);
     let synced = if shared.failed.is_cancelled() {
         Err(CommitError::Poisoned)
-    } else if shared.pipeline.is_full() {
+    } else if shared.pipeline.found_no_room() {
         // After a sync that failed, the next one may succeed without having written what that one could not.
         Err(CommitError::Full)
     } else {
@@ -172,6 +172,7 @@ fn publish(shared: &Shared, group: Group) {
         log.note_committed(before.sequence, chunks[0][0].batch.received_at_ms);
         log.tail = tail;
         log.active = Some((segment, slots_used));
+        log.abandoned_in_row = 0;
     }
     shared.log_changed.notify_all();
     let mut retries = Vec::new();

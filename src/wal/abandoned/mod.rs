@@ -16,10 +16,12 @@
 //!   other that took no more records: nobody who reads it later needs to know.
 //! - The cut is behind sled's last write: `close` returns when nobody holds sled's lock on the file, its own threads included.
 //!   They may write for a while what was refused.
-//! - The cut does not hang on what the failed sync left in the page cache: it writes over the front of each chunk that can be
-//!   read, and its own sync says whether that is on disk. What cannot be read there is not on disk either.
+//! - The cut does not hang on what a failed sync left in the page cache, that of an earlier try to cut included: what is there to
+//!   be cut is read from the disk, and the cut's own sync says whether it is gone from there.
 //! - This process reads the segment before it is cut, so that deliveries can make room: no further than to its end. But the cursor
 //!   does not leave it before that: what comes back at the next start is behind the cursor's place, and read from there.
+//!
+//! Where there seems to be room and never is any, nothing is gained by one new segment after the other: the pause between them grows.
 //!
 //! Spares go as well, as segments without a record: they were prepared when there seemed to be room, too. That a new one can be
 //! prepared shows that there is some again.
@@ -28,12 +30,16 @@
 mod tests;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::appender::{self, Waiting};
 use super::error::{CommitError, StoreError};
 use super::log::{Log, Position, Segment, Shared};
 use super::store::{ActiveSegment, SegmentShape};
+
+/// After a segment in which nothing was acked before it was abandoned, the next is waited for: this, doubled for each more.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// A segment that is still to be cut.
 #[derive(Clone)]
@@ -48,7 +54,7 @@ pub(super) fn fail(shared: &Shared, error: &StoreError) -> CommitError {
     let error_value = error as &dyn std::error::Error;
     if error.is_full() {
         tracing::warn!(error = error_value, "no room for a commit, abandoning its segment");
-        shared.pipeline.set_full();
+        shared.pipeline.set_no_room();
         shared.log().begin_full(shared);
         return CommitError::Full;
     }
@@ -83,6 +89,21 @@ impl Log {
         }
         self.active = None;
         self.abandoned = Some(abandoned);
+        self.next_segment_at = (self.abandoned_in_row > 0)
+            .then(|| Instant::now() + PAUSE_MAX.min(PAUSE_MIN * 2u32.saturating_pow(self.abandoned_in_row)));
+        self.abandoned_in_row += 1;
+    }
+
+    /// Whether it is too early for another segment.
+    pub fn is_pausing(&self) -> bool {
+        self.next_segment_at.is_some_and(|at| Instant::now() < at)
+    }
+
+    /// Until an abandoned segment is cut, the cursor stays in it, also when the last of its records are lost: what comes back at
+    /// the next start is behind the cursor's place.
+    pub fn before_the_cut(&self, position: Position) -> Position {
+        let end = self.abandoned.as_ref().map(|abandoned| abandoned.end);
+        end.filter(|end| position.segment > end.segment).unwrap_or(position)
     }
 
     /// Batches are refused for lack of space from now on, if they are not yet.
@@ -103,7 +124,7 @@ impl Log {
     /// Batches are accepted again, if there is a segment for them.
     pub fn end_full(&mut self, shared: &Shared) {
         if self.abandoned.is_none()
-            && !shared.pipeline.is_full()
+            && !shared.pipeline.found_no_room()
             && !self.spares.is_empty()
             && let Some(since) = self.full_since.take()
         {
@@ -112,20 +133,21 @@ impl Log {
     }
 }
 
-/// Cuts the abandoned segment, if there is one: nothing is left in it behind its end, durably.
-pub(super) fn cut(shared: &Shared) -> Result<(), StoreError> {
-    let Some(Abandoned { end, file }) = shared.log().abandoned.clone() else { return Ok(()) };
+/// Cuts the abandoned segment, if there is one: nothing is left in it behind its end, durably. Whether there was one.
+pub(super) fn cut(shared: &Shared) -> Result<bool, StoreError> {
+    let Some(Abandoned { end, file }) = shared.log().abandoned.clone() else { return Ok(false) };
     let (store, id) = (&shared.store, end.segment);
     // Whoever reads it opens it anew, without sled.
     shared.pool.forget(id);
     file.close()?;
     // It may have been set aside.
     if shared.log().segments.contains_key(&id) {
+        store.settle(id)?;
         let from = store.open(id)?.seek(end.slot, end.totals.sequence);
         store.cut(id, from)?;
     }
     let mut log = shared.log();
     log.abandoned = None;
     log.leave_delivered_segments();
-    Ok(())
+    Ok(true)
 }

@@ -252,11 +252,11 @@ fn what_is_written_behind_a_sync_without_room_is_not_synced_again() {
         file: store.prepare(99).unwrap(),
         began: Instant::now(),
     };
-    wal.shared.pipeline.set_full();
+    wal.shared.pipeline.set_no_room();
     syncer::commit(&wal.shared, [group].into());
     assert_eq!(commit.blocking_recv().unwrap(), Err(CommitError::Full));
     assert_eq!(wal.status().next_sequence, 6);
-    until("the segment is abandoned", || !wal.shared.pipeline.is_full());
+    until("the segment is abandoned", || !wal.shared.pipeline.found_no_room());
     wal.close();
 }
 
@@ -282,5 +282,76 @@ fn a_cut_that_fails_for_another_reason_ends_the_log() {
     refuse_six(&wal);
     store.set_faults(Faults { sync_fails: true, ..Faults::default() });
     until("the log has failed", || wal.status().failed);
+    wal.close();
+}
+
+/// What the cut wrote over is gone from the page cache alone when its own sync finds no room.
+#[test]
+fn a_cut_whose_own_sync_finds_no_room_is_not_taken_for_done() {
+    let seed = rand::random();
+    println!("seed {seed}");
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    set_no_room(&store, Some(NoRoom::Sync(u32::MAX)));
+    refuse_six(&wal);
+    until("a cut has failed", || store.failed_cuts() > 0);
+    accept_again(&wal, &store);
+    for (sequence, number) in (6..).zip(106..=112) {
+        assert_eq!(wait(wal.append(batch(number, 200)).unwrap()), Ok(sequence));
+    }
+    let after = store.after_power_cut(&mut StdRng::seed_from_u64(seed));
+    wal.close();
+    drop(wal);
+    let wal = open_memory(&after);
+    assert_eq!(drain(&mut wal.reader()), (1..=5).chain(106..=112).collect::<Vec<_>>());
+    assert_nothing_is_wrong(&wal);
+    wal.close();
+}
+
+/// The last acked record is lost: the cursor waits for the cut all the same, or what comes back would be behind it and stay there.
+#[test]
+fn a_cursor_does_not_leave_an_abandoned_segment_by_a_loss() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    let mut reader = wal.reader();
+    for _ in 1..=4 {
+        wal.deliver(reader.next_record().unwrap().unwrap().end);
+    }
+    drop(reader);
+    store.set_faults(Faults { no_room: Some(NoRoom::Sync(u32::MAX)), housekeeping_fails: true, ..Faults::default() });
+    refuse_six(&wal);
+    store.damage(1, 4, |value| value[60] ^= 1);
+    until("sled has let go", || !store.is_held(1));
+    assert_eq!(drain(&mut wal.reader()), Vec::<u64>::new());
+    wal.close();
+    drop(wal);
+    store.set_faults(Faults::default());
+    let wal = open_memory(&store);
+    let read = drain(&mut wal.reader());
+    let retry = stored(&wal, batch(6, 300));
+    assert_eq!(retry == Stored::Before, read.contains(&6), "{read:?}");
+    let losses: Vec<_> = wal.losses().iter().map(|loss| (loss.first_sequence, loss.end_sequence)).collect();
+    assert_eq!(losses, [(5, 6)]);
+    wal.close();
+}
+
+/// The disk seems to have room, and a commit never finds any: the log does not make one segment after the other for that.
+#[test]
+fn segments_without_an_ack_in_between_come_ever_more_slowly() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        store.set_faults(Faults { no_room: Some(NoRoom::Write), no_room_once: true, ..Faults::default() });
+        assert_eq!(wait(wal.append(batch(6, 100)).unwrap()), Err(CommitError::Full));
+        pauses.push(wal.shared.log().next_segment_at.map(|at| at.saturating_duration_since(Instant::now())));
+        wal.shared.log().next_segment_at = None;
+        until("there is room again", || !wal.status().full);
+    }
+    assert!(pauses[0].is_none() && pauses.is_sorted() && pauses[1] < pauses[3], "{pauses:?}");
+    assert_eq!(wait(wal.append(batch(6, 100)).unwrap()), Ok(6));
+    store.set_faults(Faults { no_room: Some(NoRoom::Write), no_room_once: true, ..Faults::default() });
+    assert_eq!(wait(wal.append(batch(7, 100)).unwrap()), Err(CommitError::Full));
+    assert_eq!(wal.shared.log().next_segment_at, None);
     wal.close();
 }

@@ -188,6 +188,7 @@ impl Log {
 
     /// Everything in the stretch before `position` is delivered. If the cursor has come to it, this is its place.
     pub fn deliver_ahead(&mut self, position: Position) {
+        let position = self.before_the_cut(position);
         let Some(ahead) = &mut self.ahead else { return self.deliver(position) };
         if position.totals.sequence >= ahead.stretch.to.totals.sequence {
             ahead.stretch.to = position;
