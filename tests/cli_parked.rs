@@ -215,6 +215,33 @@ fn drop_needs_to_be_told_what_and_is_durable() {
     assert_eq!(check.unwrap().status.code(), Some(0));
 }
 
+/// The cursor is in `meta`, and what is damaged there is set aside by whoever opens it.
+#[test]
+fn what_only_looks_leaves_the_cursor_alone() {
+    let (directory, path) = log_with_events();
+    std::fs::remove_file(directory.path().join("meta/db")).unwrap();
+    let meta = || {
+        let entries = std::fs::read_dir(directory.path().join("meta")).unwrap().map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> =
+            entries.filter(|path| path.is_file()).map(|path| (std::fs::read(&path), path)).collect();
+        files.sort_by(|(_, one), (_, other)| one.cmp(other));
+        files.into_iter().map(|(bytes, path)| (path, bytes.unwrap())).collect::<Vec<_>>()
+    };
+    let quarantined = || std::fs::read_dir(directory.path().join("quarantine")).unwrap().count();
+    let before = meta();
+    let commands: [&[&str]; 5] =
+        [&["list"], &["show", "2"], &["export"], &["drop", "--all", "--dry-run"], &["requeue", "--all", "--dry-run"]];
+    for arguments in commands {
+        let done = parked(arguments, &path);
+        assert_eq!(done.status.code(), Some(0), "{arguments:?}: {}", text(&done.stderr));
+        assert!(meta() == before && quarantined() == 0, "{arguments:?}");
+    }
+    // What is removed must be in the books.
+    let dropped = parked(&["drop", "--id", "1", "--yes"], &path);
+    assert_eq!(dropped.status.code(), Some(0), "{}", text(&dropped.stderr));
+    assert_eq!((ids(&[], &path), quarantined()), (vec![2, 3, 4, 5, 6], 1));
+}
+
 fn metric(admin: SocketAddr, name: &str) -> f64 {
     let (_, answer) = http::get(admin, "/metrics");
     let samples = answer.lines().filter_map(|line| line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{'])));

@@ -89,6 +89,9 @@ pub trait ParkedCommand: Serialize + DeserializeOwned + Clone + Send + Sync + 's
     /// Its path on the control socket.
     const PATH: &str;
 
+    /// Whether it removes events; otherwise it only looks.
+    fn removes(&self) -> bool;
+
     /// Does it. May block.
     fn run(&self, store: &ParkedStore, requeue: &dyn Requeue, take: Take<'_>);
 }
@@ -116,6 +119,10 @@ pub struct ParkedDrop {
 impl ParkedCommand for ParkedList {
     const PATH: &str = "/parked/list";
 
+    fn removes(&self) -> bool {
+        false
+    }
+
     fn run(&self, store: &ParkedStore, _: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
         while let Some(found) = walk.next() {
@@ -141,6 +148,10 @@ impl ParkedCommand for ParkedList {
 
 impl ParkedCommand for ParkedDrop {
     const PATH: &str = "/parked/drop";
+
+    fn removes(&self) -> bool {
+        !self.dry_run
+    }
 
     fn run(&self, store: &ParkedStore, _: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);
@@ -169,6 +180,10 @@ pub struct ParkedRequeue {
 
 impl ParkedCommand for ParkedRequeue {
     const PATH: &str = "/parked/requeue";
+
+    fn removes(&self) -> bool {
+        !self.dry_run
+    }
 
     fn run(&self, store: &ParkedStore, requeue: &dyn Requeue, take: Take<'_>) {
         let mut walk = Walk::new(store, &self.filter, take);

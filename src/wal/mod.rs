@@ -109,10 +109,20 @@ struct Threads {
 pub struct OfflineParked {
     /// The store.
     pub state: Arc<dyn StateDb>,
-    /// Its books.
-    pub notes: Arc<ParkedNotes>,
+    below: SledStore,
     /// Held for as long as the store is open.
     _lock: File,
+}
+
+impl OfflineParked {
+    /// Opens its books, which whoever removes events must keep. They are in `meta`: that is set aside if it is damaged, the cursor
+    /// with it, as by the service; and on a full disk the reserve may be used up.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn notes(&self) -> Result<Arc<ParkedNotes>, StoreError> {
+        Ok(Arc::new(ParkedNotes::load(self.below.state(META)?)?))
+    }
 }
 
 /// What an operator sees of the log. Bytes are request bytes unless the name says disk.
@@ -371,15 +381,16 @@ pub fn inspect(config: &WalConfig) -> Result<WalStatus, OpenError> {
     Ok(Wal { id: "".into(), shared, threads: Arc::new(Mutex::new(threads)) }.status())
 }
 
-/// Opens the parked store of a log that no process has open, and its books.
+/// Opens the parked store of a log that no process has open. Whoever reads it lets sled tidy the files of its parts, which on a
+/// full disk may use up the reserve, and sets aside parts that are damaged; one that an older version left is taken over.
+/// Nothing else of the log is opened before [`OfflineParked::notes`].
 ///
 /// # Errors
 /// [`OpenError::InUse`] while a process has it open.
 pub fn open_parked(directory: &Path) -> Result<OfflineParked, OpenError> {
     let lock = lock_directory(directory)?;
-    let store = SledStore::new(directory, SegmentShape::new(8 << 20))?;
-    let notes = ParkedNotes::load(store.state(META)?)?;
-    Ok(OfflineParked { state: store.shards(PARKED)?, notes: Arc::new(notes), _lock: lock })
+    let below = SledStore::new(directory, SegmentShape::new(8 << 20))?;
+    Ok(OfflineParked { state: below.shards(PARKED)?, below, _lock: lock })
 }
 
 /// Ends the process when a panic strikes one of sled's own threads: their callers would wait for ever.

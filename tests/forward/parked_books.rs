@@ -57,7 +57,7 @@ fn flip(file: &Path, at: usize) {
 /// Drops events as `ringtail parked drop` does on a stopped log.
 fn drop_offline(directory: &Path, ids: &[u64]) {
     let opened = open_parked(directory).unwrap();
-    let store = ParkedStore::open_offline(opened.state.clone(), opened.notes.clone()).unwrap();
+    let store = ParkedStore::open_offline(opened.state.clone(), opened.notes().unwrap()).unwrap();
     assert_eq!(store.drop_events(ids, ParkedDropReason::Operator).unwrap().events, ids.len() as u64);
 }
 
@@ -215,7 +215,7 @@ fn what_an_older_version_parked_beside_the_shards_is_set_aside_and_not_lost() {
     let elsewhere = tempfile::tempdir().unwrap();
     copy_all(&setup._directory.path().join("quarantine/parked-1"), &elsewhere.path().join("parked"));
     let opened = open_parked(elsewhere.path()).unwrap();
-    let store = ParkedStore::open_offline(opened.state.clone(), opened.notes.clone()).unwrap();
+    let store = ParkedStore::open_offline(opened.state.clone(), opened.notes().unwrap()).unwrap();
     assert_eq!(store.events(0).map(Result::unwrap).collect::<Vec<_>>(), parked);
 }
 

@@ -106,8 +106,14 @@ fn do_here<C: ParkedCommand>(directory: &Path, command: &C, lines: &mut Lines<'_
     eprintln!("no service runs on {}, opening the parked events themselves", directory.display());
     wal::exit_on_store_panic();
     let opened = alone(wal::open_parked(directory)).context("open the parked events")?;
-    let store =
-        ParkedStore::open_offline(opened.state.clone(), opened.notes.clone()).context("open the parked events")?;
+    let state = opened.state.clone();
+    let store = if command.removes() {
+        let notes = opened.notes().context("open the books of the parked events")?;
+        ParkedStore::open_offline(state, notes)
+    } else {
+        ParkedStore::open(state)
+    };
+    let store = store.context("open the parked events")?;
     let mut result = Ok(());
     let spill = OfflineSpill::open(directory).context("open the spill")?;
     command.run(&store, &spill, &mut |line| {
