@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering;
 
 use tracing::{error, info, warn};
 
-use super::{ParkedDropReason, ParkedStore};
-use crate::wal::NotedParked;
+use super::{Books, ParkedDropReason, ParkedStore};
+use crate::wal::{NotedParked, StoreError};
 
 /// Events that should be in the store and are not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +31,8 @@ impl ParkedStore {
     /// Compares what is there with what was noted, says and counts what is missing, and begins to note anew.
     pub(super) fn look_after_missing(&self) {
         let Some(notes) = &self.0.notes else { return };
-        match self.missing(notes.noted()) {
+        let missing = self.missing(notes.noted());
+        match missing {
             Missing::Nothing => {}
             Missing::Store(events) => info!(events, "the parked store was removed, it held events"),
             Missing::Exactly(events) => {
@@ -46,9 +47,31 @@ impl ParkedStore {
                 error!(at_most, "parked events are missing: the parked store was damaged, or they were removed");
             }
         }
-        // A full disk keeps nobody from starting.
-        let begun = notes.begin(self.durable(&self.books(), 0));
-        begun.unwrap_or_else(|error| warn!(%error, "the books of the parked events cannot be saved yet"));
+        let mut books = self.books();
+        books.leaving = !matches!(missing, Missing::Nothing | Missing::Store(_));
+        // A full disk keeps nobody from starting. The first event to park tries again; without one, the next start misses them
+        // again.
+        if let Err(error) = self.begin_books(&mut books) {
+            warn!(%error, "no new part of the parked store can be made yet");
+        }
+    }
+
+    /// Begins the log's books. If something is missing, only once what is parked next cannot go the same way: as soon as the
+    /// books agree, no later start knows of the damage.
+    ///
+    /// # Errors
+    /// [`StoreError`]: nothing is begun, and nothing may be parked.
+    pub(super) fn begin_books(&self, books: &mut Books) -> Result<(), StoreError> {
+        if books.leaving {
+            // All that was parked is durable: nothing was, since the store was opened.
+            books.next = self.0.db.leave_newest(books.next)?;
+            (books.synced, books.leaving) = (books.next, false);
+        }
+        if let Some(notes) = &self.0.notes {
+            let begun = notes.begin(self.durable(books, 0));
+            begun.unwrap_or_else(|error| warn!(%error, "the books of the parked events cannot be saved yet"));
+        }
+        Ok(())
     }
 
     pub(super) fn missing(&self, noted: NotedParked) -> Missing {
@@ -64,7 +87,6 @@ impl ParkedStore {
     }
 
     fn count_missing(&self, events: u64) {
-        self.0.db.leave_newest();
         self.0.lost.store(events, Ordering::Relaxed);
         if let Some(metrics) = &self.0.metrics {
             metrics.forward.parked_dropped_events(ParkedDropReason::Damaged).increment(events);
@@ -240,6 +262,33 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_parked_and_no_books_begin_before_what_is_damaged_is_left() {
+        let (db, meta) = damaged(false);
+        let noted = || ParkedNotes::load(meta.clone()).unwrap().noted();
+        let before = noted();
+        let (store, _) = open(db.clone(), meta.clone());
+        db.full.store(true, Ordering::SeqCst);
+        store.look_after_missing();
+        assert!(store.park(&about("x"), b"1").is_err());
+        drop(store);
+        // The process ended; the next one misses it again.
+        assert_eq!((noted(), db.left.lock().unwrap().len()), (before, 0));
+        let (store, _) = open(db.clone(), meta.clone());
+        store.look_after_missing();
+        assert_eq!(store.lost(), 1);
+        db.full.store(false, Ordering::SeqCst);
+        assert_eq!(store.park(&about("x"), b"1").unwrap(), 16);
+        store.sync().unwrap();
+        assert_eq!((store.last_id(), store.park(&about("x"), b"1").unwrap()), (16, 17));
+        assert_eq!(*db.left.lock().unwrap(), [16], "once");
+        assert_eq!(noted().books, ParkedBooks { ever: 4, removed: 1 });
+        // Where nothing is missing nothing is left.
+        let (store, _) = open(db.clone(), meta.clone());
+        store.look_after_missing();
+        assert_eq!((store.lost(), db.left.lock().unwrap().len()), (0, 1));
+    }
+
+    #[test]
     fn the_books_of_an_older_version_call_nothing_lost_that_may_have_been_removed() {
         for (is_head_lost, missing, counted) in [(false, Missing::AtLeast(1), 1), (true, Missing::AtMost(2), 0)] {
             let (db, _) = damaged(is_head_lost);
@@ -248,10 +297,12 @@ mod tests {
             let notes = Arc::new(ParkedNotes::load(meta.clone()).unwrap());
             let metrics = Metrics::new();
             let limits = ParkedConfig::default();
-            let store = ParkedStore::open_in(db, limits, Some(notes.clone()), Some(metrics.clone())).unwrap();
+            let store = ParkedStore::open_in(db.clone(), limits, Some(notes.clone()), Some(metrics.clone())).unwrap();
             assert_eq!(store.missing(notes.noted()), missing);
             store.look_after_missing();
             assert_eq!((store.lost(), store.missing(notes.noted())), (counted, Missing::Nothing));
+            // Perhaps nothing is damaged; perhaps it is.
+            assert_eq!(*db.left.lock().unwrap(), [16]);
             let series = format!("ringtail_forward_parked_dropped_events_total{{reason=\"damaged\"}} {counted}\n");
             assert!(metrics.handle().render().contains(&series));
         }

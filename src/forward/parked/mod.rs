@@ -146,6 +146,8 @@ struct Books {
     reopened: u64,
     /// The one that parks does not know yet that its unsynced events are forgotten.
     forgotten: bool,
+    /// Something is missing, and nothing was found yet to park into that is not damaged; the log's books wait for that.
+    leaving: bool,
     /// Events ever removed.
     removed: u64,
     /// Removals that failed: nobody knows what is still there.
@@ -208,6 +210,7 @@ impl ParkedStore {
             unsynced_bytes: 0,
             reopened: 0,
             forgotten: false,
+            leaving: false,
             removed,
             doubtful: Vec::new(),
         };
@@ -239,6 +242,9 @@ impl ParkedStore {
         if let Err(error) = self.settle(&mut books) {
             self.forget_unsynced(&mut books);
             return Err(error);
+        }
+        if books.leaving {
+            self.begin_books(&mut books)?;
         }
         if books.next == books.synced {
             books.reopened = self.0.db.reopened();

@@ -216,9 +216,12 @@ pub trait StateDb: Send + Sync {
     fn sync(&self) -> Result<(), StoreError>;
     /// How often something failed, a read included, so that what had not been synced before may be lost.
     fn reopened(&self) -> u64;
-    /// Something is missing that sled does not miss, and what is put there next may go the same way: of a map that may become
-    /// large, new ids have another part from now on.
-    fn leave_newest(&self) {}
+    /// Something is missing that sled does not miss, and what is put there next may go the same way, also in a later life: of a
+    /// map that may become large, new ids have another part for good. `next` is above all ids that are known to have been there;
+    /// gives the first id to give out now, which is not below. Durable on return. An error changes nothing.
+    fn leave_newest(&self, next: u64) -> Result<u64, StoreError> {
+        Ok(next)
+    }
 }
 
 /// Opens a Db. sled's log alone recovers everything, so what else is damaged is left out, one after the other: an unfinished

@@ -19,7 +19,7 @@
 //! # Damage
 //! [`StateDb::visit`] finds it, and sets the shard aside alone. What shows later fails the call that met it. Where sled recovers
 //! a shorter log and says nothing, it may do so again with what is written behind that: whoever finds something missing says so
-//! by [`StateDb::leave_newest`].
+//! by [`StateDb::leave_newest`], and the next shard begins at once, empty, so that a later start puts nothing there either.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -63,8 +63,8 @@ struct Shards {
     open: Vec<(u64, SledState)>,
     /// Bytes of values in the newest one, or put into it since.
     newest_bytes: u64,
-    /// It takes no new ids, however few bytes those are.
-    newest_is_left: bool,
+    /// The last one that this process made.
+    made: Option<u64>,
     /// Written since the last sync.
     unsynced: BTreeSet<u64>,
     /// Those that entries were removed from, and that may be empty.
@@ -92,7 +92,7 @@ impl ShardedState {
             firsts,
             open: Vec::new(),
             newest_bytes: 0,
-            newest_is_left: false,
+            made: None,
             unsynced: BTreeSet::new(),
             drained: BTreeSet::new(),
             failed: BTreeSet::new(),
@@ -152,8 +152,8 @@ impl StateDb for ShardedState {
         self.reopened.load(Ordering::SeqCst)
     }
 
-    fn leave_newest(&self) {
-        self.shards().newest_is_left = true;
+    fn leave_newest(&self, next: u64) -> Result<u64, StoreError> {
+        self.shards().leave_newest(next)
     }
 }
 
@@ -212,10 +212,23 @@ impl Shards {
         kill_point::pass("shard.made");
         self.firsts.insert(first);
         self.open.push((first, state));
+        self.made = Some(first);
         if self.newest() == Some(first) {
-            (self.newest_bytes, self.newest_is_left) = (0, false);
+            self.newest_bytes = 0;
         }
         Ok(())
+    }
+
+    fn leave_newest(&mut self, next: u64) -> Result<u64, StoreError> {
+        let newest = self.newest();
+        if newest.is_some() && newest == self.made {
+            // It took the place of a damaged one that is set aside.
+            return Ok(next);
+        }
+        // One that came back empty has that name itself; see `set_aside`.
+        let first = if newest == Some(next) { next + self.shard_bytes } else { next };
+        self.add(first)?;
+        Ok(first)
     }
 
     /// Closes a shard if one more would be too many: the one that was used longest ago, but not the newest.
@@ -308,14 +321,12 @@ impl Shards {
 
     /// The shard to put entries of `id` into. An id that a full one has not met begins the next.
     fn place(&mut self, id: u64) -> Result<u64, StoreError> {
-        if let Some(first) = self.holder(id) {
-            let is_full = self.newest_is_left || self.newest_bytes >= self.shard_bytes;
-            if self.newest() != Some(first)
-                || !is_full
-                || self.last_key_of(first)?.map_or(first, |key| id_of(&key)) >= id
-            {
-                return Ok(first);
-            }
+        if let Some(first) = self.holder(id)
+            && (self.newest() != Some(first)
+                || self.newest_bytes < self.shard_bytes
+                || self.last_key_of(first)?.map_or(first, |key| id_of(&key)) >= id)
+        {
+            return Ok(first);
         }
         self.add(id)?;
         Ok(id)

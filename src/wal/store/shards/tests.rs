@@ -172,12 +172,58 @@ fn the_head_is_durable_before_anything_is_removed() {
 #[test]
 fn what_is_put_after_something_was_missed_is_in_a_shard_of_its_own() {
     let directory = directory();
-    let state = filled(&directory);
-    state.leave_newest();
+    drop(filled(&directory));
+    let state = open(&directory);
+    assert_eq!(state.leave_newest(18).unwrap(), 18);
+    drop(state);
+    // Also in a later life.
+    let state = open(&directory);
+    assert_eq!(state.last_key().unwrap().map(|key| id_of(&key)), Some(17));
     put(&state, 18..=18);
     state.put(&key(17, 1), &VALUE).unwrap();
     put(&state, 19..=20);
     assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 6, 11, 16, 18]));
+    assert_eq!(state.shards().last_key_of(16).unwrap(), Some(key(17, 1)));
+}
+
+#[test]
+fn an_id_is_not_put_into_a_shard_that_came_back_empty_and_has_its_name() {
+    let directory = directory();
+    let state = open(&directory);
+    put(&state, 1..=1);
+    state.remove(&key(1, 0)).unwrap();
+    state.sync().unwrap();
+    drop(state);
+    let state = open(&directory);
+    let first = 1 + SMALL_SHARD_BYTES;
+    assert_eq!((state.leave_newest(1).unwrap(), state.leave_newest(first).unwrap()), (first, first));
+    drop(state);
+    let state = open(&directory);
+    assert_eq!(state.last_key().unwrap().map(|key| id_of(&key)), Some(first - 1));
+    put(&state, first..=first);
+    assert_eq!(names(&directory, "parked"), shard_names(&[1, first]));
+    assert_eq!(state.shards().last_key_of(1).unwrap(), None);
+    drop(state);
+    // One that took the place of a damaged one is left to nobody else.
+    flip_first_byte(&directory, first);
+    let (state, next) = (open(&directory), first + SMALL_SHARD_BYTES);
+    assert_eq!(state.leave_newest(next).unwrap(), next);
+    assert_eq!(names(&directory, "parked"), shard_names(&[1, next]));
+}
+
+#[test]
+fn a_shard_that_cannot_be_left_stays_as_it_is() {
+    let directory = directory();
+    drop(filled(&directory));
+    let state = open(&directory);
+    // The next one's place is taken.
+    let place = directory.path().join("parked/000000000018");
+    fs::write(&place, b"").unwrap();
+    assert!(state.leave_newest(18).is_err());
+    fs::remove_file(&place).unwrap();
+    assert_eq!(names(&directory, "parked"), shard_names(&[0, 1, 6, 11, 16]));
+    assert_eq!(state.leave_newest(18).unwrap(), 18);
+    assert_eq!(ids(&state), (1..=17).collect::<Vec<_>>());
 }
 
 #[test]
