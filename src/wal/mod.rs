@@ -412,7 +412,7 @@ pub fn exit_on_store_panic() {
 
 fn lock_directory(directory: &Path) -> Result<File, OpenError> {
     let error = |source| OpenError::Directory { directory: directory.to_path_buf(), source };
-    std::fs::create_dir_all(directory).map_err(error)?;
+    store::make_directory(directory).map_err(error)?;
     let lock = File::options().create(true).truncate(false).write(true).open(directory.join("lock")).map_err(error)?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),

@@ -6,16 +6,20 @@
 //! `RINGTAIL_SEED` replays the dice (not the run, which is the machine's), `RINGTAIL_CUTS` sets the number of cuts,
 //! `RINGTAIL_CUT_SERVICES` on how many of the images the service then runs.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::cuts::{Outcome, cut};
+use crate::disk::Disk;
 use crate::environment::number_from_environment;
 use crate::journal::{Change, records};
-use crate::model::Disbelief;
+use crate::load::{Clients, Load};
+use crate::model::{Disbelief, Model};
 use crate::order::Order;
+use crate::process::{Options, Process};
 use crate::runs::{Run, abandon, collect, forward, park, spill};
 use crate::seed;
 
@@ -102,6 +106,28 @@ async fn a_power_cut_loses_nothing_that_was_parked_in_several_shards() {
     assert!(shards > 3, "hardly anything was parked at once");
     let outcome = assert_nothing_is_lost(&run, began, &mut rng).await;
     assert!(outcome.found.passed > 0 && outcome.found.parked > 0, "nothing was parked");
+}
+
+/// Also if it makes the directories above its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_directory_of_the_log_is_durable_before_the_first_ack() {
+    let disk = Arc::new(Disk::new());
+    let options = Options { directory: disk.root().join("var/lib/ringtail"), ..disk.options() };
+    let (mut process, addresses) = Process::start(&options);
+    let mut clients = Clients::new(&Load::new(seed(), 1 << 10), &disk);
+    clients.send(addresses, 64 << 10).await;
+    assert!(process.stop().success());
+    let first_ack = clients.acks().into_values().min().expect("something was acked");
+    let journal = disk.journal();
+    let mut model = Model::new(&journal, Disbelief::default());
+    for record in records(&journal).take_while(|record| record.end <= first_ack) {
+        model.apply(&record.change);
+    }
+    let log = ["", "/meta", "/meta/READY", "/quarantine", "/wal", "/wal/000000000001", "/wal/000000000001/READY"];
+    let log = log.map(|path| format!("var/lib/ringtail{path}"));
+    for path in ["var", "var/lib"].into_iter().chain(log.iter().map(String::as_str)) {
+        assert!(model.is_durable(path), "a batch is acked while {path} may be lost");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

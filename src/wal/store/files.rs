@@ -39,6 +39,18 @@ pub(super) fn sync_directory(path: &Path) -> Result<(), StoreError> {
     File::open(path).and_then(|directory| directory.sync_all()).map_err(StoreError::io("sync directory"))
 }
 
+/// Makes a directory, and those above it that are missing. Their names are durable when this returns.
+pub(in crate::wal) fn make_directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let Some(above) = path.parent() else { return Ok(()) };
+    let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
+    make_directory(above)?;
+    fs::create_dir_all(path)?;
+    File::open(above)?.sync_all()
+}
+
 /// Reserves disk without changing the file's size. A file system that cannot reserve is left to run full later.
 pub(super) fn reserve(file: &File, bytes: u64) -> Result<(), StoreError> {
     let bytes = libc::off_t::try_from(bytes).expect("a segment is limited to 256 MiB");

@@ -44,8 +44,8 @@ use bytes::Bytes;
 
 use super::error::StoreError;
 pub(super) use copies::{copy_directory, open_shards, open_state, quarantined_states, segment_directories};
-pub(super) use files::wait_to_read_again;
 use files::{await_unlocked, check_readable, remove_files};
+pub(super) use files::{make_directory, wait_to_read_again};
 pub(super) use old_layout::old_name;
 pub use segments::SledStore;
 pub(super) use segments::is_marked;
