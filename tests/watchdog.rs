@@ -41,6 +41,15 @@ fn options(point: &str, directory: &Path, supervisor: &Supervisor) -> Options {
     options
 }
 
+/// A client with one batch. It ends when the batch is acked.
+fn client(directory: &Path, http: SocketAddr) -> Child {
+    let lines = directory.join("lines");
+    fs::write(&lines, "an event\n").unwrap();
+    let mut send = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    send.args(["send", "--id", "client", "--type", "t", "--url", &format!("http://{http}")]).arg(lines);
+    send.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
 impl Watched {
     fn start(point: &str) -> Watched {
         let directory = tempfile::tempdir().unwrap();
@@ -56,15 +65,6 @@ impl Watched {
 
     fn thaw(&self) {
         fs::remove_file(self.directory.path().join("freeze")).unwrap();
-    }
-
-    /// A client with one batch. It ends when the batch is acked.
-    fn client(&self) -> Child {
-        let lines = self.directory.path().join("lines");
-        fs::write(&lines, "an event\n").unwrap();
-        let mut send = Command::new(env!("CARGO_BIN_EXE_ringtail"));
-        send.args(["send", "--id", "client", "--type", "t", "--url", &format!("http://{}", self.http)]).arg(lines);
-        send.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 
     /// It is not fed while `reason` holds, and it is again afterwards.
@@ -102,10 +102,27 @@ async fn a_frozen_commit_thread_leaves_the_watchdog_hungry() {
         watched.freeze();
         // Without batches it has nothing to do, and that is no standstill.
         watched.supervisor.wait_for(FED);
-        let mut client = watched.client();
+        let mut client = client(watched.directory.path(), watched.http);
         watched.assert_watched("a commit makes no progress\n").await;
         assert!(client.wait().unwrap().success(), "its batch is acked once the thread goes on");
     }
+}
+
+/// Also where nobody watches it.
+#[tokio::test]
+async fn a_commit_that_never_ends_ends_the_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let freeze = directory.path().join("freeze");
+    fs::write(&freeze, "").unwrap();
+    let mut options = Options::small(&directory.path().join("wal"));
+    options.environment = vec![("FREEZE_POINT".into(), format!("commit.written:{}", freeze.display()))];
+    let (mut process, addresses) = Process::start(&options);
+    let mut client = client(directory.path(), addresses.http);
+    assert_eq!(process.wait_for_end().code(), Some(1));
+    let complaints = process.complaints();
+    assert!(complaints.iter().any(|line| line.contains("a commit has made no progress")), "{complaints:?}");
+    client.kill().unwrap();
+    client.wait().unwrap();
 }
 
 #[tokio::test]
