@@ -342,8 +342,26 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wal::keeper::SPARES;
     use crate::wal::memory::MemoryStore;
-    use crate::wal::tests::open_memory;
+    use crate::wal::tests::{batch, open_memory, wait};
+
+    /// Each costs memory.
+    #[test]
+    fn only_the_segments_that_are_filled_prepared_and_read_are_open() {
+        let wal = open_memory(&MemoryStore::default());
+        for number in 1..=200 {
+            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+        }
+        assert!(wal.status().segments > 10, "{:?}", wal.status());
+        let mut reader = wal.reader();
+        while reader.next_record().unwrap().is_some() {
+            let open = wal.shared.pool.open().len();
+            assert!(open <= 1 + SPARES + 1, "{open} are open");
+        }
+        drop(reader);
+        wal.close();
+    }
 
     #[test]
     fn a_loss_is_noted_once() {

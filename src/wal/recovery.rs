@@ -309,3 +309,36 @@ pub(super) fn recover_window(
     window.committed_until(log.tail.sequence);
     Ok(saved)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::wal::memory::MemoryStore;
+    use crate::wal::tests::{batch, open_memory, wait};
+
+    /// However long the backlog is.
+    #[test]
+    fn a_start_opens_the_newest_segment_and_that_of_the_cursor() {
+        let store = MemoryStore::default();
+        let wal = open_memory(&store);
+        for number in 1..=200 {
+            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
+        }
+        let mut reader = wal.reader();
+        for _ in 0..50 {
+            wal.deliver(reader.next_record().unwrap().unwrap().end);
+        }
+        drop(reader);
+        wal.close();
+        let log = wal.shared.log();
+        let (cursor, newest) = (log.cursor.segment, log.active.unwrap().0);
+        drop(log);
+        assert!(cursor + 10 < newest, "the backlog is short: {cursor} to {newest}");
+        drop(wal);
+        store.forget_opened();
+        let wal = open_memory(&store);
+        // Newer ones are spares, which go.
+        let opened: Vec<u64> = store.opened().into_iter().filter(|id| *id <= newest).collect();
+        assert_eq!(opened, [cursor, newest]);
+        wal.close();
+    }
+}

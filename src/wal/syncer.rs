@@ -201,3 +201,39 @@ fn publish(shared: &Shared, group: Group) {
     metrics.commit_group_batches.record((tail.sequence - before.sequence) as f64);
     metrics.commit_duration.record(began.elapsed());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::memory::{Faults, MemoryStore};
+    use crate::wal::tests::{await_spares, batch, open_memory, until, wait};
+
+    /// What is written while a sync runs may not be in it.
+    #[test]
+    fn a_sync_acks_nothing_that_was_written_after_it_began() {
+        let store = MemoryStore::default();
+        let wal = open_memory(&store);
+        wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+        await_spares(&wal);
+        let is_syncing = || wal.shared.sync_began.load(Ordering::Relaxed) != 0;
+        let hold_writes = |from| store.set_faults(Faults { writes_held_from: from, ..Faults::default() });
+        let sync_gate = store.sync_gate();
+        let sync_held = sync_gate.lock().unwrap();
+        hold_writes(Some(2));
+        let first = wal.append(batch(2, 10)).unwrap();
+        until("it is being written", || store.writes() == 2);
+        // As another one waits, the other thread syncs it.
+        let second = wal.append(batch(3, 10)).unwrap();
+        hold_writes(Some(3));
+        until("the first is being synced", is_syncing);
+        hold_writes(None);
+        until("the second is written", || wal.shared.pipeline.state().groups.len() == 1);
+        let log = wal.shared.log();
+        drop(sync_held);
+        until("the first is synced", || !is_syncing());
+        store.set_faults(Faults { sync_fails: true, ..Faults::default() });
+        drop(log);
+        assert_eq!([wait(first), wait(second)], [Ok(2), Err(CommitError::Poisoned)]);
+        wal.close();
+    }
+}

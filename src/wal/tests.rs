@@ -239,6 +239,37 @@ fn sled_writes_each_byte_about_once_and_makes_no_blob_files() {
 }
 
 #[test]
+fn a_batch_of_any_size_makes_no_blob_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    let sled_segment_bytes = SegmentShape::new(8 << 20).sled_segment_bytes;
+    let sizes = [sled_segment_bytes / 4, sled_segment_bytes, 3 * sled_segment_bytes];
+    for (number, bytes) in (1..).zip(sizes) {
+        assert_eq!(wait(wal.append(batch(number, bytes)).unwrap()), Ok(number));
+        let segment = directory.path().join("wal/000000000001");
+        assert_eq!(std::fs::read_dir(segment.join("blobs")).map_or(0, Iterator::count), 0, "{bytes} bytes");
+    }
+    assert_eq!(drain(&mut wal.reader()), [1, 2, 3]);
+    wal.close();
+}
+
+#[test]
+fn a_segment_that_takes_no_more_records_takes_no_more_disk_than_it_holds() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = tempfile::tempdir().unwrap();
+    let wal = open_sled(directory.path(), 8 << 20);
+    wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    wal.close();
+    drop(wal);
+    let file = || std::fs::metadata(directory.path().join("wal/000000000001/db")).unwrap();
+    let reserved_bytes = SegmentShape::new(8 << 20).reserved_bytes;
+    assert!(file().blocks() * 512 >= reserved_bytes && file().len() < reserved_bytes / 2, "{:?}", file());
+    let wal = open_sled(directory.path(), 8 << 20);
+    until("what is not used is given back", || file().blocks() * 512 <= file().len().next_multiple_of(4096));
+    wal.close();
+}
+
+#[test]
 fn a_log_is_open_once() {
     let directory = tempfile::tempdir().unwrap();
     let wal = open_sled(directory.path(), 8 << 20);
@@ -306,6 +337,37 @@ fn a_failed_sync_ends_acking_for_good() {
     assert_eq!(wal.append(batch(3, 10)).unwrap_err(), AppendError::Poisoned);
     assert!(wal.failed().is_cancelled());
     wal.close();
+}
+
+#[test]
+fn a_panic_in_a_commit_ends_acking_for_good() {
+    let store = MemoryStore::default();
+    let wal = open_memory(&store);
+    wait(wal.append(batch(1, 10)).unwrap()).unwrap();
+    store.set_faults(Faults { write_panics: true, ..Faults::default() });
+    assert_eq!(wait(wal.append(batch(2, 10)).unwrap()), Err(CommitError::Poisoned));
+    store.set_faults(Faults::default());
+    until("the log has failed", || wal.failed().is_cancelled());
+    assert_eq!(wal.append(batch(3, 10)).unwrap_err(), AppendError::Poisoned);
+    wal.close();
+}
+
+/// Set in the process in which such a thread panics.
+const IO_PANICS: &str = "RINGTAIL_TEST_IO_PANICS";
+
+/// Whoever waits for it would wait for ever.
+#[test]
+fn a_panic_in_a_thread_of_sled_ends_the_process() {
+    if std::env::var_os(IO_PANICS).is_some() {
+        super::exit_on_store_panic();
+        let thread = std::thread::Builder::new().name("sled-io-7".into());
+        let _ = thread.spawn(|| panic!("as sled may")).unwrap().join();
+        std::process::exit(7);
+    }
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "wal::tests::a_panic_in_a_thread_of_sled_ends_the_process", "--nocapture"]);
+    let output = command.env(IO_PANICS, "1").output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
 }
 
 #[test]

@@ -26,8 +26,12 @@ struct Disk {
     /// Segments that are still held by whoever writes them.
     held: BTreeSet<u64>,
     quarantined: Vec<u64>,
+    /// Segments that were opened to be read.
+    opened: BTreeSet<u64>,
     states: BTreeMap<String, State>,
     faults: Faults,
+    /// Writes to segments that have begun.
+    writes: u64,
     /// Whoever syncs a segment takes it for that long.
     sync_gate: Arc<Mutex<()>>,
 }
@@ -80,6 +84,10 @@ pub(super) struct Faults {
     pub no_room_once: bool,
     /// Syncs of segments fail.
     pub sync_fails: bool,
+    /// Writes to segments wait from that one on, counted from the first of all.
+    pub writes_held_from: Option<u64>,
+    /// Writes to segments panic.
+    pub write_panics: bool,
     /// Segments cannot be prepared, and not for lack of space.
     pub prepare_fails: bool,
     /// The process has no file descriptors left to prepare segments with.
@@ -102,6 +110,8 @@ impl Faults {
             no_room,
             no_room_once: _,
             sync_fails,
+            writes_held_from,
+            write_panics,
             prepare_fails,
             descriptors_short,
             housekeeping_fails,
@@ -109,8 +119,9 @@ impl Faults {
             unreadable,
             power_after_syncs,
         } = *self;
-        let fails = sync_fails || prepare_fails || descriptors_short || housekeeping_fails || put_fails;
-        !fails && no_room.is_none() && unreadable.is_none() && segments_max.is_none() && power_after_syncs.is_none()
+        let fails = sync_fails || write_panics || prepare_fails || descriptors_short || housekeeping_fails || put_fails;
+        let has_room = no_room.is_none() && segments_max.is_none();
+        !fails && has_room && writes_held_from.is_none() && unreadable.is_none() && power_after_syncs.is_none()
     }
 
     fn check(&self, fails: bool, operation: &'static str) -> Result<(), StoreError> {
@@ -160,6 +171,11 @@ impl MemoryStore {
     /// While it is locked, syncs of segments take their time.
     pub fn sync_gate(&self) -> Arc<Mutex<()>> {
         self.disk().sync_gate.clone()
+    }
+
+    /// Writes to segments that have begun.
+    pub fn writes(&self) -> u64 {
+        self.disk().writes
     }
 
     /// The power is off.
@@ -214,6 +230,16 @@ impl MemoryStore {
         let mut value = synced.get(&slot).map(|value| value.to_vec()).unwrap_or_default();
         change(&mut value);
         synced.insert(slot, value.into());
+    }
+
+    /// Segments that were opened to be read.
+    pub fn opened(&self) -> BTreeSet<u64> {
+        self.disk().opened.clone()
+    }
+
+    /// From now on only what is opened then counts as opened.
+    pub fn forget_opened(&self) {
+        self.disk().opened.clear();
     }
 
     /// Loses the content of a small map.
@@ -311,6 +337,7 @@ impl Store for MemoryStore {
         if self.faults().unreadable.is_some_and(|(unreadable, _)| unreadable == id) {
             return Err(StoreError::io("open segment")(std::io::Error::from_raw_os_error(libc::EIO)));
         }
+        self.disk().opened.insert(id);
         Ok(Arc::new(self.segment(id, small_shape().slots)))
     }
 

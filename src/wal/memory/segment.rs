@@ -77,6 +77,13 @@ impl HeldSegment {
 
 impl ActiveSegment for HeldSegment {
     fn write(&self, slot: u32, value: &[u8]) -> Result<(), StoreError> {
+        let store = &self.0.store;
+        assert!(!store.faults().write_panics, "as it was told");
+        store.disk().writes += 1;
+        let number = store.writes();
+        while store.faults().writes_held_from.is_some_and(|held| number >= held) {
+            std::thread::yield_now();
+        }
         let (faults, value) = (self.0.store.faults(), Bytes::copy_from_slice(value));
         faults.check(false, "write slot")?;
         let has_room = faults.check_room(|call| call == NoRoom::Write, "write slot");

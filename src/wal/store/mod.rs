@@ -272,3 +272,16 @@ fn guard<T>(operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It may be that of a damaged file.
+    #[test]
+    fn a_panic_of_sled_is_an_error() {
+        let error = guard("read state", || -> sled::Result<()> { panic!("as sled may") }).unwrap_err();
+        assert!(error.is_damage(), "{error:?}");
+        assert!(matches!(error, StoreError::Panicked { message, .. } if message == "as sled may"));
+    }
+}

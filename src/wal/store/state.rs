@@ -203,6 +203,33 @@ impl StateDb for SledState {
 mod tests {
     use super::*;
 
+    /// sled's log alone recovers everything.
+    #[test]
+    fn a_damaged_snapshot_or_conf_costs_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("quarantine")).unwrap();
+        let open = || SledState::open(directory.path(), "meta").unwrap();
+        let state = open();
+        state.put(b"key", b"value").unwrap();
+        state.sync().unwrap();
+        drop(state);
+        for damaged in ["snap.", "conf"] {
+            // Whichever was removed is there again.
+            drop(open());
+            let files = fs::read_dir(directory.path().join("meta")).unwrap().map(|file| file.unwrap().path());
+            let is_damaged = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(damaged);
+            let files: Vec<PathBuf> = files.filter(is_damaged).collect();
+            assert!(!files.is_empty(), "there is no {damaged}");
+            for path in files {
+                let mut bytes = fs::read(&path).unwrap();
+                bytes[0] ^= 1;
+                fs::write(path, bytes).unwrap();
+            }
+            assert_eq!(open().get(b"key").unwrap().as_deref(), Some(&b"value"[..]), "with a damaged {damaged}");
+        }
+        assert_eq!(fs::read_dir(directory.path().join("quarantine")).unwrap().count(), 0);
+    }
+
     #[test]
     fn a_map_that_sled_shows_as_empty_is_set_aside() {
         let directory = tempfile::tempdir().unwrap();
