@@ -344,6 +344,7 @@ fn segments_without_an_ack_in_between_come_ever_more_slowly() {
     for _ in 0..4 {
         store.set_faults(Faults { no_room: Some(NoRoom::Write), no_room_once: true, ..Faults::default() });
         assert_eq!(wait(wal.append(batch(6, 100)).unwrap()), Err(CommitError::Full));
+        until("the segment is abandoned", || !wal.shared.pipeline.found_no_room());
         pauses.push(wal.shared.log().next_segment_at.map(|at| at.saturating_duration_since(Instant::now())));
         wal.shared.log().next_segment_at = None;
         until("there is room again", || !wal.status().full);
@@ -352,6 +353,7 @@ fn segments_without_an_ack_in_between_come_ever_more_slowly() {
     assert_eq!(wait(wal.append(batch(6, 100)).unwrap()), Ok(6));
     store.set_faults(Faults { no_room: Some(NoRoom::Write), no_room_once: true, ..Faults::default() });
     assert_eq!(wait(wal.append(batch(7, 100)).unwrap()), Err(CommitError::Full));
+    until("the segment is abandoned", || !wal.shared.pipeline.found_no_room());
     assert_eq!(wal.shared.log().next_segment_at, None);
     wal.close();
 }
