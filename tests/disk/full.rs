@@ -238,6 +238,26 @@ async fn a_segment_that_finds_no_space_is_prepared_later() {
     service.check();
 }
 
+/// The one that is to take the place of an abandoned one: its own sync finds no room, and so does sled's, which panics.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_whose_sync_finds_no_space_is_prepared_later() {
+    let mut service = Service::start(seed());
+    let pid = service.process.pid();
+    wait_until("two spares", || service.wal("segments") >= 2).await;
+    service.send(MIB).await;
+    service.disk.set_rule(0, Rule { prefix: "wal/000000000004/", ..no_room(Call::Sync, libc::ENOSPC, 0) });
+    service.disk.set_rule(1, Rule { prefix: "wal/000000000001/", times: 1, ..no_room(Call::Sync, libc::ENOSPC, 0) });
+    service.send(100 * MIB).await;
+    // More than once each: the next try is the keeper's.
+    wait_until("preparing to fail", || service.disk.hits(0) > 3).await;
+    assert_eq!(service.readyz(), (503, "full\n".to_owned()));
+    service.disk.clear_rule(0);
+    service.wait_until_accepting().await;
+    assert_eq!(service.process.pid(), pid);
+    service.stop();
+    service.check();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_that_cannot_be_spilled_waits() {
     spilling_fails(&[Rule::always(Call::Write, libc::ENOSPC, "spill/", "")]).await;

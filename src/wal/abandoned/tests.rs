@@ -213,6 +213,26 @@ fn an_abandoned_segment_that_is_delivered_goes_once_it_is_cut() {
     }
 }
 
+/// From then on what is new is to be delivered ahead of the backlog: what comes back is new.
+#[test]
+fn what_comes_back_is_delivered_ahead_if_that_began_meanwhile() {
+    let store = MemoryStore::default();
+    let wal = open_with_five(&store);
+    set_no_room(&store, Some(NoRoom::Sync(u32::MAX)));
+    refuse_six(&wal);
+    assert!(wal.begin_ahead());
+    wal.close();
+    drop(wal);
+    set_no_room(&store, None);
+    let wal = open_memory(&store);
+    let next = wal.status().next_sequence;
+    assert!(next > 6, "nothing has come back");
+    assert_eq!(drain(&mut wal.ahead_reader().unwrap()), (6..next).collect::<Vec<_>>());
+    assert_eq!(drain(&mut wal.reader()), [1, 2, 3, 4, 5]);
+    assert_nothing_is_wrong(&wal);
+    wal.close();
+}
+
 /// The commit thread waits for another segment when this one turns out to have no room.
 #[test]
 fn a_segment_is_abandoned_when_it_is_about_to_be_left() {

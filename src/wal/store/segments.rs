@@ -239,16 +239,26 @@ impl SledStore {
         let SegmentShape { slots, sled_segment_bytes, .. } = self.shape;
         let db = SledStore::open_db(path, sled_segment_bytes)?;
         kill_point::pass("prepare.opened");
-        let file = own_descriptor(path)?;
-        reserve(&file, self.shape.reserved_bytes)?;
-        guard("prepare slots", || {
-            for slot in 0..slots {
-                db.insert(key(slot), sled::IVec::default())?;
+        let file = match own_descriptor(path) {
+            Ok(file) => file,
+            Err(error) => {
+                close(db);
+                return Err(error);
             }
-            db.flush()
+        };
+        // From here on it is closed by its own drop: sled's panics where it finds no room.
+        let segment = SledSegment::new(path, slots, file, db);
+        segment.with("prepare slots", |db, file| {
+            reserve(file, self.shape.reserved_bytes)?;
+            guard("prepare slots", || {
+                for slot in 0..slots {
+                    db.insert(key(slot), sled::IVec::default())?;
+                }
+                db.flush()
+            })?;
+            kill_point::pass("prepare.slots");
+            file.sync_all().map_err(StoreError::io("sync segment"))
         })?;
-        kill_point::pass("prepare.slots");
-        file.sync_all().map_err(StoreError::io("sync segment"))?;
         kill_point::pass("prepare.synced");
         sync_conf(path)?;
         // Before there is a marker: it must not outlive a power loss that the names of the others do not.
@@ -257,7 +267,7 @@ impl SledStore {
         kill_point::pass("prepare.marked");
         sync_directory(path)?;
         sync_directory(&self.wal())?;
-        Ok(Arc::new(SledSegment::new(path, slots, file, db)))
+        Ok(Arc::new(segment))
     }
 }
 
