@@ -220,6 +220,7 @@ fn what_comes_back_is_delivered_ahead_if_that_began_meanwhile() {
     let wal = open_with_five(&store);
     set_no_room(&store, Some(NoRoom::Sync(u32::MAX)));
     refuse_six(&wal);
+    until("sled has let go", || !store.is_held(1));
     assert!(wal.begin_ahead());
     wal.close();
     drop(wal);
