@@ -108,6 +108,7 @@ impl Replay {
         let producer = if by_side { side } else { self.producer.as_ref() };
         let mut walk = Walk::new(&self.in_flight);
         let (mut sent, mut refusal, mut bytes, mut is_over) = (Vec::new(), None, 0, false);
+        let bytes_max = ROUND_BYTES_MAX.min(self.in_flight_bytes_max / 4);
         let in_time = self.pace.is_in_time();
         for event in round {
             let Some(producer) = producer.filter(|_| !is_over) else {
@@ -143,7 +144,7 @@ impl Replay {
                     sent.push((event, charge(payload_bytes)));
                     self.pace.spent(1, payload_bytes as u64, in_time);
                     bytes += charge(payload_bytes);
-                    is_over = bytes >= ROUND_BYTES_MAX;
+                    is_over = bytes >= bytes_max;
                 }
                 Err(failure) if !by_side && self.lanes.parks(lane, failure) => {
                     self.lanes.refused(lane, event, failure, now, &mut self.to_park);

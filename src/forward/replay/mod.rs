@@ -59,8 +59,8 @@ const POLL_MAX: Duration = Duration::from_millis(10);
 /// The same without a broker.
 const POLL_DISCONNECTED: Duration = Duration::from_millis(100);
 
-/// Most bytes of one round of a held lane.
-const ROUND_BYTES_MAX: u64 = 1 << 20;
+/// Most bytes of one round of a held lane, as long as that is not much of what may be in flight.
+const ROUND_BYTES_MAX: u64 = 4 << 20;
 
 /// How often lanes that stand still are looked for, while there is no room.
 const STALL_LOOK_INTERVAL: Duration = Duration::from_millis(250);
