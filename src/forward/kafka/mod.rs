@@ -10,6 +10,7 @@
 mod transactions;
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -148,6 +149,8 @@ impl Inbox {
 /// One librdkafka producer.
 pub(super) struct Producer {
     client: BaseProducer<Context>,
+    /// It has the transactional id: librdkafka does not let it be asked for twice.
+    has_id: Cell<bool>,
 }
 
 impl Producer {
@@ -160,7 +163,7 @@ impl Producer {
         let debug = properties.iter().any(|(name, _)| name == "debug");
         config.set_log_level(if debug { RDKafkaLogLevel::Debug } else { RDKafkaLogLevel::Info });
         let client = config.create_with_context(Context::default()).map_err(|error| ProducerError::from(&error))?;
-        Ok(Producer { client })
+        Ok(Producer { client, has_id: Cell::new(false) })
     }
 
     /// Hands one event over. librdkafka copies it and will report `tag` exactly once.
@@ -331,7 +334,7 @@ impl ClientContext for Context {
         }
         let Some(suppressed) = self.admit(facility, message) else { return };
         match level {
-            // It goes on trying to begin, and whoever waits for that says so.
+            // It is tried again by itself; if that lasts, the forwarder says what waits for it.
             _ if facility == "GETPID" => info!(facility, suppressed, "kafka client: {message}"),
             RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info | RDKafkaLogLevel::Debug => {
                 info!(facility, suppressed, "kafka client: {message}");

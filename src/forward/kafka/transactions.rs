@@ -84,7 +84,11 @@ impl From<KafkaError> for TransactionError {
 impl Producer {
     /// Makes every earlier producer with the same transactional id powerless. Before anything else.
     pub(in crate::forward) fn init_transactions(&self, timeout: Duration) -> Result<(), TransactionError> {
-        Ok(self.client.init_transactions(timeout)?)
+        if !self.has_id.get() {
+            self.client.init_transactions(timeout)?;
+            self.has_id.set(true);
+        }
+        Ok(())
     }
 
     /// Begins a transaction.

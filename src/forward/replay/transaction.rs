@@ -59,8 +59,6 @@ pub(super) struct ExactlyOnce {
     names: Names,
     interval: Duration,
     state: State,
-    /// No other producer with the id can do anything any more. That is not to be asked for twice.
-    initialised: bool,
     begun: Instant,
     /// Something in this transaction failed.
     failed: bool,
@@ -125,8 +123,6 @@ struct Cursor {
 #[derive(Default)]
 pub(super) struct Side {
     producer: Option<Producer>,
-    /// As in [`ExactlyOnce`].
-    initialised: bool,
     /// The cursors were read as well.
     started: bool,
     inbox: Inbox,
@@ -159,7 +155,6 @@ impl ExactlyOnce {
             names: Names { id, cursor_topic: config.cursor_topic.clone(), log_id, spill_id: spill_id.to_owned() },
             interval: config.commit_interval,
             state: State::Starting,
-            initialised: false,
             begun: Instant::now(),
             failed: false,
             cursor_reported: None,
@@ -233,19 +228,10 @@ impl ExactlyOnce {
         is_cursor
     }
 
-    /// Makes every earlier producer with the id powerless.
-    fn init(&mut self, producer: &Producer) -> Result<(), TransactionError> {
-        if !self.initialised {
-            producer.init_transactions(STEP_TIMEOUT)?;
-            self.initialised = true;
-        }
-        Ok(())
-    }
-
     /// The producer is gone.
     pub(super) fn start_again(&mut self) {
         self.state = State::Starting;
-        (self.initialised, self.failed, self.stopping) = (false, false, false);
+        (self.failed, self.stopping) = (false, false);
         self.side = Side::default();
     }
 }
@@ -322,8 +308,8 @@ impl Replay {
         let result = match once.state {
             State::Idle | State::Committed => return false,
             // What an earlier process has left open would hide cursors.
-            State::Starting => once
-                .init(producer)
+            State::Starting => producer
+                .init_transactions(STEP_TIMEOUT)
                 .and_then(|()| match self.spilling.count() {
                     0 => Ok(()),
                     _ => once.side.init(&once.names, &self.properties),
@@ -806,11 +792,7 @@ impl Side {
                 &*self.producer.insert(made)
             }
         };
-        if !self.initialised {
-            producer.init_transactions(STEP_TIMEOUT)?;
-            self.initialised = true;
-        }
-        Ok(())
+        producer.init_transactions(STEP_TIMEOUT)
     }
 
     fn take_reports(&mut self, lanes: &mut super::super::lanes::Lanes) {
