@@ -97,8 +97,7 @@ impl Keeper {
         let sealed = self.seal();
         let trimmed = self.save_and_trim();
         self.shared.pool.close_unused();
-        let space = self.shared.store.space()?;
-        self.shared.log().space = space;
+        self.measure_space()?;
         // One that fails does not keep the others from their work.
         prepared.and(sealed).and(trimmed)
     }
@@ -117,7 +116,11 @@ impl Keeper {
         loop {
             match abandoned::cut(&self.shared) {
                 Ok(false) => {}
-                Ok(true) => self.measure_after_cut()?,
+                Ok(true) => {
+                    // What it and its spares had reserved is free again, before anything is given up for lack of room.
+                    self.seal()?;
+                    self.measure_space()?;
+                }
                 Err(error) => {
                     let is_full = error.is_full() || error.is_held();
                     return self.no_spare(error, is_full);
@@ -159,14 +162,11 @@ impl Keeper {
                 }
             }
             self.shared.log_changed.notify_all();
-            let space = self.shared.store.space()?;
-            self.shared.log().space = space;
+            self.measure_space()?;
         }
     }
 
-    /// What an abandoned segment and its spares had reserved is free again, before anything is given up for lack of room.
-    fn measure_after_cut(&self) -> Result<(), StoreError> {
-        self.seal()?;
+    fn measure_space(&self) -> Result<(), StoreError> {
         let space = self.shared.store.space()?;
         self.shared.log().space = space;
         Ok(())
@@ -319,8 +319,7 @@ impl Keeper {
             // There may be room for another spare now.
             log.space_short = false;
             drop(log);
-            let space = self.shared.store.space()?;
-            self.shared.log().space = space;
+            self.measure_space()?;
         }
     }
 
@@ -346,15 +345,13 @@ mod tests {
     use super::*;
     use crate::wal::memory::{Faults, MemoryStore};
     use crate::wal::store::Store;
-    use crate::wal::tests::{batch, open_memory, wait};
+    use crate::wal::tests::{append_all, batch, open_memory, wait};
 
     #[test]
     fn no_segment_goes_before_the_cursor_that_left_it_is_durable() {
         let store = MemoryStore::default();
         let wal = open_memory(&store);
-        for number in 1..=40 {
-            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-        }
+        append_all(&wal, 1..=40, 300);
         // A save under way may not see the faults yet: none is after this.
         wal.close();
         let wal = open_memory(&store);
@@ -382,9 +379,7 @@ mod tests {
         let wal = open_memory(&store);
         wait(wal.append(batch(1, 300)).unwrap()).unwrap();
         assert!(wal.begin_ahead());
-        for number in 2..=80 {
-            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-        }
+        append_all(&wal, 2..=80, 300);
         wal.close();
         let wal = open_memory(&store);
         store.set_faults(Faults { put_fails: true, ..Faults::default() });

@@ -84,8 +84,9 @@ pub(super) struct Log {
     pub space_short: bool,
     /// The segment that found no room in a commit, until it is cut.
     pub abandoned: Option<Abandoned>,
-    /// Segments abandoned since a record was acked, and when there may be another.
+    /// Segments abandoned since a record was acked.
     pub abandoned_in_row: u32,
+    /// When there may be another segment. None: at once.
     pub next_segment_at: Option<Instant>,
     /// Since when batches are refused for lack of space.
     pub full_since: Option<Instant>,
@@ -344,15 +345,13 @@ mod tests {
     use super::*;
     use crate::wal::keeper::SPARES;
     use crate::wal::memory::MemoryStore;
-    use crate::wal::tests::{batch, open_memory, wait};
+    use crate::wal::tests::{append_all, open_memory};
 
     /// Each costs memory.
     #[test]
     fn only_the_segments_that_are_filled_prepared_and_read_are_open() {
         let wal = open_memory(&MemoryStore::default());
-        for number in 1..=200 {
-            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-        }
+        append_all(&wal, 1..=200, 300);
         assert!(wal.status().segments > 10, "{:?}", wal.status());
         let mut reader = wal.reader();
         while reader.next_record().unwrap().is_some() {

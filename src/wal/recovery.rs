@@ -313,16 +313,14 @@ pub(super) fn recover_window(
 #[cfg(test)]
 mod tests {
     use crate::wal::memory::MemoryStore;
-    use crate::wal::tests::{batch, open_memory, wait};
+    use crate::wal::tests::{append_all, open_memory};
 
     /// However long the backlog is.
     #[test]
     fn a_start_opens_the_newest_segment_and_that_of_the_cursor() {
         let store = MemoryStore::default();
         let wal = open_memory(&store);
-        for number in 1..=200 {
-            wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-        }
+        append_all(&wal, 1..=200, 300);
         let mut reader = wal.reader();
         for _ in 0..50 {
             wal.deliver(reader.next_record().unwrap().unwrap().end);

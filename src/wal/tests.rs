@@ -55,6 +55,13 @@ pub(super) fn wait(commit: Commit) -> Result<u64, CommitError> {
     })
 }
 
+/// Commits batches of so many bytes, one after the other.
+pub(super) fn append_all(wal: &Wal, numbers: impl IntoIterator<Item = u64>, bytes: usize) {
+    for number in numbers {
+        wait(wal.append(batch(number, bytes)).unwrap()).unwrap();
+    }
+}
+
 pub(super) fn drain(reader: &mut Reader) -> Vec<u64> {
     let mut numbers = Vec::new();
     while let Some(record) = reader.next_record().unwrap() {
@@ -165,9 +172,7 @@ fn a_sequence_that_the_disk_may_hide_is_not_used_again() {
 fn damage_in_the_newest_segment_is_set_aside_and_books_balance() {
     let store = MemoryStore::default();
     let wal = open_memory(&store);
-    for number in 1..=3 {
-        wait(wal.append(batch(number, 10)).unwrap()).unwrap();
-    }
+    append_all(&wal, 1..=3, 10);
     wal.close();
     for slot in 0..3 {
         store.damage(1, slot, |value| value[50] ^= 1);
@@ -384,9 +389,7 @@ fn too_many_waiting_bytes_are_refused() {
 fn damage_is_passed_and_counted() {
     let store = MemoryStore::default();
     let wal = open_memory(&store);
-    for number in 1..=40 {
-        wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-    }
+    append_all(&wal, 1..=40, 300);
     wal.close();
     store.damage(1, 3, |value| value[60] ^= 1);
     store.damage(2, 0, Vec::clear);
@@ -413,9 +416,7 @@ fn damage_is_passed_and_counted() {
 fn a_batch_cut_short_by_a_crash_is_not_damage() {
     let store = MemoryStore::default();
     let wal = open_memory(&store);
-    for number in 1..=3 {
-        wait(wal.append(batch(number, 10)).unwrap()).unwrap();
-    }
+    append_all(&wal, 1..=3, 10);
     // Four slots, of which the process wrote two before it died.
     wait(wal.append(batch(4, 1500)).unwrap()).unwrap();
     wal.close();
@@ -674,9 +675,7 @@ fn the_small_maps_make_no_blob_files() {
 fn a_segment_that_lost_its_end_is_kept_also_after_a_restart() {
     let store = MemoryStore::default();
     let wal = open_memory(&store);
-    for number in 1..=40 {
-        wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-    }
+    append_all(&wal, 1..=40, 300);
     wal.close();
     (4..12).for_each(|slot| store.damage(1, slot, Vec::clear));
     // The process ends after the cursor was saved, and before the segment was set aside.
@@ -702,9 +701,7 @@ fn a_segment_that_lost_its_end_is_kept_also_after_a_restart() {
 fn what_sled_would_take_for_an_empty_log_is_read() {
     let directory = tempfile::tempdir().unwrap();
     let wal = open_sled(directory.path(), 8 << 20);
-    for number in 1..=3 {
-        wait(wal.append(batch(number, 10)).unwrap()).unwrap();
-    }
+    append_all(&wal, 1..=3, 10);
     wal.close();
     drop(wal);
     let db = directory.path().join("wal/000000000001/db");

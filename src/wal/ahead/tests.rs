@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use super::super::memory::{MemoryStore, for_each_flip, small_shape};
 use super::super::store::Store;
-use super::super::tests::{batch, drain, number, open_memory, until, wait};
+use super::super::tests::{append_all, batch, drain, number, open_memory, until};
 use super::super::{Reader, Wal};
 use super::*;
 use crate::config::WalConfig;
@@ -11,9 +11,7 @@ use crate::metrics::Metrics;
 const DAMAGED: &str = "ringtail_forward_dropped_events_total{reason=\"damaged\"}";
 
 fn append(wal: &Wal, numbers: std::ops::RangeInclusive<u64>) {
-    for number in numbers {
-        wait(wal.append(batch(number, 300)).unwrap()).unwrap();
-    }
+    append_all(wal, numbers, 300);
 }
 
 /// Reads and delivers so many, as `deliver` says. The numbers.

@@ -203,16 +203,21 @@ impl StateDb for SledState {
 mod tests {
     use super::*;
 
+    /// A closed map in which "key" has "value".
+    fn with_one_entry(name: &str) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("quarantine")).unwrap();
+        let state = SledState::open(directory.path(), name).unwrap();
+        state.put(b"key", b"value").unwrap();
+        state.sync().unwrap();
+        directory
+    }
+
     /// sled's log alone recovers everything.
     #[test]
     fn a_damaged_snapshot_or_conf_costs_nothing() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir(directory.path().join("quarantine")).unwrap();
+        let directory = with_one_entry("meta");
         let open = || SledState::open(directory.path(), "meta").unwrap();
-        let state = open();
-        state.put(b"key", b"value").unwrap();
-        state.sync().unwrap();
-        drop(state);
         for damaged in ["snap.", "conf"] {
             // Whichever was removed is there again.
             drop(open());
@@ -232,13 +237,8 @@ mod tests {
 
     #[test]
     fn a_map_that_sled_shows_as_empty_is_set_aside() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir(directory.path().join("quarantine")).unwrap();
+        let directory = with_one_entry("parked");
         let open = || SledState::open(directory.path(), "parked").unwrap();
-        let state = open();
-        state.put(b"key", b"value").unwrap();
-        state.sync().unwrap();
-        drop(state);
         assert_eq!(open().get(b"key").unwrap().as_deref(), Some(&b"value"[..]));
         // Without its snapshot all is in the log, whose first byte decides.
         super::super::remove_files(&directory.path().join("parked"), |name| name.starts_with("snap.")).unwrap();
